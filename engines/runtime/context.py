@@ -1,0 +1,41 @@
+"""The forward context: what attention needs in a forward pass, carried beside the model, not through it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from engines.base import Batch
+    from engines.runtime.kv_cache import LayerCache
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ForwardContext:
+    """The batch of the step and this rank's K/V, one entry a layer that it holds."""
+
+    batch: Batch
+    caches: Sequence[LayerCache]
+
+
+_current: ForwardContext | None = None
+
+
+@contextmanager
+def forward_context(context: ForwardContext) -> Iterator[None]:
+    """Make `context` current within. Refuses nesting: a step runs one forward pass at a time."""
+    global _current
+    assert _current is None, "forward contexts do not nest"
+    _current = context
+    try:
+        yield
+    finally:
+        _current = None
+
+
+def current() -> ForwardContext:
+    """The current context. Only inside `forward_context`."""
+    assert _current is not None, "attention was called outside a forward context"
+    return _current

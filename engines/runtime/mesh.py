@@ -1,0 +1,80 @@
+"""Where this rank stands among the ranks of its group, and how it talks to its neighbours.
+
+Rank 0 is tensor-parallel rank 0 of the last stage: the leader, the histories and the sampler are one
+process, and logits travel only inside one tensor-parallel group. So stage = pp_size - 1 - rank // tp_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A grid of pp_size stages by tp_size ranks, tp inner. Groups are None where they would be of one."""
+
+    rank: int
+    tp_size: int
+    pp_size: int
+    device: torch.device
+    tp_group: dist.ProcessGroup | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.tp_size * self.pp_size
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tp_size
+
+    @property
+    def stage(self) -> int:
+        return self.pp_size - 1 - self.rank // self.tp_size
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.stage == self.pp_size - 1
+
+    @property
+    def is_leader(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def next_rank(self) -> int:
+        """The same tensor-parallel rank one stage on. Only where is_last_stage is False."""
+        assert not self.is_last_stage
+        return self.rank - self.tp_size
+
+    @property
+    def previous_rank(self) -> int:
+        """The same tensor-parallel rank one stage back. Only where is_first_stage is False."""
+        assert not self.is_first_stage
+        return self.rank + self.tp_size
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over the tensor-parallel group, in place."""
+        if self.tp_group is not None:
+            dist.all_reduce(x, group=self.tp_group)
+        return x
+
+    def gather_columns(self, x: Tensor) -> Tensor | None:
+        """[L, V / tp] of each rank to [L, V] on tensor-parallel rank 0, None on the others."""
+        if self.tp_group is None:
+            return x
+        root = self.rank - self.tp_rank
+        parts = [torch.empty_like(x) for _ in range(self.tp_size)] if self.tp_rank == 0 else None
+        dist.gather(x.contiguous(), parts, dst=root, group=self.tp_group)
+        return torch.cat(parts, dim=-1) if parts is not None else None
+
+
+def single(device: torch.device | str = "cpu") -> Mesh:
+    """The mesh of a process that is alone."""
+    return Mesh(rank=0, tp_size=1, pp_size=1, device=torch.device(device))

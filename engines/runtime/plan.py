@@ -1,0 +1,134 @@
+"""What one step does, as flat arrays: decided by the leader, executed by every rank, never pickled.
+
+T = tokens of the step, S = sequences in it, L = rows whose logits are needed, W = widest block table.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.wire import SamplingParams, TokenLogprob
+
+Int32 = NDArray[np.int32]
+
+LAST_SAMPLED = -1  # an input id: what this sequence's slot sampled last, known on the device only
+
+
+class StepKind(IntEnum):
+    RUN = 0
+    IDLE = 1
+    STOP = 2
+
+
+class RowUse(IntEnum):
+    """What the logits of a row are for."""
+
+    SAMPLE = 0
+    PROMPT_LOGPROBS = 1
+    VERIFY = 2  # score a drafted token
+
+
+@dataclass(frozen=True, slots=True)
+class RowSampling:
+    """How to treat one row of logits. Stays on rank 0: not packed, not broadcast.
+
+    `token_ids` is the whole history (prompt and generated) when penalties need it, else empty;
+    `position` is that of the token to be drawn, counted from the sequence's first; `banned_ids` may
+    not be drawn (end tokens before min_tokens). `target_id`: the token whose log-probability is
+    wanted (PROMPT_LOGPROBS, VERIFY), -1 for the drawn one.
+    """
+
+    params: SamplingParams
+    position: int
+    choice: int = 0
+    num_prompt_tokens: int = 0
+    token_ids: Int32 = field(default_factory=lambda: np.empty(0, np.int32))
+    banned_ids: tuple[int, ...] = ()
+    target_id: int = -1
+
+
+_ARRAYS = (
+    "input_ids",
+    "positions",
+    "slot_mapping",
+    "query_start",
+    "context_lens",
+    "slots",
+    "logit_rows",
+    "row_use",
+    "block_tables",
+)
+_HEADER = struct.Struct("<4i")  # kind, T, S, L; W follows from the length
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepPlan:
+    """One step.
+
+    Sequence s owns tokens query_start[s] .. query_start[s + 1]; its K/V is `context_lens[s]` long once
+    they are written; block_tables[s] names its blocks in order (padded with 0). `slot_mapping[t]` is
+    block * block_size + offset, where token t's K/V goes. `slots[s]` is where device state of sequence s
+    lives, stable from admission until it leaves. `logit_rows` index into T, ascending.
+    """
+
+    kind: StepKind
+    input_ids: Int32  # [T]
+    positions: Int32  # [T]
+    slot_mapping: Int32  # [T]
+    query_start: Int32  # [S + 1]
+    context_lens: Int32  # [S]
+    slots: Int32  # [S]
+    logit_rows: Int32  # [L]
+    row_use: Int32  # [L]
+    block_tables: Int32  # [S, W]
+    sampling: tuple[RowSampling, ...] = ()  # [L], rank 0 only
+    tag: object = None  # the scheduler's own note on the plan; rank 0 only
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.context_lens)
+
+    def pack(self) -> bytes:
+        """The arrays as bytes, little-endian int32, for `unpack` on another rank."""
+        header = _HEADER.pack(self.kind, self.num_tokens, self.num_seqs, len(self.logit_rows))
+        return header + b"".join(getattr(self, name).tobytes() for name in _ARRAYS)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> StepPlan:
+        """The plan that `pack` gave, without `sampling` and `tag`. The arrays are views of `data`."""
+        kind, t, s, n = _HEADER.unpack_from(data)
+        flat = np.frombuffer(data, np.int32, offset=_HEADER.size)
+        sizes = (t, t, t, s + 1, s, s, n, n)
+        *parts, tables = np.split(flat, np.cumsum(sizes))
+        tables = tables.reshape(s, len(tables) // s if s else 0)
+        return cls(kind=StepKind(kind), **dict(zip(_ARRAYS, [*parts, tables], strict=True)))
+
+    @classmethod
+    def empty(cls, kind: StepKind) -> StepPlan:
+        """A plan without work: IDLE keeps the ranks in touch, STOP ends them."""
+        none = np.empty(0, np.int32)
+        return cls(
+            kind, none, none, none, np.zeros(1, np.int32), none, none, none, none, np.empty((0, 0), np.int32)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the rows of a plan gave, in the order of `plan.logit_rows`.
+
+    `errors` maps a row to why its own work failed (a penalty, a bias, a grammar): that sequence ends,
+    its batch-mates go on, and its token id is -1.
+    """
+
+    token_ids: Int32  # [L]; the drawn token (SAMPLE, VERIFY), the target for PROMPT_LOGPROBS
+    logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # row -> value, for rows that asked
+    errors: dict[int, str] = field(default_factory=dict)

@@ -1,0 +1,185 @@
+"""What crosses between the gateway and a worker group: msgpack frames over one unix socket.
+
+A frame is a 4-byte big-endian length and a msgpack body of that many bytes; the body is one of the
+structs below, told apart by its `type` field. Text never crosses, only token ids. Neither side unpickles.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Literal
+
+import msgspec
+
+MAX_FRAME_BYTES = 64 << 20
+_LENGTH = struct.Struct(">I")
+
+FinishReason = Literal["stop", "length"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """How one sequence is sampled. The draws depend on (seed, choice, position) and on nothing else."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 is off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0  # over generated tokens
+    frequency_penalty: float = 0.0  # over generated tokens
+    repetition_penalty: float = 1.0  # over prompt and generated tokens
+    logit_bias: dict[int, float] = {}
+    seed: int = 0  # the gateway draws one when the client gives none; 64 bits, not negative
+    logprobs: int | None = None  # None: none; k: the sampled token's and those of the k likeliest
+
+
+class Generate(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, tag="generate"):
+    """One sequence to generate. The n choices of a request are n of these with one `group`."""
+
+    id: str
+    prompt_ids: list[int]
+    max_tokens: int
+    min_tokens: int = 0
+    stop_token_ids: list[int] = []  # in addition to the model's own end tokens
+    ignore_eos: bool = False
+    sampling: SamplingParams = SamplingParams()
+    choice: int = 0
+    group: str = ""  # sequences of one group share a prompt: its K/V is computed once
+    resume_token_ids: list[int] = []  # already delivered by a group that died; never sent again
+    prompt_logprobs: int | None = None
+    cache_salt: bytes = b""  # prefix blocks are shared only between equal salts
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Stop a sequence and free its blocks. Unknown ids are ignored: it may just have finished."""
+
+    id: str
+
+
+ToWorker = Generate | Abort
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """The log-probability of a token, and those of the likeliest at the same place, best first.
+
+    They are of the distribution that the model gave, before temperature and truncation, after
+    nothing; natural logarithms.
+    """
+
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
+class RequestError(msgspec.Struct, frozen=True):
+    """Why one sequence failed while the group goes on."""
+
+    code: Literal["invalid_request", "too_long", "internal"]
+    message: str
+
+
+class TokenDelta(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """What one step added to one sequence. The last one of a sequence has finish_reason or error."""
+
+    id: str
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] = []  # one for each of token_ids, when asked for
+    finish_reason: FinishReason | None = None
+    is_stop_token: bool = False  # the last of token_ids ended the sequence: count it, do not show it
+    num_cached_tokens: int | None = None  # on the first delta: prompt tokens read from the prefix cache
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    error: RequestError | None = None
+
+
+class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
+    """Everything that one step produced, in one frame."""
+
+    deltas: list[TokenDelta]
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """How far loading is: `fraction` of `phase` (connect, load, allocate, warmup), 0 to 1."""
+
+    phase: str
+    fraction: float
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """The group has loaded and warmed up. Sent once."""
+
+    engine: str
+    dtype: str
+    device: str
+    tp_size: int
+    pp_size: int
+    max_model_len: int  # prompt and generated tokens of one sequence
+    max_num_seqs: int
+    vocab_size: int  # ids that may be sent or biased: 0 .. vocab_size - 1
+    num_blocks: int
+    block_size: int
+    eos_token_ids: list[int]
+    fingerprint: str
+    load_seconds: float
+    pids: list[int]
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The group cannot start, or is about to end. `permanent`: a restart would end the same way."""
+
+    reason: str
+    permanent: bool
+
+
+class Stats(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, tag="stats"):
+    """The group's heartbeat, twice a second from the leader's own loop: counters since start, and gauges.
+
+    `num_steps` counts finished steps and idle rounds: a group whose counter stands still while it is
+    busy hangs. The I/O thread sends it, but does not count.
+    """
+
+    num_steps: int
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks_used: int = 0
+    num_blocks_cached: int = 0
+    num_blocks_free: int = 0
+    num_preemptions: int = 0
+    num_prefix_queries: int = 0  # prompt tokens looked up
+    num_prefix_hits: int = 0  # of them found
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+
+
+FromWorker = Tokens | Progress | Ready | Failed | Stats
+
+_encoder = msgspec.msgpack.Encoder()
+to_worker_decoder = msgspec.msgpack.Decoder(ToWorker)
+from_worker_decoder = msgspec.msgpack.Decoder(FromWorker)
+
+
+def encode(message: ToWorker | FromWorker) -> bytes:
+    """A whole frame, its length in front."""
+    body = _encoder.encode(message)
+    assert len(body) <= MAX_FRAME_BYTES, "a frame over the limit: bound the request before it is sent"
+    return _LENGTH.pack(len(body)) + body
+
+
+class FrameBuffer:
+    """Cuts a byte stream into frame bodies. Raises ValueError at a length over MAX_FRAME_BYTES."""
+
+    def __init__(self) -> None:
+        self._pending = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The bodies that are complete now that `data` has arrived."""
+        self._pending += data
+        bodies, start = [], 0
+        while len(self._pending) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._pending, start)
+            if length > MAX_FRAME_BYTES:
+                raise ValueError(f"frame of {length} bytes; at most {MAX_FRAME_BYTES} are allowed")
+            end = start + _LENGTH.size + length
+            if len(self._pending) < end:
+                break
+            bodies.append(bytes(self._pending[start + _LENGTH.size : end]))
+            start = end
+        del self._pending[:start]
+        return bodies

@@ -1,0 +1,51 @@
+"""The gateway's view of a worker group: what the router and the use case need, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from enum import StrEnum
+from typing import Protocol
+
+from engines.wire import Generate, Progress, Ready, Stats, TokenDelta
+
+
+class GroupState(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"  # finishes what it has, takes nothing new
+    RESTARTING = "restarting"  # died; waiting out the back-off
+    FAILED = "failed"  # died in a way that a restart cannot mend
+    STOPPED = "stopped"
+
+
+class WorkerLost(Exception):  # noqa: N818
+    """The group died with the request in it. What was delivered stands; nothing more will come."""
+
+
+class WorkerUnavailable(Exception):  # noqa: N818
+    """The group cannot take a request now. `retry_after` in whole seconds, 1 or more."""
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class WorkerGroup(Protocol):
+    """One torchrun group, dead or alive.
+
+    generate() yields the deltas of one sequence, the last with `finish_reason` or `error`. Closing the
+    iterator early (aclose, cancellation) aborts the sequence within a step. It raises
+    WorkerUnavailable when the group is not READY, WorkerLost when it dies underway, and TimeoutError
+    when nothing came for the model's responseTimeout.
+    """
+
+    name: str  # "MODEL/0": the model and the replica
+    state: GroupState
+    info: Ready | None  # since it was last ready
+    progress: Progress | None  # while STARTING
+    stats: Stats | None
+    num_outstanding: int  # sequences sent and not ended: what the router balances by
+    failure: str | None  # why it is RESTARTING or FAILED, one line
+    num_restarts: int
+
+    def generate(self, request: Generate) -> AsyncIterator[TokenDelta]: ...
