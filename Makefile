@@ -1,0 +1,35 @@
+# Everything runs in .venv, which the first target that needs it makes. A second run starts at once.
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+MODEL ?=
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: serve test check
+
+serve: .venv/.installed  ## MODEL= a directory, a hub id or a model-config.yaml; the demo model without
+	@exec $(BIN)/sluice serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+
+test: .venv/.installed-dev  ## ARGS= goes to pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+check: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Sluice needs Python 3.11 or newer; $(PYTHON) is `$(PYTHON) --version`. Name another: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: pyproject.toml | .venv/bin/python
+	@echo "Installing into .venv; the first time takes some minutes, PyTorch is large."
+	$(BIN)/python -m pip install --disable-pip-version-check -e .
+	@touch $@
+
+.venv/.installed-dev: pyproject.toml | .venv/bin/python
+	@echo "Installing into .venv; the first time takes some minutes, PyTorch is large."
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@touch .venv/.installed $@
