@@ -1,0 +1,103 @@
+"""Rank 0's loop: take requests in, schedule, run, send tokens out. The only place where all of them meet."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from engines.runtime.plan import StepKind, StepPlan, StepResult
+from engines.wire import Abort, FromWorker, Generate, Stats, TokenDelta, Tokens, ToWorker
+
+IDLE_WAIT_SECONDS = 0.25
+"""How long an idle leader sleeps between signs of life: its step counter moves at this pace."""
+
+
+class Scheduler(Protocol):
+    """What to compute next. Torch-free policy; see engines/runtime/scheduler.py and static.py."""
+
+    def add(self, request: Generate) -> list[TokenDelta]:
+        """Take a request in. The deltas refuse it when it could never run."""
+
+    def abort(self, id: str) -> None: ...
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def schedule(self) -> StepPlan:
+        """The next plan; of kind IDLE when nothing can run now. Legal with plans in flight."""
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]: ...
+
+    def stats(self, num_steps: int) -> Stats: ...
+
+
+class Runner(Protocol):
+    """Where plans are executed. See engines/runtime/runner.py."""
+
+    @property
+    def num_in_flight(self) -> int: ...
+
+    def submit(self, plan: StepPlan) -> None: ...
+
+    def collect(self) -> tuple[StepPlan, StepResult]: ...
+
+
+class Inbox(Protocol):
+    """The gateway's side of the leader. See engines/runtime/inbox.py."""
+
+    @property
+    def closed(self) -> bool: ...
+
+    def poll(self) -> list[ToWorker]: ...
+
+    def wait(self, timeout: float) -> None: ...
+
+    def send(self, message: FromWorker) -> None: ...
+
+    def publish(self, stats: Stats) -> None: ...
+
+
+class Leader:
+    """Keeps up to `plans_in_flight` plans submitted and collects them in order."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, inbox: Inbox, plans_in_flight: int) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._inbox = inbox
+        self._plans_in_flight = plans_in_flight
+        self._num_steps = 0
+
+    def run(self) -> None:
+        """Until the gateway is gone."""
+        while not self._inbox.closed:
+            self.step()
+
+    def step(self) -> None:
+        """One round: submit what can be submitted, collect one plan, or sleep a while."""
+        self._take_requests()
+        self._submit_plans()
+        if self._runner.num_in_flight:
+            plan, result = self._runner.collect()
+            self._emit(self._scheduler.update(plan, result))
+        else:
+            self._inbox.wait(IDLE_WAIT_SECONDS)
+        self._num_steps += 1
+        self._inbox.publish(self._scheduler.stats(self._num_steps))
+
+    def _take_requests(self) -> None:
+        for message in self._inbox.poll():
+            match message:
+                case Generate():
+                    self._emit(self._scheduler.add(message))
+                case Abort():
+                    self._scheduler.abort(message.id)
+
+    def _submit_plans(self) -> None:
+        while self._runner.num_in_flight < self._plans_in_flight and self._scheduler.has_work:
+            plan = self._scheduler.schedule()
+            if plan.kind != StepKind.RUN:
+                return
+            self._runner.submit(plan)
+
+    def _emit(self, deltas: list[TokenDelta]) -> None:
+        if deltas:
+            self._inbox.send(Tokens(deltas))

@@ -1,0 +1,137 @@
+"""Executes plans on this rank: plan to batch, forward, logits, sample. The same code on every rank.
+
+On the leader, `submit` hands the plan to the followers at once and `collect` computes this rank's part.
+So with k plans in flight the stages before the last work on the next plan while this one is collected,
+and a device that queues its own work (CUDA) is not waited for before `collect` reads the tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engines.base import Batch, Engine
+from engines.runtime import sampler
+from engines.runtime.channel import PlanSender
+from engines.runtime.context import ForwardContext, forward_context
+from engines.runtime.kv_cache import LayerCache
+from engines.runtime.mesh import Mesh
+from engines.runtime.plan import LAST_SAMPLED, RowUse, StepPlan, StepResult
+
+MAX_LOGIT_ROWS = 256
+"""Rows of logits in memory at once: prompt log-probabilities of long chunks come in slices of this."""
+
+
+class ModelRunner:
+    """`num_slots` bounds `plan.slots`. Without a `sender` there are no followers to send to."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        mesh: Mesh,
+        caches: Sequence[LayerCache],
+        num_slots: int,
+        sender: PlanSender | None = None,
+    ) -> None:
+        self._engine = engine
+        self._mesh = mesh
+        self._caches = caches
+        self._sender = sender
+        self._submitted: deque[StepPlan] = deque()
+        self._last_sampled = np.full(num_slots, -1, np.int32)
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._submitted)
+
+    def submit(self, plan: StepPlan) -> None:
+        """Start `plan` on every other rank. Does not wait for it."""
+        if self._sender is not None:
+            self._sender.send(plan.pack())
+        self._submitted.append(plan)
+
+    def collect(self) -> tuple[StepPlan, StepResult]:
+        """The oldest plan that was submitted, and what its rows gave."""
+        plan = self._submitted.popleft()
+        result = self.execute(plan)
+        assert result is not None, "only the leader collects"
+        return plan, result
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult | None:
+        """This rank's part of `plan`. The result on the leader, None elsewhere."""
+        batch = self._to_batch(plan)
+        with forward_context(ForwardContext(batch, self._caches)):
+            hidden = self._engine.forward(batch)
+        if hidden is None:
+            return None
+        results = [self._sample(plan, hidden, rows) for rows in _slices(len(plan.logit_rows))]
+        if not self._mesh.is_leader:
+            return None
+        result = _joined([r for r in results if r is not None])
+        self._remember(plan, result)
+        return result
+
+    def _sample(self, plan: StepPlan, hidden: Tensor, rows: slice) -> StepResult | None:
+        picked = torch.from_numpy(plan.logit_rows[rows]).to(hidden.device, torch.int64)
+        logits = self._engine.logits(hidden.index_select(0, picked))
+        if logits is None or not self._mesh.is_leader:
+            return None
+        return sampler.sample(logits, plan.sampling[rows], plan.row_use[rows].tolist())
+
+    def _remember(self, plan: StepPlan, result: StepResult) -> None:
+        """What each slot sampled last, for plans made before this one was collected."""
+        sampled = plan.row_use == RowUse.SAMPLE
+        sequence = np.searchsorted(plan.query_start, plan.logit_rows[sampled], side="right") - 1
+        self._last_sampled[plan.slots[sequence]] = result.token_ids[sampled]
+
+    def _input_ids(self, plan: StepPlan) -> np.ndarray:
+        unknown = plan.input_ids == LAST_SAMPLED
+        if not unknown.any():
+            return plan.input_ids
+        assert self._mesh.world_size == 1, "running ahead needs the sampled tokens on this rank"
+        sequence = np.searchsorted(plan.query_start, np.flatnonzero(unknown), side="right") - 1
+        ids = plan.input_ids.copy()
+        ids[unknown] = self._last_sampled[plan.slots[sequence]]
+        return ids
+
+    def _to_batch(self, plan: StepPlan) -> Batch:
+        device = self._mesh.device
+        query_start, context_lens = plan.query_start.tolist(), plan.context_lens.tolist()
+        return Batch(
+            input_ids=_tensor(self._input_ids(plan), device, torch.int64),
+            positions=_tensor(plan.positions, device, torch.int64),
+            slot_mapping=_tensor(plan.slot_mapping, device, torch.int64),
+            query_start=_tensor(plan.query_start, device, torch.int32),
+            context_lens=_tensor(plan.context_lens, device, torch.int32),
+            block_tables=_tensor(plan.block_tables, device, torch.int32),
+            logit_rows=_tensor(plan.logit_rows, device, torch.int64),
+            query_start_list=query_start,
+            context_lens_list=context_lens,
+            max_query_len=int(np.diff(plan.query_start).max()),
+            max_context_len=max(context_lens),
+        )
+
+
+def _tensor(array: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A copy: the plan's arrays may be read-only views of what was received."""
+    return torch.tensor(array, dtype=dtype, device=device)
+
+
+def _slices(count: int) -> Iterator[slice]:
+    return (slice(start, start + MAX_LOGIT_ROWS) for start in range(0, count, MAX_LOGIT_ROWS))
+
+
+def _joined(results: Sequence[StepResult]) -> StepResult:
+    """The slices of one plan as one result."""
+    if len(results) == 1:
+        return results[0]
+    joined = StepResult(np.concatenate([np.empty(0, np.int32), *(r.token_ids for r in results)]))
+    for i, result in enumerate(results):
+        joined.logprobs.update({i * MAX_LOGIT_ROWS + row: v for row, v in result.logprobs.items()})
+        joined.errors.update({i * MAX_LOGIT_ROWS + row: e for row, e in result.errors.items()})
+    return joined

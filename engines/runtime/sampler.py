@@ -1,0 +1,155 @@
+"""Logits to tokens, on rank 0. Greedy rows cost one argmax; the others share vectorised filters.
+
+Order: penalties, bias, bans; then temperature, top_k, top_p, min_p; then one draw by inverse CDF in
+vocabulary order. Log-probabilities are of the model's own distribution, before all of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engines.runtime.plan import RowSampling, RowUse, StepResult
+from engines.runtime.random import uniforms
+from engines.wire import TokenLogprob
+
+_FIRST_TOP = 1024
+"""How many candidates to sort before giving up on a short list: top_p rarely needs more."""
+
+
+def sample(logits: Tensor, rows: Sequence[RowSampling], row_use: Sequence[int]) -> StepResult:
+    """Draw a token for every row.
+
+    Args:
+        logits: [L, V] float32; changed in place.
+        rows: how to treat each row.
+        row_use: RowUse of each row; rows for PROMPT_LOGPROBS draw nothing.
+    """
+    raw = logits.log_softmax(-1) if any(row.params.logprobs is not None for row in rows) else None
+    errors = _adjust(logits, rows, row_use)
+    tokens = _draw(logits, rows)
+    for i, row in enumerate(rows):
+        if row_use[i] == RowUse.PROMPT_LOGPROBS:
+            tokens[i] = row.target_id
+    for i in errors:
+        tokens[i] = -1
+    logprobs = {} if raw is None else _logprobs(raw, rows, tokens, errors)
+    return StepResult(tokens.astype(np.int32), logprobs, errors)
+
+
+def _adjust(logits: Tensor, rows: Sequence[RowSampling], row_use: Sequence[int]) -> dict[int, str]:
+    """Penalties, bias and bans, row by row, so that a failure is that row's own."""
+    errors: dict[int, str] = {}
+    for i, row in enumerate(rows):
+        if row_use[i] == RowUse.PROMPT_LOGPROBS:
+            continue
+        try:
+            _adjust_row(logits[i], row)
+        except Exception as error:  # whatever it is, it is this request's own
+            errors[i] = f"sampling parameters could not be applied: {type(error).__name__}: {error}"
+    return errors
+
+
+def _adjust_row(logits: Tensor, row: RowSampling) -> None:
+    params = row.params
+    if len(row.token_ids):
+        _penalise(logits, row)
+    if params.logit_bias:
+        ids = torch.tensor(list(params.logit_bias), device=logits.device)
+        logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
+    if row.banned_ids:
+        logits[torch.tensor(row.banned_ids, device=logits.device)] = -torch.inf
+
+
+def _penalise(logits: Tensor, row: RowSampling) -> None:
+    """Repetition as in CTRL (Keskar et al. 2019), presence and frequency as in OpenAI's API reference."""
+    params = row.params
+    if params.repetition_penalty != 1.0:
+        seen = torch.from_numpy(np.unique(row.token_ids).astype(np.int64)).to(logits.device)
+        values, penalty = logits[seen], params.repetition_penalty
+        logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    generated, counts = np.unique(row.token_ids[row.num_prompt_tokens :], return_counts=True)
+    if len(generated) and (params.presence_penalty or params.frequency_penalty):
+        ids = torch.from_numpy(generated.astype(np.int64)).to(logits.device)
+        times = torch.from_numpy(counts).to(logits.device, logits.dtype)
+        logits[ids] -= params.presence_penalty + params.frequency_penalty * times
+
+
+def _draw(logits: Tensor, rows: Sequence[RowSampling]) -> np.ndarray:
+    tokens: np.ndarray = logits.argmax(-1).cpu().numpy()
+    random = [i for i, row in enumerate(rows) if row.params.temperature > 0 and row.target_id < 0]
+    if random:
+        chosen = logits if len(random) == len(rows) else logits[random]
+        tokens[random] = _draw_random(chosen, [rows[i] for i in random]).cpu().numpy()
+    return tokens
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device).unsqueeze(1)
+
+
+def _draw_random(logits: Tensor, rows: Sequence[RowSampling]) -> Tensor:
+    """[R, V] to [R]: one draw a row from the filtered distribution."""
+    params = [row.params for row in rows]
+    # The largest logit first becomes 0: a tiny temperature then overflows to -inf, never to NaN.
+    shifted = logits - logits.amax(-1, keepdim=True)
+    probs = shifted.div_(_column([p.temperature for p in params], logits)).softmax(-1)  # [R, V]
+    floor = _column([p.min_p for p in params], logits) * probs.amax(-1, keepdim=True)  # [R, 1]
+    limited = [i for i, p in enumerate(params) if p.top_p < 1 or p.top_k > 0]
+    if limited:
+        cut = _cut(probs[limited], [params[i].top_k for i in limited], [params[i].top_p for i in limited])
+        floor[limited] = torch.maximum(floor[limited], cut)
+    probs.masked_fill_(probs < floor, 0.0)
+    draws = uniforms([p.seed for p in params], [row.choice for row in rows], [row.position for row in rows])
+    cumulative = probs.double().cumsum(-1)  # [R, V]
+    target = torch.from_numpy(draws).to(logits.device).unsqueeze(1) * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    return tokens.clamp_(max=logits.shape[1] - 1)
+
+
+def _cut(probs: Tensor, top_k: list[int], top_p: list[float]) -> Tensor:
+    """[R, V] to [R, 1]: the probability of the last token that top_k and top_p keep.
+
+    top_p is of what top_k kept. Tokens that tie with the last one are kept as well, so that the result
+    does not depend on how a sort orders equals.
+    """
+    size = min(_FIRST_TOP, probs.shape[1])
+    while True:
+        best = probs.topk(size, dim=-1).values  # [R, size]
+        last_k = torch.tensor([min(k or probs.shape[1], size) for k in top_k], device=probs.device) - 1
+        rank = torch.arange(size, device=probs.device)
+        kept = best.double().masked_fill(rank > last_k.unsqueeze(1), 0.0)
+        mass = kept.cumsum(-1)
+        whole = torch.where(_column([float(bool(k)) for k in top_k], probs) > 0, mass[:, -1:], 1.0)
+        goal = torch.tensor(top_p, dtype=torch.float64, device=probs.device).unsqueeze(1) * whole
+        is_short = ((mass[:, -1:] < goal) & (rank[-1] <= last_k).unsqueeze(1)).any() | any(
+            k > size for k in top_k
+        )
+        if size == probs.shape[1] or not is_short:
+            break
+        size = probs.shape[1]
+    last_p = (mass < goal).sum(-1)  # index of the token with which the mass reaches the goal
+    return best.gather(1, torch.minimum(last_p, last_k).unsqueeze(1))
+
+
+def _logprobs(
+    raw: Tensor, rows: Sequence[RowSampling], tokens: np.ndarray, errors: dict[int, str]
+) -> dict[int, TokenLogprob]:
+    """Of the drawn (or target) token and of the likeliest, for the rows that asked."""
+    asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None and i not in errors]
+    if not asked:
+        return {}
+    width = max(rows[i].params.logprobs or 0 for i in asked)
+    chosen = raw[asked].gather(1, torch.from_numpy(tokens[asked]).to(raw.device).long().unsqueeze(1))
+    top = raw[asked].topk(max(width, 1), dim=-1)
+    values, ids = top.values.tolist(), top.indices.tolist()
+    own = chosen.squeeze(1).tolist()
+    result = {}
+    for place, i in enumerate(asked):
+        k = rows[i].params.logprobs or 0
+        pairs = list(zip(ids[place][:k], values[place][:k], strict=True))
+        result[i] = TokenLogprob(own[place], pairs)
+    return result

@@ -1,0 +1,260 @@
+"""One rank of a worker group: `python -m engines.worker --run-dir DIR`, started by torchrun or alone.
+
+The composition root of the right-hand side. It reads launch.json, joins the mesh, loads its share of the
+model, agrees on the size of the K/V, warms up; then rank 0 leads and the others follow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from engines import modeldir, registry
+from engines.base import BadCheckpoint, Engine, ReportProgress, UnsupportedModel
+from engines.config import ConfigError, ModelConfig
+from engines.runtime import kv_cache, warmup
+from engines.runtime.channel import LoadReport, Pipe, PlanSender, connect
+from engines.runtime.inbox import Inbox
+from engines.runtime.leader import Leader
+from engines.runtime.mesh import Mesh
+from engines.runtime.plan import StepPlan
+from engines.runtime.runner import ModelRunner
+from engines.runtime.scheduler import ContinuousScheduler
+from engines.wire import Failed, Progress, Ready
+
+log = logging.getLogger("sluice.worker")
+
+PERMANENT = (UnsupportedModel, BadCheckpoint, ConfigError)
+"""Errors that a restart would meet again."""
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="engines.worker")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    run_dir: Path = parser.parse_args().run_dir
+    _die_with_parent()
+    config = ModelConfig.model_validate_json((run_dir / "launch.json").read_text())
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s")
+    torch.set_num_threads(config.omp_threads)
+    if rank == 0:
+        _lead(config, run_dir)
+    else:
+        _follow(config, run_dir, rank)
+
+
+def _die_with_parent() -> None:
+    """SIGKILL for this process when torchrun dies, however it dies."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _lead(config: ModelConfig, run_dir: Path) -> None:
+    inbox = Inbox(run_dir / "gateway.sock")
+    try:
+        leader = _prepare_leader(config, run_dir, inbox)
+        leader.run()
+    except Exception as error:
+        log.exception("the group ends")
+        inbox.send(Failed(_one_line(error), isinstance(error, PERMANENT)))
+        inbox.close()
+        _exit(1)
+    _exit(0)
+
+
+def _prepare_leader(config: ModelConfig, run_dir: Path, inbox: Inbox) -> Leader:
+    started = time.monotonic()
+    inbox.send(Progress("connect", 0.0))
+    sender = PlanSender(run_dir / "plans.sock", config.world_size - 1) if config.world_size > 1 else None
+    mesh = _join_mesh(config, run_dir, rank=0)
+    engine = _load(config, mesh, lambda fraction: inbox.send(Progress("load", fraction)))
+    if sender is not None:
+        sender.accept(config.startup_timeout)
+    reports = _reports(sender)
+    inbox.send(Progress("allocate", 0.0))
+    num_blocks = min([_num_blocks(config, engine, mesh), *(report.num_blocks for report in reports)])
+    if sender is not None:
+        sender.send(num_blocks.to_bytes(8, "little"))
+    runner = _runner(config, engine, mesh, num_blocks, sender)
+    warmup.run(runner, num_blocks, config, lambda fraction: inbox.send(Progress("warmup", fraction)))
+    ready = _ready(config, engine, mesh, num_blocks, time.monotonic() - started, reports)
+    inbox.send(ready)
+    log.info("ready: %s", ready)
+    return Leader(_scheduler(config, ready), runner, inbox, engine.plans_in_flight)
+
+
+def _reports(sender: PlanSender | None) -> list[LoadReport]:
+    reports = sender.reports() if sender is not None else []
+    for report in reports:
+        if report.error is not None:
+            raise (BadCheckpoint if report.is_permanent else RuntimeError)(report.error)
+    return reports
+
+
+def _follow(config: ModelConfig, run_dir: Path, rank: int) -> None:
+    pipe = connect(run_dir / "plans.sock", config.startup_timeout)
+    try:
+        mesh = _join_mesh(config, run_dir, rank)
+        engine = _load(config, mesh, lambda fraction: None)
+        num_blocks = _num_blocks(config, engine, mesh)
+    except Exception as error:
+        log.exception("loading failed")
+        permanent = isinstance(error, PERMANENT)
+        _report(pipe, LoadReport(rank=rank, pid=os.getpid(), error=_one_line(error), is_permanent=permanent))
+        _until_gone(pipe)
+        _exit(1)
+    _report(pipe, LoadReport(rank=rank, pid=os.getpid(), num_blocks=num_blocks))
+    try:
+        num_blocks = int.from_bytes(pipe.receive(), "little")
+        runner = _runner(config, engine, mesh, num_blocks)
+        while True:
+            runner.execute(StepPlan.unpack(pipe.receive()))
+    except EOFError:
+        log.info("the leader is gone")
+        _exit(0)
+
+
+def _report(pipe: Pipe, report: LoadReport) -> None:
+    pipe.send(msgspec.msgpack.encode(report))
+
+
+def _until_gone(pipe: Pipe) -> None:
+    """Stay until the leader has read why: this rank's exit would end the group before that."""
+    try:
+        pipe.receive()
+    except (EOFError, OSError):
+        return
+
+
+def _join_mesh(config: ModelConfig, run_dir: Path, rank: int) -> Mesh:
+    """The process groups, over a file: nothing listens for them but gloo's pairs on the loopback."""
+    device = _device(config)
+    tp_group = None
+    if config.world_size > 1:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" and torch.cuda.device_count() >= config.world_size else "gloo",
+            init_method=f"file://{run_dir}/group-init",
+            rank=rank,
+            world_size=config.world_size,
+            timeout=timedelta(seconds=max(config.startup_timeout, config.response_timeout)),
+        )
+        tp_group = _tp_group(config.tp_size, config.pp_size, rank)
+    return Mesh(rank, config.tp_size, config.pp_size, device, tp_group)
+
+
+def _tp_group(tp_size: int, pp_size: int, rank: int) -> dist.ProcessGroup | None:
+    """This rank's tensor-parallel group. Every rank makes the groups of all stages, as torch demands."""
+    if tp_size == 1:
+        return None
+    stages = [range(s * tp_size, (s + 1) * tp_size) for s in range(pp_size)]
+    groups = [dist.new_group(list(ranks)) for ranks in stages]
+    return groups[rank // tp_size]
+
+
+def _device(config: ModelConfig) -> torch.device:
+    if config.device == "cpu":
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _load(config: ModelConfig, mesh: Mesh, report: ReportProgress) -> Engine:
+    engine: Engine = registry.load(config.engine)(config, mesh, report)
+    if config.max_model_len is not None and config.max_model_len > engine.max_model_len:
+        raise UnsupportedModel(
+            f"maxModelLen is {config.max_model_len}, but the model was made for {engine.max_model_len} "
+            f"positions (max_position_embeddings); set maxModelLen to {engine.max_model_len} or less"
+        )
+    return engine
+
+
+def _num_blocks(config: ModelConfig, engine: Engine, mesh: Mesh) -> int:
+    spec = engine.kv_spec
+    assert spec is not None, "engines that own their K/V run under the static scheduler"
+    return kv_cache.num_blocks(config, spec, mesh.device, _max_model_len(config, engine))
+
+
+def _max_model_len(config: ModelConfig, engine: Engine) -> int:
+    return config.max_model_len or engine.max_model_len
+
+
+def _runner(
+    config: ModelConfig, engine: Engine, mesh: Mesh, num_blocks: int, sender: PlanSender | None = None
+) -> ModelRunner:
+    assert engine.kv_spec is not None
+    caches = kv_cache.allocate(engine.kv_spec, num_blocks, config.kv_block_size)
+    return ModelRunner(engine, mesh, caches, config.max_num_seqs, sender)
+
+
+def _ready(
+    config: ModelConfig,
+    engine: Engine,
+    mesh: Mesh,
+    num_blocks: int,
+    seconds: float,
+    reports: list[LoadReport],
+) -> Ready:
+    assert engine.kv_spec is not None
+    dtype = str(engine.kv_spec.dtype).removeprefix("torch.")
+    layout = f"{config.engine}-tp{mesh.tp_size}-pp{mesh.pp_size}-{dtype}"
+    return Ready(
+        engine=config.engine,
+        dtype=dtype,
+        device=mesh.device.type,
+        tp_size=mesh.tp_size,
+        pp_size=mesh.pp_size,
+        max_model_len=min(_max_model_len(config, engine), num_blocks * config.kv_block_size),
+        max_num_seqs=config.max_num_seqs,
+        vocab_size=engine.vocab_size,
+        num_blocks=num_blocks,
+        block_size=config.kv_block_size,
+        eos_token_ids=sorted(modeldir.eos_token_ids(Path(config.model_path))),
+        fingerprint=f"fp_{modeldir.fingerprint(Path(config.model_path), layout)}",
+        load_seconds=seconds,
+        pids=[os.getpid(), *(report.pid for report in reports)],
+    )
+
+
+def _scheduler(config: ModelConfig, ready: Ready) -> ContinuousScheduler:
+    return ContinuousScheduler(
+        num_blocks=ready.num_blocks,
+        block_size=ready.block_size,
+        max_num_seqs=ready.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=ready.max_model_len,
+        eos_token_ids=ready.eos_token_ids,
+        prefix_cache=config.prefix_cache,
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    """The error as the supervisor shows it."""
+    text = " ".join(str(error).split())
+    known = isinstance(error, (*PERMANENT, OSError))
+    return text if known and text else f"{type(error).__name__}: {text}"
+
+
+def _exit(code: int) -> NoReturn:
+    """Leave at once: interpreter shutdown would wait for collectives that nobody answers any more."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
