@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,7 +111,8 @@ class StepPlan:
         sizes = (t, t, t, s + 1, s, s, n, n)
         *parts, tables = np.split(flat, np.cumsum(sizes))
         tables = tables.reshape(s, len(tables) // s if s else 0)
-        return cls(kind=StepKind(kind), **dict(zip(_ARRAYS, [*parts, tables], strict=True)))
+        arrays: dict[str, Any] = dict(zip(_ARRAYS, [*parts, tables], strict=True))
+        return cls(kind=StepKind(kind), **arrays)
 
     @classmethod
     def empty(cls, kind: StepKind) -> StepPlan:

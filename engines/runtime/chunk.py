@@ -1,0 +1,169 @@
+"""From what the scheduler chose to the flat arrays of a StepPlan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from engines.runtime.plan import LAST_SAMPLED, Int32, RowSampling, RowUse, StepKind, StepPlan
+from engines.runtime.sequence import Sequence
+from engines.wire import SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Chunk:
+    """The consecutive tokens of one sequence that one plan computes, and the rows of logits it wants:
+    first those of `num_prompt_rows` prompt positions, then, if `samples`, one for each draft and one more.
+    """
+
+    sequence: Sequence
+    start: int  # position of its first token
+    num_tokens: int  # drafts included
+    samples: bool
+    drafts: tuple[int, ...] = ()
+    first_row: int = 0
+    num_prompt_rows: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_prompt_rows + (len(self.drafts) + 1 if self.samples else 0)
+
+
+class BlockTables:
+    """Block tables of all slots as one array, kept up to date, so that a plan's are one gather away."""
+
+    def __init__(self, num_slots: int, max_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self._tables = np.zeros((num_slots, max_blocks), np.int32)
+
+    def write(self, slot: int, first: int, blocks: list[int]) -> None:
+        self._tables[slot, first : first + len(blocks)] = blocks
+
+    def clear(self, slot: int, num_blocks: int) -> None:
+        self._tables[slot, :num_blocks] = 0
+
+    def gather(self, slots: Int32, max_context_len: int) -> Int32:
+        """[S, W], W just wide enough."""
+        return self._tables[slots, : -(-max_context_len // self.block_size)]
+
+    def slot_mapping(self, token_slots: Int32, positions: Int32) -> Int32:
+        """[T]: where in the K/V each token goes."""
+        blocks = self._tables[token_slots, positions // self.block_size]
+        return blocks * np.int32(self.block_size) + positions % np.int32(self.block_size)
+
+
+class _Rows:
+    """The logit rows of a plan while it is being built."""
+
+    def __init__(self) -> None:
+        self.index: list[int] = []
+        self.use: list[int] = []
+        self.sampling: list[RowSampling] = []
+
+    def add(self, index: int, use: RowUse, sampling: RowSampling) -> None:
+        self.index.append(index)
+        self.use.append(int(use))
+        self.sampling.append(sampling)
+
+
+def build_plan(chunks: list[Chunk], tables: BlockTables) -> StepPlan:
+    """The plan that computes `chunks`, which it carries as its tag. Sets first_row and num_prompt_rows."""
+    input_ids: list[int] = []
+    rows = _Rows()
+    for chunk in chunks:
+        chunk.first_row = len(rows.index)
+        _add_prompt_rows(rows, chunk, offset=len(input_ids) - chunk.start)
+        input_ids.extend(_input_ids(chunk))
+        if chunk.samples:
+            _add_sample_rows(rows, chunk, last=len(input_ids) - 1)
+    starts = np.array([chunk.start for chunk in chunks], np.int32)
+    lengths = np.array([chunk.num_tokens for chunk in chunks], np.int32)
+    slots = np.array([chunk.sequence.slot for chunk in chunks], np.int32)
+    query_start = np.zeros(len(chunks) + 1, np.int32)
+    np.cumsum(lengths, out=query_start[1:])
+    positions = np.arange(len(input_ids), dtype=np.int32) + np.repeat(starts - query_start[:-1], lengths)
+    context_lens = starts + lengths
+    return StepPlan(
+        kind=StepKind.RUN,
+        input_ids=np.array(input_ids, np.int32),
+        positions=positions,
+        slot_mapping=tables.slot_mapping(np.repeat(slots, lengths), positions),
+        query_start=query_start,
+        context_lens=context_lens,
+        slots=slots,
+        logit_rows=np.array(rows.index, np.int32),
+        row_use=np.array(rows.use, np.int32),
+        block_tables=tables.gather(slots, int(context_lens.max())),
+        sampling=tuple(rows.sampling),
+        tag=chunks,
+    )
+
+
+def _input_ids(chunk: Chunk) -> Iterable[int]:
+    token_ids, start = chunk.sequence.token_ids, chunk.start
+    if chunk.num_tokens == 1:
+        return (token_ids[start] if start < len(token_ids) else LAST_SAMPLED,)
+    known = token_ids[start : chunk.end]
+    known.extend(chunk.drafts)
+    return known
+
+
+def _add_prompt_rows(rows: _Rows, chunk: Chunk, offset: int) -> None:
+    """Rows for the prompt positions of this chunk whose log-probabilities are asked for and not yet had."""
+    collected = chunk.sequence.prompt_logprobs
+    if collected is None:
+        return
+    request = chunk.sequence.request
+    params = _scoring_params(request.prompt_logprobs or 0)
+    first = max(chunk.start, len(collected) - 1)
+    last = min(chunk.end, len(request.prompt_ids) - 1)
+    for position in range(first, last):
+        target = request.prompt_ids[position + 1]
+        sampling = RowSampling(params, position=position + 1, target_id=target)
+        rows.add(offset + position, RowUse.PROMPT_LOGPROBS, sampling)
+    chunk.num_prompt_rows = max(0, last - first)
+
+
+def _add_sample_rows(rows: _Rows, chunk: Chunk, last: int) -> None:
+    """A row for each draft, and one for the token after them."""
+    drafts = chunk.drafts
+    for index, draft in enumerate(drafts):
+        sampling = _row_sampling(chunk, index, target_id=draft)
+        rows.add(last - len(drafts) + index, RowUse.VERIFY, sampling)
+    rows.add(last, RowUse.SAMPLE, _row_sampling(chunk, len(drafts), target_id=-1))
+
+
+def _row_sampling(chunk: Chunk, num_drafts: int, target_id: int) -> RowSampling:
+    """How to draw the token that follows the first `num_drafts` drafts."""
+    sequence, request = chunk.sequence, chunk.sequence.request
+    position = chunk.end - len(chunk.drafts) + num_drafts
+    num_generated = position - len(request.prompt_ids)
+    banned = tuple(sequence.stop_ids) if num_generated < request.min_tokens else ()
+    history = _NO_HISTORY
+    if sequence.needs_history:
+        history = np.array([*sequence.token_ids, *chunk.drafts[:num_drafts]], np.int32)
+    return RowSampling(
+        request.sampling,
+        position,
+        request.choice,
+        len(request.prompt_ids),
+        history,
+        banned,
+        target_id,
+    )
+
+
+_NO_HISTORY = np.empty(0, np.int32)
+
+
+@lru_cache(maxsize=64)
+def _scoring_params(num_top: int) -> SamplingParams:
+    """Params for rows that draw nothing: the model's own distribution."""
+    return SamplingParams(temperature=0.0, logprobs=num_top)

@@ -1,0 +1,506 @@
+"""Which sequences run in the next step, and what became of those of the last: continuous batching.
+
+One rule, no prefill and decode phases: a sequence has num_pending = known tokens - computed tokens, a
+step computes some of them, and a token is sampled when none is left.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Protocol
+
+from engines.runtime.blocks import BlockPool
+from engines.runtime.chunk import BlockTables, Chunk, build_plan
+from engines.runtime.plan import StepKind, StepPlan, StepResult
+from engines.runtime.sequence import Sequence, root_hash
+from engines.wire import FinishReason, Generate, RequestError, Stats, TokenDelta, TokenLogprob
+
+
+class Scheduler(Protocol):
+    """A batching policy. It holds no tensor, socket or clock.
+
+    schedule() gives IDLE when nothing can be started: no work, or all of it waits for a plan in flight.
+    Every plan that is not IDLE must come back through update(), in the order it was given out.
+    """
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence is queued or running, or a plan is in flight."""
+
+    def add(self, request: Generate) -> TokenDelta | None:
+        """Queue it. A delta is its end: it was refused, or had nothing to generate."""
+
+    def abort(self, id: str) -> None:
+        """Drop it and free its blocks now, even those that a plan in flight still writes."""
+
+    def schedule(self) -> StepPlan: ...
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]: ...
+
+    def stats(self) -> Stats: ...
+
+
+class Drafter(Protocol):
+    """Guesses what comes next, for the model to verify several tokens in one step."""
+
+    def draft(self, token_ids: list[int], max_tokens: int) -> list[int]:
+        """At most `max_tokens` guesses; may be none."""
+
+
+class ContinuousScheduler:
+    """Continuous batching over paged K/V, first come first served.
+
+    Running sequences go first, oldest first. When blocks run out the youngest is preempted: its blocks
+    are freed, it returns to the front of the queue and is computed again (mostly from the prefix cache).
+    Then the queue is admitted in order; the only one that others may pass is a sequence whose sibling
+    (same `group`) is just computing the prompt they share.
+
+    `max_plans_in_flight` plans may be out at once. Without `run_ahead` their sequences are disjoint, and each
+    plan takes its share of them (micro-batches). With it a sequence that only lacks its last sampled token is
+    scheduled again, with LAST_SAMPLED for that token; what it sampled beyond its end is dropped.
+
+    Blocks are freed at once even if a plan in flight writes them: plans run in order, so a later owner's
+    writes come after, and it reads only what it wrote.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        eos_token_ids: Iterable[int],
+        prefix_cache: bool = True,
+        max_plans_in_flight: int = 1,
+        run_ahead: bool = False,
+        drafter: Drafter | None = None,
+        max_draft_tokens: int = 4,
+    ) -> None:
+        assert min(block_size, max_num_seqs, max_num_batched_tokens, max_plans_in_flight) > 0
+        self.block_size = block_size
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = min(max_model_len, num_blocks * block_size)  # so that any sequence fits alone
+        self.max_plans_in_flight = max_plans_in_flight
+        self._eos_ids = frozenset(eos_token_ids)
+        self._prefix_cache = prefix_cache
+        self._run_ahead = run_ahead
+        self._drafter = drafter
+        self._max_draft_tokens = max_draft_tokens
+        self._pool = BlockPool(num_blocks)
+        self._tables = BlockTables(max_num_seqs, -(-self.max_model_len // block_size), block_size)
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._sequences: dict[str, Sequence] = {}  # queued and running
+        self._queue: OrderedDict[str, Sequence] = OrderedDict()
+        self._running: list[Sequence] = []  # oldest first
+        self._prompt_leaders: dict[str, Sequence] = {}  # group -> who computes the shared prompt
+        self._num_plans_in_flight = 0
+        self._num_arrivals = 0
+        self._num_steps = 0
+        self._num_preemptions = 0
+        self._num_prefix_queries = 0
+        self._num_prefix_hits = 0
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+
+    # ------------------------------------------------------------------ requests in and out
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences) or self._num_plans_in_flight > 0
+
+    def add(self, request: Generate) -> TokenDelta | None:
+        if (error := self._refusal(request)) is not None:
+            return TokenDelta(id=request.id, error=error)
+        sequence = self._new_sequence(request)
+        ended = self._ended_before(sequence)
+        if ended is not None:
+            return TokenDelta(id=request.id, finish_reason=ended)
+        self._sequences[sequence.id] = self._queue[sequence.id] = sequence
+        return None
+
+    def abort(self, id: str) -> None:
+        sequence = self._sequences.get(id)
+        if sequence is not None:
+            self._remove(sequence)
+
+    def stats(self, num_idle_rounds: int = 0) -> Stats:
+        """Counters and gauges now. The leader counts idle rounds; they are added to num_steps."""
+        return Stats(
+            num_steps=self._num_steps + num_idle_rounds,
+            num_running=len(self._running),
+            num_waiting=len(self._queue),
+            num_blocks_used=self._pool.num_used,
+            num_blocks_cached=self._pool.num_cached,
+            num_blocks_free=self._pool.num_free,
+            num_preemptions=self._num_preemptions,
+            num_prefix_queries=self._num_prefix_queries,
+            num_prefix_hits=self._num_prefix_hits,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+        )
+
+    def check(self) -> None:
+        """Assert that every block, slot and sequence is accounted for."""
+        self._pool.check([sequence.block_table for sequence in self._running])
+        slots = sorted([sequence.slot for sequence in self._running] + self._free_slots)
+        assert slots == list(range(self.max_num_seqs)), "slots were lost or given twice"
+        known = {*self._queue, *(sequence.id for sequence in self._running)}
+        assert known == set(self._sequences), "a sequence is neither queued nor running"
+        assert all(not sequence.block_table for sequence in self._queue.values()), "a queued one holds blocks"
+
+    def _refusal(self, request: Generate) -> RequestError | None:
+        num_tokens = len(request.prompt_ids) + len(request.resume_token_ids)
+        if not request.prompt_ids:
+            return RequestError("invalid_request", "the prompt is empty; it needs at least one token")
+        if request.id in self._sequences:
+            return RequestError(
+                "invalid_request", f"a sequence with the id {request.id!r} is already running"
+            )
+        room = self.max_model_len - (1 if request.max_tokens > len(request.resume_token_ids) else 0)
+        if num_tokens <= room:
+            return None
+        message = (
+            f"the prompt has {num_tokens} tokens; this model serves sequences of at most "
+            f"{self.max_model_len} tokens, prompt and generated together: shorten the prompt"
+        )
+        return RequestError("too_long", message)
+
+    def _new_sequence(self, request: Generate) -> Sequence:
+        self._num_arrivals += 1
+        num_prompt = len(request.prompt_ids)
+        eos_ids = frozenset[int]() if request.ignore_eos else self._eos_ids
+        scores_prompt = request.prompt_logprobs is not None and not request.resume_token_ids
+        return Sequence(
+            request=request,
+            arrival=self._num_arrivals,
+            token_ids=[*request.prompt_ids, *request.resume_token_ids],
+            max_len=min(num_prompt + request.max_tokens, self.max_model_len),
+            stop_ids=eos_ids.union(request.stop_token_ids),
+            hash_root=self._hash_root(request),
+            prompt_logprobs=[None] if scores_prompt else None,
+        )
+
+    def _hash_root(self, request: Generate) -> bytes | None:
+        """Without a prefix cache only siblings share blocks."""
+        if self._prefix_cache:
+            return root_hash(request.cache_salt, "")
+        return root_hash(request.cache_salt, request.group) if request.group else None
+
+    def _ended_before(self, sequence: Sequence) -> FinishReason | None:
+        """Why there is nothing left to generate, if so: what was resumed had ended, or no token is wanted."""
+        request = sequence.request
+        if request.resume_token_ids and sequence.token_ids[-1] in sequence.stop_ids:
+            return "stop"
+        wants_nothing = len(sequence.token_ids) >= sequence.max_len and sequence.prompt_logprobs is None
+        return "length" if wants_nothing else None
+
+    def _remove(self, sequence: Sequence) -> None:
+        """It has ended, however."""
+        sequence.is_finished = True
+        del self._sequences[sequence.id]
+        if self._queue.pop(sequence.id, None) is None:
+            self._stop_running(sequence)
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        """Take back its blocks and its slot."""
+        self._running.remove(sequence)
+        self._tables.clear(sequence.slot, len(sequence.block_table))
+        self._free_slots.append(sequence.slot)
+        self._pool.release(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_hashed_blocks = 0
+        sequence.slot = -1
+        self._end_lead(sequence)
+
+    def _end_lead(self, sequence: Sequence) -> None:
+        """Its siblings wait for it no longer."""
+        group = sequence.request.group
+        if group and self._prompt_leaders.get(group) is sequence:
+            del self._prompt_leaders[group]
+
+    # ------------------------------------------------------------------ what runs next
+
+    def schedule(self) -> StepPlan:
+        chunks: list[Chunk] = []
+        if self._num_plans_in_flight < self.max_plans_in_flight:
+            budget, may_admit = self._continue_running(chunks)
+            if may_admit:
+                self._admit(chunks, budget)
+        if not chunks:
+            return StepPlan.empty(StepKind.IDLE)
+        self._num_plans_in_flight += 1
+        return build_plan(chunks, self._tables)
+
+    def _continue_running(self, chunks: list[Chunk]) -> tuple[int, bool]:
+        """Chunks of the running sequences. Returns the budget left, and whether blocks sufficed."""
+        budget, may_admit = self.max_num_batched_tokens, True
+        max_chunks = self._max_chunks(len(self._running))
+        num_preemptions = self._num_preemptions
+        index = 0
+        while index < len(self._running) and budget > 0 and len(chunks) < max_chunks:
+            sequence = self._running[index]
+            index += 1
+            if not self._can_run(sequence):
+                continue
+            num_tokens = min(sequence.num_pending, budget)
+            if not self._make_room(sequence, sequence.num_computed_tokens + num_tokens):
+                may_admit = False
+                break  # nobody younger runs before it, so that those in flight come back
+            budget -= self._start_chunk(chunks, sequence, num_tokens, budget)
+        return budget, may_admit and num_preemptions == self._num_preemptions
+
+    def _max_chunks(self, num_candidates: int) -> int:
+        """How many sequences one plan takes, so that the others fill the other plans in flight."""
+        if self._run_ahead:
+            return self.max_num_seqs
+        return -(-num_candidates // self.max_plans_in_flight)
+
+    def _can_run(self, sequence: Sequence) -> bool:
+        if sequence.num_plans_in_flight == 0:
+            return True
+        if not self._run_ahead or sequence.num_pending == 0:
+            return False
+        if sequence.num_unknown_tokens == 0:
+            return True  # the next chunk of its prompt
+        return sequence.num_tokens < sequence.max_len and not sequence.needs_history and not self._drafter
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Give it blocks for its first `num_tokens` tokens, if need be those of the youngest.
+
+        False: it has to wait, being the youngest, or for a plan that the youngest is in.
+        """
+        num_missing = -(-num_tokens // self.block_size) - len(sequence.block_table)
+        if num_missing <= 0:
+            return True
+        while self._pool.num_available < num_missing:
+            youngest = self._running[-1]
+            if youngest is sequence or youngest.num_plans_in_flight:
+                return False
+            self._preempt(youngest)
+        self._give_blocks(sequence, num_missing)
+        return True
+
+    def _give_blocks(self, sequence: Sequence, num_blocks: int) -> None:
+        blocks = [self._pool.allocate() for _ in range(num_blocks)]
+        self._tables.write(sequence.slot, len(sequence.block_table), blocks)
+        sequence.block_table += blocks
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the front of the queue, without blocks. Not while in flight: its results would be lost."""
+        assert sequence.num_plans_in_flight == 0
+        self._num_preemptions += 1
+        self._stop_running(sequence)
+        sequence.num_computed_tokens = 0
+        self._queue[sequence.id] = sequence
+        self._queue.move_to_end(sequence.id, last=False)
+
+    def _start_chunk(self, chunks: list[Chunk], sequence: Sequence, num_tokens: int, budget: int) -> int:
+        """Put its next tokens into the plan. Returns how many, drafts included."""
+        start = sequence.num_computed_tokens
+        samples = start + num_tokens == sequence.num_tokens < sequence.max_len
+        drafts = self._draft(sequence, budget - num_tokens) if samples and self._drafter else ()
+        chunk = Chunk(sequence, start, num_tokens + len(drafts), samples, drafts)
+        chunks.append(chunk)
+        sequence.num_computed_tokens = chunk.end
+        sequence.num_unknown_tokens += samples
+        sequence.num_plans_in_flight += 1
+        return chunk.num_tokens
+
+    def _draft(self, sequence: Sequence, budget: int) -> tuple[int, ...]:
+        """Guesses for which there are tokens, length and blocks, nobody being preempted for them."""
+        assert self._drafter is not None
+        room = len(sequence.block_table) + self._pool.num_available
+        max_tokens = min(
+            self._max_draft_tokens,
+            budget,
+            sequence.max_len - len(sequence.token_ids) - 1,
+            room * self.block_size - len(sequence.token_ids),
+        )
+        if max_tokens <= 0:
+            return ()
+        drafts = tuple(self._drafter.draft(sequence.token_ids, max_tokens)[:max_tokens])
+        has_room = self._make_room(sequence, len(sequence.token_ids) + len(drafts))
+        assert has_room, "drafts were bounded by the blocks available"
+        return drafts
+
+    # ------------------------------------------------------------------ admission
+
+    def _admit(self, chunks: list[Chunk], budget: int) -> None:
+        """Start queued sequences in order while tokens, slots and blocks last."""
+        max_chunks = self._max_chunks(min(len(self._running) + len(self._queue), self.max_num_seqs))
+        admitted: list[str] = []
+        for sequence in self._queue.values():
+            if budget <= 0 or not self._free_slots or len(chunks) >= max_chunks:
+                break
+            prefix = self._find_prefix(sequence)
+            if self._waits_for_sibling(sequence, len(prefix)):
+                continue
+            if not self._fits(sequence, prefix):
+                break
+            self._start_running(sequence, prefix)
+            budget -= self._start_chunk(chunks, sequence, min(sequence.num_pending, budget), budget)
+            admitted.append(sequence.id)
+        for id in admitted:
+            del self._queue[id]
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        """The blocks from which it can read the K/V of its first tokens."""
+        prefix: list[int] = []
+        if sequence.hash_root is None:
+            return prefix
+        for index in range(sequence.num_shareable_tokens // self.block_size):
+            block = self._pool.find(sequence.hash_of_block(index, self.block_size))
+            if block is None:
+                break
+            prefix.append(block)
+        return prefix
+
+    def _waits_for_sibling(self, sequence: Sequence, num_found: int) -> bool:
+        leader = self._prompt_leaders.get(sequence.request.group)
+        if leader is None or sequence.prompt_logprobs is not None:
+            return False
+        return num_found < (sequence.num_prompt_tokens - 1) // self.block_size
+
+    def _fits(self, sequence: Sequence, prefix: list[int]) -> bool:
+        """Whether there are blocks for all its tokens, and a few to spare for those already running."""
+        num_blocks = -(-len(sequence.token_ids) // self.block_size)
+        num_taken = num_blocks - sum(self._pool.is_used(block) for block in prefix)
+        num_spare = self._pool.num_blocks // 100 if self._running else 0
+        return num_taken + num_spare <= self._pool.num_available
+
+    def _start_running(self, sequence: Sequence, prefix: list[int]) -> None:
+        """Give it a slot, the blocks of its prefix, and new ones for all its other tokens."""
+        sequence.slot = self._free_slots.pop()
+        insort(self._running, sequence, key=lambda s: s.arrival)
+        for block in prefix:
+            self._pool.share(block)
+        sequence.block_table = list(prefix)
+        sequence.num_hashed_blocks = len(prefix)
+        sequence.num_computed_tokens = len(prefix) * self.block_size
+        self._tables.write(sequence.slot, 0, prefix)
+        self._give_blocks(sequence, -(-len(sequence.token_ids) // self.block_size) - len(prefix))
+        self._count_admission(sequence)
+        if sequence.request.group:
+            self._prompt_leaders.setdefault(sequence.request.group, sequence)
+
+    def _count_admission(self, sequence: Sequence) -> None:
+        """Prompt and prefix counters count a sequence once, not again after a preemption."""
+        if sequence.num_cached_tokens is not None:
+            return
+        num_prompt = sequence.num_prompt_tokens
+        sequence.num_cached_tokens = min(sequence.num_computed_tokens, num_prompt)
+        self._num_prompt_tokens += num_prompt
+        if self._prefix_cache:
+            self._num_prefix_queries += num_prompt
+            self._num_prefix_hits += sequence.num_cached_tokens
+
+    # ------------------------------------------------------------------ what came of it
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
+        """Take in what a plan gave: tokens to send, in the plan's order, and ends."""
+        chunks = plan.tag
+        assert isinstance(chunks, list), "not a plan of schedule()"
+        assert self._num_plans_in_flight > 0, "a plan came back twice"
+        self._num_plans_in_flight -= 1
+        self._num_steps += 1
+        token_ids: list[int] = result.token_ids.tolist()
+        deltas = []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            sequence.num_plans_in_flight -= 1
+            if sequence.is_finished:
+                continue  # aborted, or ended before this plan, which had run ahead, came back
+            delta = self._finish_chunk(chunk, token_ids, result)
+            if delta is not None:
+                deltas.append(delta)
+        return deltas
+
+    def _finish_chunk(self, chunk: Chunk, token_ids: list[int], result: StepResult) -> TokenDelta | None:
+        sequence = chunk.sequence
+        if result.errors and (message := _first_error(chunk, result)) is not None:
+            self._remove(sequence)
+            return TokenDelta(id=sequence.id, error=RequestError("internal", message))
+        if chunk.num_prompt_rows:
+            _collect_prompt_logprobs(chunk, result)
+        if chunk.samples:
+            return self._finish_sampling(chunk, token_ids, result)
+        self._offer_blocks(sequence, chunk.end)
+        if chunk.end == sequence.max_len:  # only its prompt was wanted
+            self._remove(sequence)
+            return self._delta(sequence, [], [], "length")
+        return None
+
+    def _finish_sampling(self, chunk: Chunk, token_ids: list[int], result: StepResult) -> TokenDelta:
+        sequence = chunk.sequence
+        sequence.num_unknown_tokens -= 1
+        first_row = chunk.first_row + chunk.num_prompt_rows
+        accepted: list[int] = []
+        reason: FinishReason | None = None
+        drawn = token_ids[first_row : first_row + len(chunk.drafts) + 1]
+        for token_id, draft in zip(drawn, (*chunk.drafts, None), strict=True):
+            accepted.append(token_id)
+            sequence.token_ids.append(token_id)
+            reason = _finish_reason(sequence)
+            if reason is not None or token_id != draft:
+                break
+        if chunk.drafts:
+            sequence.num_computed_tokens = len(sequence.token_ids) - 1
+        self._num_generated_tokens += len(accepted)
+        self._offer_blocks(sequence, len(sequence.token_ids) - 1)
+        if reason is not None:
+            self._remove(sequence)
+        return self._delta(sequence, accepted, _logprobs(sequence, first_row, len(accepted), result), reason)
+
+    def _offer_blocks(self, sequence: Sequence, num_computed: int) -> None:
+        """Let others find its full blocks up to there, now that they have been computed."""
+        if sequence.hash_root is not None:
+            for index in range(sequence.num_hashed_blocks, num_computed // self.block_size):
+                block_hash = sequence.hash_of_block(index, self.block_size)
+                self._pool.register(sequence.block_table[index], block_hash)
+                sequence.num_hashed_blocks = index + 1
+        if num_computed >= sequence.num_prompt_tokens:
+            self._end_lead(sequence)
+
+    def _delta(
+        self, sequence: Sequence, tokens: list[int], logprobs: list[TokenLogprob], reason: FinishReason | None
+    ) -> TokenDelta:
+        is_first = not sequence.has_reported
+        sequence.has_reported = True
+        return TokenDelta(
+            id=sequence.request.id,
+            token_ids=tokens,
+            logprobs=logprobs,
+            finish_reason=reason,
+            is_stop_token=reason == "stop",
+            num_cached_tokens=sequence.num_cached_tokens if is_first else None,
+            prompt_logprobs=sequence.prompt_logprobs if is_first else None,
+        )
+
+
+def _finish_reason(sequence: Sequence) -> FinishReason | None:
+    """Whether the token it has just got is its last."""
+    if sequence.token_ids[-1] in sequence.stop_ids:
+        return "stop"
+    return "length" if len(sequence.token_ids) >= sequence.max_len else None
+
+
+def _first_error(chunk: Chunk, result: StepResult) -> str | None:
+    rows = range(chunk.first_row, chunk.first_row + chunk.num_rows)
+    return next((result.errors[row] for row in rows if row in result.errors), None)
+
+
+def _collect_prompt_logprobs(chunk: Chunk, result: StepResult) -> None:
+    collected = chunk.sequence.prompt_logprobs
+    assert collected is not None, "prompt rows without a request for them"
+    rows = range(chunk.first_row, chunk.first_row + chunk.num_prompt_rows)
+    collected.extend(result.logprobs[row] for row in rows)
+
+
+def _logprobs(sequence: Sequence, first_row: int, count: int, result: StepResult) -> list[TokenLogprob]:
+    if sequence.request.sampling.logprobs is None:
+        return []
+    return [result.logprobs[row] for row in range(first_row, first_row + count)]

@@ -1,0 +1,92 @@
+"""One request inside the runtime: its tokens, how much of their K/V exists, and where that lies."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from engines.wire import Generate, TokenLogprob
+
+_DIGEST_BYTES = 32
+
+
+def root_hash(salt: bytes, group: str) -> bytes:
+    """What a chain of block hashes starts from. Only equal salts and groups can share blocks."""
+    return blake2b(
+        len(salt).to_bytes(4, "little") + salt + group.encode(), digest_size=_DIGEST_BYTES
+    ).digest()
+
+
+def chain_hash(parent: bytes, token_ids: list[int]) -> bytes:
+    """The hash of a full block: of its own tokens and, through `parent`, of all tokens before them."""
+    return blake2b(parent + array("i", token_ids).tobytes(), digest_size=_DIGEST_BYTES).digest()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The scheduler's record of one Generate.
+
+    token_ids = prompt + resumed + generated, as far as they are known. `num_computed_tokens` counts
+    those whose K/V exists once every plan made so far has run: plans run in order, so a later plan may
+    rely on it. `num_unknown_tokens` counts tokens that plans in flight will sample.
+    """
+
+    request: Generate
+    arrival: int
+    token_ids: list[int]
+    max_len: int  # tokens, prompt included, after which it ends with "length"
+    stop_ids: frozenset[int]
+    hash_root: bytes | None  # None: it shares no blocks
+    num_computed_tokens: int = 0
+    num_unknown_tokens: int = 0
+    num_plans_in_flight: int = 0
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_hashed_blocks: int = 0  # of block_table, offered to the prefix cache (or read from it)
+    slot: int = -1
+    is_finished: bool = False
+    has_reported: bool = False
+    num_cached_tokens: int | None = None  # prompt tokens read from the cache when first admitted
+    prompt_logprobs: list[TokenLogprob | None] | None = None  # collected so far; None: not asked for
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_unknown_tokens
+
+    @property
+    def num_pending(self) -> int:
+        return len(self.token_ids) + self.num_unknown_tokens - self.num_computed_tokens
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether a penalty makes its draws depend on all tokens before, not only through the model."""
+        params = self.request.sampling
+        return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
+
+    @property
+    def num_shareable_tokens(self) -> int:
+        """How many tokens may come from the prefix cache: not the last, whose logits are needed, and
+        none whose prompt log-probability is still to be had."""
+        last = len(self.token_ids) - 1
+        if self.prompt_logprobs is None or len(self.prompt_logprobs) >= self.num_prompt_tokens:
+            return last
+        return min(last, len(self.prompt_logprobs) - 1)
+
+    def hash_of_block(self, index: int, block_size: int) -> bytes:
+        """The chained hash of its block `index`, all of whose tokens must be known."""
+        assert self.hash_root is not None, "it shares no blocks"
+        hashes = self.block_hashes
+        while len(hashes) <= index:
+            start = len(hashes) * block_size
+            parent = hashes[-1] if hashes else self.hash_root
+            hashes.append(chain_hash(parent, self.token_ids[start : start + block_size]))
+        return hashes[index]
