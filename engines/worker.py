@@ -36,7 +36,7 @@ from engines.wire import Failed, Progress, Ready
 
 log = logging.getLogger("sluice.worker")
 
-PERMANENT = (UnsupportedModel, BadCheckpoint, ConfigError)
+PERMANENT = (UnsupportedModel, BadCheckpoint, ConfigError, modeldir.BadModelDir, kv_cache.TooLittleMemory)
 """Errors that a restart would meet again."""
 
 _PR_SET_PDEATHSIG = 1
@@ -93,7 +93,8 @@ def _prepare_leader(config: ModelConfig, run_dir: Path, inbox: Inbox) -> Leader:
     ready = _ready(config, engine, mesh, num_blocks, time.monotonic() - started, reports)
     inbox.send(ready)
     log.info("ready: %s", ready)
-    return Leader(_scheduler(config, ready), runner, inbox, engine.plans_in_flight)
+    scheduler = _scheduler(config, ready, engine.plans_in_flight)
+    return Leader(scheduler, runner, inbox, engine.plans_in_flight)
 
 
 def _reports(sender: PlanSender | None) -> list[LoadReport]:
@@ -184,9 +185,15 @@ def _load(config: ModelConfig, mesh: Mesh, report: ReportProgress) -> Engine:
 
 
 def _num_blocks(config: ModelConfig, engine: Engine, mesh: Mesh) -> int:
+    """K/V blocks for this rank's memory, and no more than every slot could fill."""
     spec = engine.kv_spec
     assert spec is not None, "engines that own their K/V run under the static scheduler"
-    return kv_cache.num_blocks(config, spec, mesh.device, _max_model_len(config, engine))
+    is_cuda = mesh.device.type == "cuda"
+    budget = (
+        kv_cache.cuda_budget_of(mesh.device, config.gpu_memory_share) if is_cuda else config.kv_cache_memory
+    )
+    most = config.max_num_seqs * -(-_max_model_len(config, engine) // config.kv_block_size)
+    return min(kv_cache.num_blocks_for(spec, budget, config.kv_block_size), most)
 
 
 def _max_model_len(config: ModelConfig, engine: Engine) -> int:
@@ -230,7 +237,7 @@ def _ready(
     )
 
 
-def _scheduler(config: ModelConfig, ready: Ready) -> ContinuousScheduler:
+def _scheduler(config: ModelConfig, ready: Ready, plans_in_flight: int) -> ContinuousScheduler:
     return ContinuousScheduler(
         num_blocks=ready.num_blocks,
         block_size=ready.block_size,
@@ -239,6 +246,7 @@ def _scheduler(config: ModelConfig, ready: Ready) -> ContinuousScheduler:
         max_model_len=ready.max_model_len,
         eos_token_ids=ready.eos_token_ids,
         prefix_cache=config.prefix_cache,
+        max_plans_in_flight=plans_in_flight,
     )
 
 

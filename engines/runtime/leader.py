@@ -5,29 +5,11 @@ from __future__ import annotations
 from typing import Protocol
 
 from engines.runtime.plan import StepKind, StepPlan, StepResult
+from engines.runtime.scheduler import Scheduler
 from engines.wire import Abort, FromWorker, Generate, Stats, TokenDelta, Tokens, ToWorker
 
 IDLE_WAIT_SECONDS = 0.25
 """How long an idle leader sleeps between signs of life: its step counter moves at this pace."""
-
-
-class Scheduler(Protocol):
-    """What to compute next. Torch-free policy; see engines/runtime/scheduler.py and static.py."""
-
-    def add(self, request: Generate) -> list[TokenDelta]:
-        """Take a request in. The deltas refuse it when it could never run."""
-
-    def abort(self, id: str) -> None: ...
-
-    @property
-    def has_work(self) -> bool: ...
-
-    def schedule(self) -> StepPlan:
-        """The next plan; of kind IDLE when nothing can run now. Legal with plans in flight."""
-
-    def update(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]: ...
-
-    def stats(self, num_steps: int) -> Stats: ...
 
 
 class Runner(Protocol):
@@ -64,7 +46,7 @@ class Leader:
         self._runner = runner
         self._inbox = inbox
         self._plans_in_flight = plans_in_flight
-        self._num_steps = 0
+        self._num_idle_rounds = 0
 
     def run(self) -> None:
         """Until the gateway is gone."""
@@ -80,14 +62,15 @@ class Leader:
             self._emit(self._scheduler.update(plan, result))
         else:
             self._inbox.wait(IDLE_WAIT_SECONDS)
-        self._num_steps += 1
-        self._inbox.publish(self._scheduler.stats(self._num_steps))
+            self._num_idle_rounds += 1
+        self._inbox.publish(self._scheduler.stats(self._num_idle_rounds))
 
     def _take_requests(self) -> None:
         for message in self._inbox.poll():
             match message:
                 case Generate():
-                    self._emit(self._scheduler.add(message))
+                    refusal = self._scheduler.add(message)
+                    self._emit([refusal] if refusal is not None else [])
                 case Abort():
                     self._scheduler.abort(message.id)
 
