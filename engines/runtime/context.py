@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from engines.base import Batch
+    from engines.runtime.attention import AttentionStep
     from engines.runtime.kv_cache import LayerCache
 
 
@@ -18,6 +21,7 @@ class ForwardContext:
 
     batch: Batch
     caches: Sequence[LayerCache]
+    attention: dict[torch.device, AttentionStep] = field(default_factory=dict)  # filled by the first layer
 
 
 _current: ForwardContext | None = None

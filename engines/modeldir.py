@@ -1,0 +1,49 @@
+"""What a model directory says about itself besides its weights, read as data. Torch-free."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class BadModelDir(ValueError):  # noqa: N818
+    """A file of the model directory is missing or not what its name says. Names the file."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises BadModelDir if it is missing, not JSON, or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadModelDir(
+            f"{path}: no such file; a model directory holds config.json and *.safetensors"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise BadModelDir(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BadModelDir(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def eos_token_ids(model_dir: str | Path) -> tuple[int, ...]:
+    """The ids that end a generation: generation_config.json's, or else config.json's; ascending.
+
+    generation_config.json wins where it names any, as in Hugging Face's `generate`: instruct models
+    list there what config.json does not (end of turn beside end of text).
+    """
+    root = Path(model_dir)
+    generation = root / "generation_config.json"
+    if generation.exists():
+        ids = _token_ids(generation, read_json(generation).get("eos_token_id"))
+        if ids:
+            return ids
+    config = root / "config.json"
+    return _token_ids(config, read_json(config).get("eos_token_id"))
+
+
+def _token_ids(path: Path, value: object) -> tuple[int, ...]:
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(item) is int and item >= 0 for item in ids):
+        raise BadModelDir(f"{path}: eos_token_id must be an id or a list of ids, found {value!r}")
+    return tuple(sorted(set(ids)))

@@ -1,0 +1,202 @@
+"""Reads Hugging Face safetensors checkpoints, each rank its own slices only.
+
+`Checkpoint` finds every tensor and checks names, shapes, dtypes and file sizes from the headers alone
+before a weight is read. Nothing here unpickles.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engines.base import BadCheckpoint
+from engines.modeldir import BadModelDir, read_json
+from engines.models.names import IGNORED_SUFFIXES, Slice, TensorSpec
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+_LENGTH = struct.Struct("<Q")
+_MAX_HEADER_BYTES = 100 << 20
+_PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+_CONVERT = "run `sluice convert` on it: the server does not read pickled weights"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies, from its file's header."""
+
+    path: Path
+    dtype: str  # safetensors' name: F32, BF16, ...
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file. Raises BadCheckpoint: missing, pickled, corrupt, truncated."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(_LENGTH.size)
+            _refuse_pickle(path, start)
+            if len(start) < _LENGTH.size:
+                raise BadCheckpoint(f"{path}: truncated: {len(start)} bytes are not even a header")
+            (length,) = _LENGTH.unpack(start)
+            data_bytes = path.stat().st_size - _LENGTH.size - length
+            if length > _MAX_HEADER_BYTES or data_bytes < 0:
+                raise BadCheckpoint(f"{path}: corrupt or truncated: its header claims {length} bytes")
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise BadCheckpoint(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, BadCheckpoint):
+            raise
+        raise BadCheckpoint(f"{path}: corrupt header: {error}") from None
+    if not isinstance(header, dict):
+        raise BadCheckpoint(f"{path}: corrupt header: expected a JSON object")
+    header.pop("__metadata__", None)
+    return {name: _entry(path, name, entry, data_bytes) for name, entry in header.items()}
+
+
+def _refuse_pickle(path: Path, start: bytes) -> None:
+    if start.startswith(_PICKLE_MAGIC):
+        raise BadCheckpoint(f"{path}: holds a pickle, whatever its name says: {_CONVERT}")
+
+
+def _entry(path: Path, name: str, entry: Any, data_bytes: int) -> StoredTensor:
+    try:
+        (begin, end), dtype = entry["data_offsets"], str(entry["dtype"])
+        shape = tuple(int(size) for size in entry["shape"])
+        in_order = 0 <= begin <= end
+    except (TypeError, KeyError, ValueError) as error:
+        raise BadCheckpoint(f"{path}: tensor {name}: corrupt header entry: {error!r}") from None
+    if not in_order:
+        raise BadCheckpoint(f"{path}: tensor {name}: corrupt header entry: bytes {begin} to {end}")
+    if end > data_bytes:
+        raise BadCheckpoint(
+            f"{path}: tensor {name}: truncated: it ends at byte {end} of the data, the file has {data_bytes}"
+        )
+    return StoredTensor(path, dtype, shape)
+
+
+class Checkpoint:
+    """The weights of a model directory. Opening it reads headers; `read_into` reads weights."""
+
+    def __init__(self, model_dir: str | Path) -> None:
+        self.root = Path(model_dir)
+        self.tensors = self._locate()
+
+    def _locate(self) -> dict[str, StoredTensor]:
+        if (self.root / INDEX_NAME).exists():
+            return self._from_index(self.root / INDEX_NAME)
+        if (self.root / SINGLE_NAME).exists():
+            return read_header(self.root / SINGLE_NAME)
+        pickled = sorted(p.name for p in self.root.glob("*") if p.suffix in _PICKLE_SUFFIXES)
+        if pickled:
+            raise BadCheckpoint(f"{self.root / pickled[0]}: {_CONVERT}")
+        raise BadCheckpoint(f"{self.root}: holds neither {SINGLE_NAME} nor {INDEX_NAME}")
+
+    def _from_index(self, index: Path) -> dict[str, StoredTensor]:
+        weight_map = _weight_map(index)
+        headers = {name: read_header(self._inside(index, name)) for name in sorted(set(weight_map.values()))}
+        tensors = {}
+        for tensor, file in weight_map.items():
+            if tensor not in headers[file]:
+                raise BadCheckpoint(
+                    f"{self.root / file}: tensor {tensor}: missing, though {index.name} names it"
+                )
+            tensors[tensor] = headers[file][tensor]
+        return tensors
+
+    def _inside(self, index: Path, name: str) -> Path:
+        """The shard `name` of an index: a plain file name. Its link may lead out (hub caches are links)."""
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise BadCheckpoint(
+                f"{index}: names the shard {name!r}, which is not a plain file name beside it"
+            )
+        if Path(name).suffix in _PICKLE_SUFFIXES:
+            raise BadCheckpoint(f"{self.root / name}: {_CONVERT}")
+        return self.root / name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are stored as: the dtype of most bytes is not worth asking, the first one's."""
+        first = next(iter(self.tensors.values()))
+        return DTYPES[first.dtype]
+
+    def check(self, expected: Iterable[TensorSpec], optional: frozenset[str] = frozenset()) -> None:
+        """Raises BadCheckpoint unless exactly these tensors are there, in their shapes and a float dtype.
+
+        `optional` names tensors that may be there and are not read.
+        """
+        wanted = {spec.name: spec for spec in expected}
+        for spec in wanted.values():
+            self._check_tensor(spec)
+        extra = [
+            name
+            for name in self.tensors
+            if name not in wanted and name not in optional and not name.endswith(IGNORED_SUFFIXES)
+        ]
+        if extra:
+            raise BadCheckpoint(
+                f"{self.tensors[extra[0]].path}: tensor {extra[0]}: the model of config.json has no place for it "
+                f"({len(extra)} such): config.json and weights do not belong together"
+            )
+
+    def _check_tensor(self, spec: TensorSpec) -> None:
+        stored = self.tensors.get(spec.name)
+        if stored is None:
+            raise BadCheckpoint(f"{self.root}: tensor {spec.name}: missing from every file of the checkpoint")
+        if stored.dtype not in DTYPES:
+            raise BadCheckpoint(
+                f"{stored.path}: tensor {spec.name}: is {stored.dtype}; {', '.join(DTYPES)} can be served"
+            )
+        if stored.shape != spec.shape:
+            raise BadCheckpoint(
+                f"{stored.path}: tensor {spec.name}: its shape is {list(stored.shape)}, "
+                f"config.json makes it {list(spec.shape)}"
+            )
+
+    def read_into(self, out: Tensor, name: str, part: Slice | None = None) -> None:
+        """Fill `out` with the tensor `name`, or a slice of it and its padding, in `out`'s dtype.
+
+        The file is opened anew for each tensor: what stays mapped, and so counts as memory of the
+        rank, is one tensor at most.
+        """
+        stored = self.tensors[name]
+        try:
+            with safe_open(str(stored.path), framework="pt") as file:
+                view = file.get_slice(name)
+                if part is None:
+                    out.copy_(view[:])
+                elif part.dim == 1:
+                    out.copy_(view[:, part.start : part.stop])
+                else:
+                    length = part.stop - part.start
+                    out[length:].zero_()
+                    if length:
+                        out[:length].copy_(view[part.start : part.stop])
+        except (SafetensorError, OSError, RuntimeError) as error:
+            _unreadable(stored.path, name, error)
+
+
+def _unreadable(path: Path, name: str, error: Exception) -> NoReturn:
+    raise BadCheckpoint(f"{path}: tensor {name}: cannot be read: {error}") from error
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = read_json(index).get("weight_map")
+    except BadModelDir as error:
+        raise BadCheckpoint(str(error)) from None
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise BadCheckpoint(f"{index}: weight_map must be an object of tensor name to file name")
+    return weight_map

@@ -1,0 +1,154 @@
+"""Llama on one tensor-parallel rank: fused projections, two all-reduces a layer.
+
+Embedding and head are split by the vocabulary, so that a rank's memory is its share of the model.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engines.base import ReportProgress
+from engines.models.checkpoint import Checkpoint
+from engines.models.config import LlamaConfig
+from engines.models.layers import LinearOp, RMSNorm, Rotary, make_linear, swiglu
+from engines.models.names import Slice, expected_tensors, kv_heads_of, slice_of
+from engines.runtime.attention import paged_attention
+from engines.runtime.mesh import Mesh
+
+
+class WeightLoader:
+    """Hands out this rank's slices of a checkpoint, joined where a projection is fused."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: LlamaConfig,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        report: ReportProgress,
+    ) -> None:
+        self._checkpoint, self._config, self._mesh, self._dtype = checkpoint, config, mesh, dtype
+        self._specs = expected_tensors(config)
+        checkpoint.check(self._specs.values(), optional=frozenset({"lm_head.weight"}))
+        self._report, self._num_read = report, 0
+
+    def load(self, *names: str) -> Tensor:
+        """This rank's slices of the tensors, one below the other."""
+        parts = [self._slice(name) for name in names]
+        shape = list(self._specs[names[0]].shape)
+        shape[parts[0].dim] = parts[0].length
+        rows = [part.length if part.dim == 0 else shape[0] for part in parts]
+        out = torch.empty((sum(rows), *shape[1:]), dtype=self._dtype)
+        for name, part, view in zip(names, parts, out.split(rows), strict=True):
+            self._checkpoint.read_into(view, name, part)
+            self._num_read += 1
+            self._report(self._num_read / len(self._specs))
+        return out.to(self._mesh.device)
+
+    def linear(self, *names: str) -> LinearOp:
+        """The column-parallel projections `names`, fused into one."""
+        weight = self.load(*(f"{name}.weight" for name in names))
+        return make_linear(weight, self._bias(names))
+
+    def row_linear(self, name: str) -> LinearOp:
+        """A row-parallel projection; its partial sums are for all_reduce, so one rank only adds the bias."""
+        weight, bias = self.load(f"{name}.weight"), self._bias((name,))
+        return make_linear(weight, bias if self._mesh.tp_rank == 0 else None)
+
+    def norm(self, name: str) -> RMSNorm:
+        return RMSNorm(self.load(f"{name}.weight"), self._config.rms_norm_eps)
+
+    def _bias(self, names: tuple[str, ...]) -> Tensor | None:
+        biases = [f"{name}.bias" for name in names]
+        return self.load(*biases) if biases[0] in self._specs else None
+
+    def _slice(self, name: str) -> Slice:
+        spec = self._specs[name]
+        return slice_of(spec.rule.placement, spec.shape, self._config, self._mesh.tp_rank, self._mesh.tp_size)
+
+
+class Attention:
+    """Self-attention over the paged K/V, this rank's heads."""
+
+    def __init__(self, loader: WeightLoader, config: LlamaConfig, mesh: Mesh, layer: int) -> None:
+        name = f"model.layers.{layer}.self_attn"
+        self.qkv = loader.linear(f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj")
+        self.output = loader.row_linear(f"{name}.o_proj")
+        self.num_heads = config.num_heads // mesh.tp_size
+        self.num_kv_heads = len(kv_heads_of(config, mesh.tp_rank, mesh.tp_size))
+        self.head_dim, self.scale, self.layer = config.head_dim, config.head_dim**-0.5, layer
+
+    def __call__(self, x: Tensor, rotary: Rotary, cos: Tensor, sin: Tensor) -> Tensor:
+        num_turned = self.num_heads + self.num_kv_heads
+        heads = self.qkv(x).view(x.shape[0], num_turned + self.num_kv_heads, self.head_dim)
+        rotary.turn(heads[:, :num_turned], cos, sin)
+        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        out = paged_attention(query, key, value, self.layer, self.scale)
+        return self.output(out.reshape(x.shape[0], -1))
+
+
+class Mlp:
+    """SwiGLU, this rank's share of the inner dimension."""
+
+    def __init__(self, loader: WeightLoader, layer: int) -> None:
+        name = f"model.layers.{layer}.mlp"
+        self.gate_up = loader.linear(f"{name}.gate_proj", f"{name}.up_proj")
+        self.down = loader.row_linear(f"{name}.down_proj")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(swiglu(self.gate_up(x)))
+
+
+class Layer:
+    """One decoder layer; `hidden` is changed in place."""
+
+    def __init__(self, loader: WeightLoader, config: LlamaConfig, mesh: Mesh, layer: int) -> None:
+        name = f"model.layers.{layer}"
+        self.mesh = mesh
+        self.attention_norm = loader.norm(f"{name}.input_layernorm")
+        self.attention = Attention(loader, config, mesh, layer)
+        self.mlp_norm = loader.norm(f"{name}.post_attention_layernorm")
+        self.mlp = Mlp(loader, layer)
+
+    def __call__(self, hidden: Tensor, rotary: Rotary, cos: Tensor, sin: Tensor) -> None:
+        attended = self.attention(self.attention_norm(hidden), rotary, cos, sin)
+        hidden.add_(self.mesh.all_reduce(attended))
+        hidden.add_(self.mesh.all_reduce(self.mlp(self.mlp_norm(hidden))))
+
+
+class Llama:
+    """The model. `max_positions` bounds the positions that it will be given."""
+
+    def __init__(self, loader: WeightLoader, config: LlamaConfig, mesh: Mesh, max_positions: int) -> None:
+        self.config, self.mesh = config, mesh
+        self.embedding = loader.load("model.embed_tokens.weight")  # [ceil(V / tp), H]
+        self.layers = [Layer(loader, config, mesh, i) for i in range(config.num_layers)]
+        self.norm = loader.norm("model.norm")
+        tied = config.tie_word_embeddings
+        self.head = make_linear(self.embedding) if tied else loader.linear("lm_head")
+        self.rotary = Rotary(config.rope, config.head_dim, max_positions, self.embedding.dtype, mesh.device)
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """[T], [T] to hidden states [T, H] after the last norm, the same on every rank."""
+        hidden = self._embed(input_ids)
+        cos, sin = self.rotary.rows(positions)
+        for layer in self.layers:
+            layer(hidden, self.rotary, cos, sin)
+        return self.norm(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """[L, H] to [L, V] float32 on tensor-parallel rank 0, None on the others."""
+        logits = self.mesh.gather_columns(self.head(hidden))
+        return None if logits is None else logits[:, : self.config.vocab_size].float()
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        """[T] to [T, H]: each rank looks up what its part of the vocabulary holds, zeros elsewhere."""
+        if self.mesh.tp_size == 1:
+            return F.embedding(input_ids, self.embedding)
+        num_rows = self.embedding.shape[0]
+        local = input_ids - self.mesh.tp_rank * num_rows
+        is_mine = (local >= 0) & (local < num_rows)
+        rows = F.embedding(local.clamp_(0, num_rows - 1), self.embedding)
+        return self.mesh.all_reduce(rows.mul_(is_mine.unsqueeze(-1)))
