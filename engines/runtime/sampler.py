@@ -30,7 +30,7 @@ def sample(logits: Tensor, rows: Sequence[RowSampling], row_use: Sequence[int]) 
     """
     raw = logits.log_softmax(-1) if any(row.params.logprobs is not None for row in rows) else None
     errors = _adjust(logits, rows, row_use)
-    tokens = _draw(logits, rows)
+    tokens = _draw(logits, rows, row_use)
     for i, row in enumerate(rows):
         if row_use[i] == RowUse.PROMPT_LOGPROBS:
             tokens[i] = row.target_id
@@ -78,9 +78,10 @@ def _penalise(logits: Tensor, row: RowSampling) -> None:
         logits[ids] -= params.presence_penalty + params.frequency_penalty * times
 
 
-def _draw(logits: Tensor, rows: Sequence[RowSampling]) -> np.ndarray:
+def _draw(logits: Tensor, rows: Sequence[RowSampling], row_use: Sequence[int]) -> np.ndarray:
     tokens: np.ndarray = logits.argmax(-1).cpu().numpy()
-    random = [i for i, row in enumerate(rows) if row.params.temperature > 0 and row.target_id < 0]
+    drawn = (i for i in range(len(rows)) if row_use[i] != RowUse.PROMPT_LOGPROBS)
+    random = [i for i in drawn if rows[i].params.temperature > 0]
     if random:
         chosen = logits if len(random) == len(rows) else logits[random]
         tokens[random] = _draw_random(chosen, [rows[i] for i in random]).cpu().numpy()

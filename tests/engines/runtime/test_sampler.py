@@ -141,3 +141,13 @@ def test_prompt_rows_score_their_target() -> None:
     assert result.token_ids.tolist() == [33, int(logits[1].argmax())]
     assert result.logprobs[0].logprob == pytest.approx(logits.log_softmax(-1)[0, 33].item())
     assert result.logprobs[0].top == []
+
+
+def test_a_verified_draft_is_drawn_as_if_it_had_not_been_guessed() -> None:
+    logits = logits_of(1)
+    free = row(5, temperature=1.5, logprobs=0)
+    guessed = RowSampling(free.params, free.position, target_id=3)
+    drawn = sampler.sample(logits.clone(), [free], [RowUse.SAMPLE])
+    verified = sampler.sample(logits.clone(), [guessed], [RowUse.VERIFY])
+    assert verified.token_ids == drawn.token_ids
+    assert verified.logprobs == drawn.logprobs
