@@ -1,0 +1,317 @@
+"""From checked settings to a ModelConfig: what the keys mean together, and which contradict each other."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import cast
+
+from engines import config_devices
+from engines.config import DeepSpeedSection, Device, DType, ModelConfig, ParallelType
+from engines.config_deepspeed import DeepSpeedFile, read_deepspeed_file
+from engines.config_errors import nearest
+from engines.config_overrides import COMMAND_LINE, apply_flags
+from engines.config_read import Settings, read_settings, warning_line
+from engines.config_source import Section, read_yaml
+
+CONFIG_NAME = "model-config.yaml"
+ENGINE_GROUP = "sluice.engines"
+STATIC_ENGINES = ("deepspeed_inject",)
+_ENGINE_SPLITS: dict[str, tuple[str, ...]] = {
+    "native": ("tp",),
+    "deepspeed_tp": ("tp",),
+    "deepspeed_inject": ("tp",),
+    "pipeline": ("pp", "pptp"),
+    "accelerate": ("custom",),
+}
+_LEVEL, _NPROC = "parallelLevel", "torchrun.nproc-per-node"
+
+
+def resolve_file(path: Path, flags: Mapping[str, object], num_gpus: int | None) -> ModelConfig:
+    """The configuration that a file and flags over it give. Raises ConfigError."""
+    tree, problems = read_yaml(path)
+    apply_flags(tree, flags)
+    settings = read_settings(tree, problems, str(path))
+    return _resolve(settings, Path(os.path.abspath(path)).parent, str(path), num_gpus)
+
+
+def resolve_directory(path: Path, flags: Mapping[str, object], num_gpus: int | None) -> ModelConfig:
+    """The configuration of a model directory without a file of its own. Raises ConfigError."""
+    if (path / CONFIG_NAME).is_file():
+        return resolve_file(path / CONFIG_NAME, flags, num_gpus)
+    tree = Section(COMMAND_LINE)
+    apply_flags(tree, flags)
+    settings = read_settings(tree, [], COMMAND_LINE)
+    return _resolve(settings, Path(os.path.abspath(path)), "", num_gpus)
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    parallel_type: ParallelType
+    tp_size: int = 1
+    pp_size: int = 1
+    custom_devices: int = 1
+
+
+def _resolve(s: Settings, base: Path, source: str, num_gpus: int | None) -> ModelConfig:
+    gpus = config_devices.num_gpus() if num_gpus is None else num_gpus
+    replicas = _replicas(s)
+    device = _device(s, gpus)
+    split = _split(s, device, gpus, replicas)
+    world = split.tp_size * split.pp_size
+    deepspeed, deepspeed_file = _deepspeed(s, base, world)
+    engine = _engine(s, split.parallel_type, deepspeed_file)
+    _check_device_ids(s, split, replicas)
+    _warn_without_effect(s, device, engine, split.parallel_type)
+    name = s.text("modelName") or _clean_name(base.name)
+    template = _first(s, "chatTemplate", "handler.chat_template")
+    queue = 0 if s.flag("useJobTicket") else (s.integer("jobQueueSize") or 100)
+    config = ModelConfig(
+        source=source,
+        model_name=name,
+        served_model_names=s.texts("servedModelNames") or (name,),
+        model_path=_path(base, cast("str | None", _first(s, "modelPath", "handler.model_path")) or "."),
+        parallel_type=split.parallel_type,
+        engine=engine,
+        tp_size=split.tp_size,
+        pp_size=split.pp_size,
+        custom_devices=split.custom_devices,
+        device=device,
+        device_ids=s.integers("deviceIds"),
+        share_devices=s.flag("shareDevices"),
+        num_replicas=replicas,
+        omp_threads=s.integer("torchrun.OMP_NUMBER_THREADS") or _cores_each(world * replicas),
+        monitor_interval=_or(s.number("torchrun.monitor-interval"), 0.1),
+        dtype=cast(DType, s.text("dtype") or "auto"),
+        max_model_len=cast("int | None", _first(s, "maxModelLen", "handler.max_seq_len")),
+        max_num_seqs=cast("int | None", _first(s, "maxNumSeqs", "handler.max_batch_size")) or 256,
+        max_num_batched_tokens=s.integer("maxNumBatchedTokens") or 2048,
+        kv_block_size=s.integer("kvBlockSize") or (256 if device == "cuda" else 16),
+        kv_cache_memory=s.integer("kvCacheMemory") or 1 << 30,
+        gpu_memory_share=_or(s.number("gpuMemoryShare"), 0.9),
+        prefix_cache=s.flag("prefixCache") or "prefixCache" not in s.values,
+        batch_size=s.integer("batchSize") or 1,
+        max_batch_delay=_or(s.integer("maxBatchDelay"), 100) / 1000,
+        pipeline_chunks=s.integer("pippy.chunks"),
+        job_queue_size=queue,
+        response_timeout=_or(s.number("responseTimeout"), 120.0),
+        startup_timeout=_or(s.number("startupTimeout"), 120.0),
+        max_retry_timeout=_or(s.integer("maxRetryTimeoutInSec"), 300),
+        chat_template=_path(base, cast(str, template)) if template else None,
+        deepspeed=deepspeed,
+        warnings=tuple(sorted(s.warnings, key=warning_line)),
+    )
+    s.check()
+    return config
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _first(s: Settings, *keys: str) -> object:
+    """The value of the first key that has one; the others are listed as without effect."""
+    given = [key for key in keys if key in s.values]
+    for key in given[1:]:
+        s.warn(key, f"has no effect: {given[0]} says the same and comes first")
+    return s.values[given[0]] if given else None
+
+
+def _path(base: Path, text: str) -> str:
+    return os.path.abspath(base / text)
+
+
+def _clean_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_\-.]", "-", text).lstrip("-_.") or "model"
+
+
+def _cores_each(num_ranks: int) -> int:
+    return max(1, config_devices.num_cores() // num_ranks)
+
+
+def _replicas(s: Settings) -> int:
+    low, high = s.integer("minWorkers"), s.integer("maxWorkers")
+    if low and high and high < low:
+        s.problem(
+            "maxWorkers", f"is {high}, less than minWorkers {low}", remedy="set both to the replicas wanted"
+        )
+    elif high and high > (low or 1):
+        s.warn("maxWorkers", f"has no effect: {low or 1} replicas (minWorkers) are started, none added later")
+    return low or 1
+
+
+def _device(s: Settings, gpus: int) -> Device:
+    kind = s.text("deviceType")
+    if kind == "cpu" and s.has("deviceIds"):
+        remedy = "remove deviceIds, or write deviceType: gpu"
+        s.problem("deviceIds", "names GPUs, but deviceType is cpu", remedy=remedy)
+    if kind:
+        return cast(Device, kind)
+    return "cuda" if gpus or s.has("deviceIds") else "cpu"
+
+
+def _split(s: Settings, device: Device, gpus: int, replicas: int) -> _Split:
+    """How the ranks of a group divide, from parallelType and the sizes."""
+    kind = cast("ParallelType | None", s.text("parallelType"))
+    if s.has(_LEVEL) and s.has(_NPROC):
+        remedy = f"keep {_NPROC} and remove {_LEVEL}, or the other way round"
+        s.problem(
+            _LEVEL, f"must not stand beside {_NPROC} ({s.where(_NPROC)}): both are the size", remedy=remedy
+        )
+        return _Split(kind or "tp")
+    level = s.integer(_LEVEL) or s.integer(_NPROC)
+    if kind is None:
+        _check_sizes_need_type(s)
+        return _Split("tp")
+    if kind == "custom":
+        ids = s.integers("deviceIds") or ()
+        every = len(ids) if ids else gpus if device == "cuda" else 1
+        return _Split(kind, custom_devices=level or max(1, every // replicas))
+    tp, pp = s.integer("tensorParallel"), s.integer("pipelineParallel")
+    if level is None and s.has("torchrun") and not s.has(_NPROC):
+        level = None if tp or pp else 1  # what torchrun itself starts
+    if kind == "pptp":
+        return _split_both(s, level, tp, pp)
+    return _split_one(s, kind, level, tp, pp)
+
+
+def _check_sizes_need_type(s: Settings) -> None:
+    if s.has("parallelType"):
+        return  # wrong, and said so already
+    for key in (_LEVEL, _NPROC, "tensorParallel", "pipelineParallel"):
+        if s.has(key):
+            remedy = "add parallelType: tp (or pp, pptp, custom)"
+            s.problem(
+                key, "has no meaning without parallelType", allowed="pp, tp, pptp, custom", remedy=remedy
+            )
+
+
+def _split_one(s: Settings, kind: ParallelType, level: int | None, tp: int | None, pp: int | None) -> _Split:
+    mine, other = (
+        ("tensorParallel", "pipelineParallel") if kind == "tp" else ("pipelineParallel", "tensorParallel")
+    )
+    size, stray = (tp, pp) if kind == "tp" else (pp, tp)
+    if stray and stray != 1:
+        s.problem(other, f"is {stray}, but parallelType is {kind}", remedy="write parallelType: pptp")
+    if size and level and size != level:
+        s.problem(mine, f"is {size}, but the group has {level} ranks", remedy=f"remove {mine}")
+    size = size or level
+    if size is None:
+        if not any(map(s.has, (_LEVEL, _NPROC, mine))):
+            remedy = f"add {_LEVEL}: 2 (or another number of devices)"
+            s.problem("parallelType", f"is {kind}, but no size says over how many devices", remedy=remedy)
+        size = 1
+    return _Split(kind, tp_size=size) if kind == "tp" else _Split(kind, pp_size=size)
+
+
+def _split_both(s: Settings, level: int | None, tp: int | None, pp: int | None) -> _Split:
+    if level and (tp or pp):
+        tp, pp = tp or level // (pp or 1), pp or level // (tp or 1)
+    if not tp or not pp:
+        if not any(map(s.has, ("tensorParallel", "pipelineParallel"))) or not level:
+            ranks = f"{level} ranks" if level else "the ranks"
+            remedy = "add tensorParallel: and pipelineParallel: with that product"
+            s.problem(
+                "parallelType", f"is pptp, but nothing says how {ranks} divide into both", remedy=remedy
+            )
+        elif s.integer("tensorParallel") or s.integer("pipelineParallel"):
+            s.problem(
+                "parallelType", f"is pptp, but a size exceeds the {level} ranks", remedy="correct the sizes"
+            )
+        return _Split("pptp")
+    if level and tp * pp != level:
+        sums = f"tensorParallel {tp} x pipelineParallel {pp} = {tp * pp}, but the group has {level} ranks"
+        s.problem("parallelType", sums, remedy=f"make the product {level}")
+    return _Split("pptp", tp_size=tp, pp_size=pp)
+
+
+def _deepspeed(s: Settings, base: Path, world: int) -> tuple[DeepSpeedSection | None, DeepSpeedFile | None]:
+    if not s.has("deepspeed"):
+        return None, None
+    name = s.text("deepspeed.config")
+    if name is None:
+        if not s.has("deepspeed.config"):
+            remedy = "add config: ds-config.json under deepspeed:"
+            s.problem("deepspeed", "needs the key config, a DeepSpeed JSON file", remedy=remedy)
+        return None, None
+    path, checkpoint = _path(base, name), s.text("deepspeed.checkpoint")
+    section = DeepSpeedSection(config=path, checkpoint=_path(base, checkpoint) if checkpoint else None)
+    return section, read_deepspeed_file(s, Path(path), world)
+
+
+def _engine(s: Settings, kind: ParallelType, deepspeed: DeepSpeedFile | None) -> str:
+    chosen = s.text("engine")
+    if chosen is None:
+        return _default_engine(kind, deepspeed is not None or s.has("deepspeed"), deepspeed)
+    plugins = {point.name for point in entry_points(group=ENGINE_GROUP)}
+    if chosen not in _ENGINE_SPLITS and chosen not in plugins:
+        known = [*_ENGINE_SPLITS, *sorted(plugins)]
+        near = nearest(chosen, known)
+        remedy = (
+            f"write `engine: {near}`"
+            if near
+            else f"name one of them, or install its plug-in ({ENGINE_GROUP})"
+        )
+        s.problem("engine", f"is {chosen!r}, unknown", allowed=", ".join(known), near=near, remedy=remedy)
+    splits = _ENGINE_SPLITS.get(chosen, (kind,))
+    if kind not in splits:
+        remedy = f"write parallelType: {splits[0]}, or remove engine"
+        s.problem(
+            "engine", f"{chosen} cannot do parallelType {kind}", allowed=", ".join(splits), remedy=remedy
+        )
+    return chosen
+
+
+def _default_engine(kind: ParallelType, has_deepspeed: bool, deepspeed: DeepSpeedFile | None) -> str:
+    if kind == "custom":
+        return "accelerate"
+    if kind != "tp":
+        return "pipeline"
+    if not has_deepspeed:
+        return "native"
+    return "deepspeed_inject" if deepspeed and deepspeed.kernel_inject else "deepspeed_tp"
+
+
+def _check_device_ids(s: Settings, split: _Split, replicas: int) -> None:
+    ids = s.integers("deviceIds")
+    size = split.custom_devices if split.parallel_type == "custom" else split.tp_size * split.pp_size
+    if ids is None:
+        return
+    needed = size if s.flag("shareDevices") else size * replicas
+    if len(ids) >= needed:
+        return
+    sums = f"{replicas} workers x {size} devices = {size * replicas}, but deviceIds names {len(ids)}"
+    s.problem("deviceIds", sums, remedy="name more devices, or lower minWorkers or the devices of a worker")
+
+
+def _warn_without_effect(s: Settings, device: Device, engine: str, kind: ParallelType) -> None:
+    """List what was given and does not act with this device, engine or parallelType."""
+    if s.flag("shareDevices") and not s.has("gpuMemoryShare"):
+        remedy = "add gpuMemoryShare, such that the shares on a device add to at most 1.0"
+        s.problem("shareDevices", "needs a stated gpuMemoryShare", remedy=remedy)
+    reasons = {"parallel": f"parallelType is {kind}", "engine": f"engine {engine} batches continuously"}
+    idle: list[tuple[str, str]] = []
+    if device == "cpu":
+        idle += [("gpuMemoryShare", "deviceType is cpu; kvCacheMemory is the budget there")]
+        idle += [("shareDevices", "deviceType is cpu")]
+    else:
+        idle += [("kvCacheMemory", "deviceType is gpu; gpuMemoryShare is the budget there")]
+    if engine in _ENGINE_SPLITS and engine not in STATIC_ENGINES:
+        idle += [("batchSize", reasons["engine"] + "; maxNumSeqs is the limit")]
+        idle += [("maxBatchDelay", reasons["engine"] + " and never waits for a batch to fill")]
+    if engine in _ENGINE_SPLITS and not engine.startswith("deepspeed"):
+        idle += [("deepspeed", f"engine is {engine}")]
+    if engine in _ENGINE_SPLITS and engine != "pipeline":
+        idle += [("pippy", f"engine is {engine}")]
+    if kind == "custom":
+        idle += [("torchrun.monitor-interval", "custom is one process, without torchrun")]
+        idle += [("tensorParallel", reasons["parallel"]), ("pipelineParallel", reasons["parallel"])]
+    if s.flag("useJobTicket"):
+        idle += [("jobQueueSize", "with useJobTicket a request is taken at once or refused")]
+    for key, reason in idle:
+        if s.has(key):
+            s.warn(key, f"has no effect: {reason}")
