@@ -29,8 +29,8 @@ class Scheduler(Protocol):
     def has_work(self) -> bool:
         """Whether any sequence is queued or running, or a plan is in flight."""
 
-    def add(self, request: Generate) -> TokenDelta | None:
-        """Queue it. A delta is its end: it was refused, or had nothing to generate."""
+    def add(self, request: Generate) -> list[TokenDelta]:
+        """Queue it. A delta is its end: it was refused, or there was nothing to generate."""
 
     def abort(self, id: str) -> None:
         """Drop it and free its blocks now, even those that a plan in flight still writes."""
@@ -39,7 +39,8 @@ class Scheduler(Protocol):
 
     def update(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]: ...
 
-    def stats(self) -> Stats: ...
+    def stats(self, num_steps: int) -> Stats:
+        """Counters since start and gauges now. The leader counts the steps."""
 
 
 class Drafter(Protocol):
@@ -99,7 +100,6 @@ class ContinuousScheduler:
         self._prompt_leaders: dict[str, Sequence] = {}  # group -> who computes the shared prompt
         self._num_plans_in_flight = 0
         self._num_arrivals = 0
-        self._num_steps = 0
         self._num_preemptions = 0
         self._num_prefix_queries = 0
         self._num_prefix_hits = 0
@@ -112,25 +112,23 @@ class ContinuousScheduler:
     def has_work(self) -> bool:
         return bool(self._sequences) or self._num_plans_in_flight > 0
 
-    def add(self, request: Generate) -> TokenDelta | None:
+    def add(self, request: Generate) -> list[TokenDelta]:
         if (error := self._refusal(request)) is not None:
-            return TokenDelta(id=request.id, error=error)
+            return [TokenDelta(id=request.id, error=error)]
         sequence = self._new_sequence(request)
-        ended = self._ended_before(sequence)
-        if ended is not None:
-            return TokenDelta(id=request.id, finish_reason=ended)
+        if (reason := self._ended_before(sequence)) is not None:
+            return [TokenDelta(id=request.id, finish_reason=reason)]
         self._sequences[sequence.id] = self._queue[sequence.id] = sequence
-        return None
+        return []
 
     def abort(self, id: str) -> None:
         sequence = self._sequences.get(id)
         if sequence is not None:
             self._remove(sequence)
 
-    def stats(self, num_idle_rounds: int = 0) -> Stats:
-        """Counters and gauges now. The leader counts idle rounds; they are added to num_steps."""
+    def stats(self, num_steps: int) -> Stats:
         return Stats(
-            num_steps=self._num_steps + num_idle_rounds,
+            num_steps=num_steps,
             num_running=len(self._running),
             num_waiting=len(self._queue),
             num_blocks_used=self._pool.num_used,
@@ -406,7 +404,6 @@ class ContinuousScheduler:
         assert isinstance(chunks, list), "not a plan of schedule()"
         assert self._num_plans_in_flight > 0, "a plan came back twice"
         self._num_plans_in_flight -= 1
-        self._num_steps += 1
         token_ids: list[int] = result.token_ids.tolist()
         deltas = []
         for chunk in chunks:
