@@ -1,0 +1,165 @@
+"""Whatever the pool, batch-mates, order, chunks and plans in flight: the same tokens, and no block lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engines.runtime.scheduler import ContinuousScheduler
+from engines.wire import Generate, SamplingParams
+from tests.engines.runtime.fake_model import EOS, VOCAB_SIZE, FakeLeader, FakePagedRunner, expected
+
+MAX_MODEL_LEN = 40
+
+
+@dataclass(frozen=True)
+class Setup:
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    prefix_cache: bool
+    plans_in_flight: int
+    run_ahead: bool
+    max_draft_tokens: int  # 0: no drafter
+
+
+@dataclass(frozen=True)
+class Arrival:
+    request: Generate
+    step: int
+    abort_after: int | None  # rounds
+
+
+class FakeDrafter:
+    """Often right for choice 0 with seed 0, else wrong: both must leave the tokens as they are."""
+
+    def draft(self, token_ids: list[int], max_tokens: int) -> list[int]:
+        request = Generate(id="draft", prompt_ids=token_ids, max_tokens=max_tokens, ignore_eos=True)
+        guesses = expected(request, len(token_ids) + max_tokens).token_ids
+        return guesses if len(token_ids) % 3 else [(guess + 1) % VOCAB_SIZE for guess in guesses]
+
+
+setups = st.builds(
+    Setup,
+    num_blocks=st.integers(1, 24),
+    block_size=st.integers(1, 5),
+    max_num_seqs=st.integers(1, 6),
+    max_num_batched_tokens=st.integers(1, 24),
+    prefix_cache=st.booleans(),
+    plans_in_flight=st.integers(1, 3),
+    run_ahead=st.booleans(),
+    max_draft_tokens=st.sampled_from([0, 0, 1, 3]),
+)
+samplings = st.builds(
+    SamplingParams,
+    seed=st.integers(0, 1),
+    presence_penalty=st.sampled_from([0.0, 0.0, 0.5]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 1.3]),
+    logprobs=st.sampled_from([None, None, 0]),
+)
+# few different tokens, so that prefixes are shared
+prompts = st.lists(st.integers(1, 2), min_size=1, max_size=20)
+
+
+@st.composite
+def arrivals(draw: st.DrawFn) -> list[Arrival]:
+    """Requests with ids, some of them in groups that share a prompt."""
+    result: list[Arrival] = []
+    for r in range(draw(st.integers(1, 5))):
+        prompt = draw(prompts)
+        num_choices = draw(st.sampled_from([1, 1, 2, 4]))
+        sampling = draw(samplings)
+        prompt_logprobs = draw(st.sampled_from([None, None, 1]))
+        for choice in range(num_choices):
+            request = Generate(
+                id=f"{r}.{choice}",
+                prompt_ids=prompt,
+                max_tokens=draw(st.integers(0, 12)),
+                min_tokens=draw(st.sampled_from([0, 0, 3])),
+                stop_token_ids=draw(st.sampled_from([[], [5, 7]])),
+                ignore_eos=draw(st.booleans()),
+                sampling=sampling,
+                choice=choice,
+                group=f"g{r}" if num_choices > 1 else "",
+                resume_token_ids=draw(st.sampled_from([[], [], [3, 1, 4]])),
+                prompt_logprobs=prompt_logprobs,
+            )
+            abort_after = draw(st.sampled_from([None, None, None, 0, 1, 2, 5]))
+            result.append(Arrival(request, draw(st.integers(0, 8)), abort_after))
+    return result
+
+
+def make(setup: Setup) -> tuple[ContinuousScheduler, FakeLeader]:
+    scheduler = ContinuousScheduler(
+        num_blocks=setup.num_blocks,
+        block_size=setup.block_size,
+        max_num_seqs=setup.max_num_seqs,
+        max_num_batched_tokens=setup.max_num_batched_tokens,
+        max_model_len=MAX_MODEL_LEN,
+        eos_token_ids=[EOS],
+        prefix_cache=setup.prefix_cache,
+        max_plans_in_flight=setup.plans_in_flight,
+        run_ahead=setup.run_ahead,
+        drafter=FakeDrafter() if setup.max_draft_tokens else None,
+        max_draft_tokens=setup.max_draft_tokens,
+    )
+    runner = FakePagedRunner(setup.num_blocks, setup.block_size, setup.max_num_seqs)
+    return scheduler, FakeLeader(scheduler, runner, setup.plans_in_flight)
+
+
+def run(setup: Setup, work: list[Arrival], submits: list[int]) -> tuple[ContinuousScheduler, FakeLeader]:
+    """Rounds of: arrivals, aborts, some submissions, one collection; everything is checked after each."""
+    scheduler, leader = make(setup)
+    clock = 0
+    while scheduler.has_work or any(arrival.step >= clock for arrival in work):
+        for arrival in work:
+            if arrival.step == clock:
+                leader.add(arrival.request)
+        scheduler.check()
+        for _ in range(submits[clock % len(submits)]):
+            leader.submit()
+            scheduler.check()
+        for arrival in work:
+            if arrival.abort_after is not None and arrival.step + arrival.abort_after == clock:
+                scheduler.abort(arrival.request.id)
+                scheduler.check()
+        leader.collect()
+        scheduler.check()
+        clock += 1
+        assert clock < step_bound(work), "a request is starved"
+    return scheduler, leader
+
+
+def step_bound(work: list[Arrival]) -> int:
+    """Enough to compute every token of every request alone, again after each token of an older one."""
+    num_tokens = sum(len(a.request.prompt_ids) + a.request.max_tokens + 3 for a in work)
+    return 3 * (20 + num_tokens * (1 + len(work)))
+
+
+@settings(max_examples=400, deadline=None)
+@given(setups, arrivals(), st.lists(st.integers(1, 3), min_size=1, max_size=5))
+def test_same_tokens_and_no_block_lost(setup: Setup, work: list[Arrival], submits: list[int]) -> None:
+    scheduler, leader = run(setup, work, submits)
+    stats = scheduler.stats(0)
+    assert stats.num_running == stats.num_waiting == stats.num_blocks_used == 0
+    assert stats.num_blocks_free + stats.num_blocks_cached == setup.num_blocks
+    for arrival in work:
+        check_output(arrival, leader, scheduler.max_model_len)
+
+
+def check_output(arrival: Arrival, leader: FakeLeader, max_model_len: int) -> None:
+    request = arrival.request
+    output = leader.outputs.by_id.get(request.id)
+    want = expected(request, max_model_len)
+    if output is None or not output.has_ended:
+        assert arrival.abort_after is not None, "it never ended"
+        assert output is None or output.token_ids == want.token_ids[: len(output.token_ids)]
+    elif output.error is not None:
+        num_tokens = len(request.prompt_ids) + len(request.resume_token_ids)
+        assert output.error.code == "too_long"
+        assert num_tokens >= max_model_len
+    else:
+        assert output == want
