@@ -5,9 +5,25 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 _NVIDIA = Path("/proc/driver/nvidia/gpus")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What groups can be placed on. GPUs count from 0 to num_gpus - 1; `visible` are the names that the
+    parent's CUDA_VISIBLE_DEVICES gives them (None: the numbers are the names)."""
+
+    num_gpus: int
+    num_cores: int
+    visible: tuple[str, ...] | None = None
+
+
+def this_machine() -> Machine:
+    """The machine, as far as this process may use it."""
+    return Machine(num_gpus(), num_cores(), visible_devices(os.environ))
 
 
 def num_gpus(environ: Mapping[str, str] | None = None) -> int:

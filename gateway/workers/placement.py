@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from engines.config import ModelConfig
+from engines.config_devices import Machine
 
 
 class DoesNotFit(ValueError):  # noqa: N818  it names the plan, not a failure
@@ -40,21 +41,12 @@ class Placement:
     warnings: tuple[str, ...] = ()
 
 
-def place(
-    configs: Sequence[ModelConfig],
-    num_gpus: int,
-    num_cores: int,
-    visible: Sequence[str] | None = None,
-) -> Placement:
-    """Assign devices. `num_gpus` may be used, 0 to num_gpus - 1 as CUDA counts them; `visible` are their
-    names where the parent's CUDA_VISIBLE_DEVICES limits them (None: the numbers are the names).
-
-    Raises DoesNotFit.
-    """
-    names = tuple(visible or map(str, range(num_gpus)))[:num_gpus]
+def place(configs: Sequence[ModelConfig], machine: Machine) -> Placement:
+    """Assign the machine's devices. Raises DoesNotFit."""
+    names = machine.visible or tuple(map(str, range(machine.num_gpus)))
     wanted = [(config, replica) for config in configs for replica in range(config.num_replicas)]
     on_gpus = [index for index, (config, _) in enumerate(wanted) if config.device == "cuda"]
-    board = _Board(num_gpus, sum(wanted[index][0].devices_per_group for index in on_gpus))
+    board = _Board(machine.num_gpus, sum(wanted[index][0].devices_per_group for index in on_gpus))
     placed: dict[int, tuple[str, ...]] = {}
     for index in sorted(on_gpus, key=lambda index: wanted[index][0].device_ids is None):
         config, replica = wanted[index]
@@ -63,7 +55,7 @@ def place(
     if board.problems:
         raise DoesNotFit("\n".join(board.problems))
     groups = tuple(GroupPlacement(*group, placed.get(index, ())) for index, group in enumerate(wanted))
-    return Placement(groups, tuple(_warn_of_cores(configs, num_cores)))
+    return Placement(groups, tuple(_warn_of_cores(configs, machine.num_cores)))
 
 
 @dataclass(frozen=True, slots=True)
