@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,18 @@ def _token_ids(path: Path, value: object) -> tuple[int, ...]:
     if not all(type(item) is int and item >= 0 for item in ids):
         raise BadModelDir(f"{path}: eos_token_id must be an id or a list of ids, found {value!r}")
     return tuple(sorted(set(ids)))
+
+
+def fingerprint(model_dir: str | Path, layout: str) -> str:
+    """12 hex digits that change with the layout, the configuration, and names and headers of the weights.
+
+    Weights themselves are not read: that would cost as much as loading them.
+    """
+    digest = sha256(layout.encode())
+    root = Path(model_dir)
+    for path in [root / "config.json", *sorted(root.glob("*.safetensors"))]:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 16))
+    return digest.hexdigest()[:12]

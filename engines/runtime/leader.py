@@ -46,7 +46,7 @@ class Leader:
         self._runner = runner
         self._inbox = inbox
         self._plans_in_flight = plans_in_flight
-        self._num_idle_rounds = 0
+        self._num_steps = 0
 
     def run(self) -> None:
         """Until the gateway is gone."""
@@ -62,15 +62,14 @@ class Leader:
             self._emit(self._scheduler.update(plan, result))
         else:
             self._inbox.wait(IDLE_WAIT_SECONDS)
-            self._num_idle_rounds += 1
-        self._inbox.publish(self._scheduler.stats(self._num_idle_rounds))
+        self._num_steps += 1
+        self._inbox.publish(self._scheduler.stats(self._num_steps))
 
     def _take_requests(self) -> None:
         for message in self._inbox.poll():
             match message:
                 case Generate():
-                    refusal = self._scheduler.add(message)
-                    self._emit([refusal] if refusal is not None else [])
+                    self._emit(self._scheduler.add(message))
                 case Abort():
                     self._scheduler.abort(message.id)
 

@@ -77,7 +77,7 @@ class ModelRunner:
         return result
 
     def _sample(self, plan: StepPlan, hidden: Tensor, rows: slice) -> StepResult | None:
-        picked = torch.from_numpy(plan.logit_rows[rows]).to(hidden.device, torch.int64)
+        picked = _tensor(plan.logit_rows[rows], hidden.device, torch.int64)
         logits = self._engine.logits(hidden.index_select(0, picked))
         if logits is None or not self._mesh.is_leader:
             return None

@@ -1,0 +1,227 @@
+"""Output tokens per second beside peers, in one run: `python -m tests.bench.bench_peers --models DIR`.
+
+Every side stays up (idle sides do not compute) and is measured in turn, round after round, so that a
+machine whose speed drifts slows all of them. Reported: medians over the rounds, and the median of
+the ratios round by round. Servers are driven over HTTP with SSE by `sluice bench`'s own client.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Protocol
+
+import torch
+
+from gateway.bench import BenchConfig, machine, make_prompts, run_level
+from tests.models import B1, SMALL, TINY, make_llama
+
+SHAPES = {"tiny": TINY, "small": SMALL, "b1": B1}
+PROMPT_LEN, OUTPUT_LEN = 128, 64
+BIN = Path(sys.executable).parent
+
+
+class Side(Protocol):
+    def measure(self, concurrency: int, num_requests: int, seed: int) -> float:
+        """Output tokens per second."""
+
+
+class Server:
+    """A side over HTTP."""
+
+    def __init__(self, url: str, model: str, tokenizer: Path) -> None:
+        self._url, self._model, self._tokenizer = url, model, tokenizer
+
+    def measure(self, concurrency: int, num_requests: int, seed: int) -> float:
+        config = BenchConfig(
+            url=self._url,
+            model=self._model,
+            prompt_kind="text",
+            prompt_len=PROMPT_LEN,
+            output_len=OUTPUT_LEN,
+            tokenizer=str(self._tokenizer),
+            ignore_eos=self._model != str(self._tokenizer),
+            seed=seed,
+        )
+        prompts = make_prompts(config, num_requests)
+        result = asyncio.run(run_level(config, concurrency, prompts))
+        expected = num_requests * OUTPUT_LEN
+        if result.num_failed or result.num_output_tokens < 0.98 * expected:
+            raise SystemExit(
+                f"{self._url}: {result.num_output_tokens}/{expected} tokens; {result.first_error}"
+            )
+        return result.output_tokens_per_s
+
+
+class Generate:
+    """Hugging Face `generate` with a static batch of `concurrency`."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def measure(self, concurrency: int, num_requests: int, seed: int) -> float:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        rates = []
+        for batch in range(max(1, num_requests // concurrency)):
+            stdin.write(f"{concurrency} {PROMPT_LEN} {OUTPUT_LEN} {seed + batch}\n")
+            stdin.flush()
+            rates.append(float(stdout.readline()))
+        return len(rates) / sum(1 / rate for rate in rates)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@contextmanager
+def process(argv: list[str], log: Path, **kwargs: object) -> Iterator[subprocess.Popen[str]]:
+    """Run `argv` for as long as the block lasts."""
+    with log.open("w") as out:
+        child = subprocess.Popen(argv, stderr=out, text=True, env=_environment(), **kwargs)  # type: ignore[call-overload]
+        try:
+            yield child
+        finally:
+            child.send_signal(signal.SIGTERM)
+            try:
+                child.wait(30)
+            except subprocess.TimeoutExpired:
+                child.kill()
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(os.cpu_count())}
+
+
+def wait_ready(url: str, child: subprocess.Popen[str], seconds: float = 180) -> float:
+    """Seconds until `url` answers 200."""
+    started = time.monotonic()
+    while time.monotonic() - started < seconds:
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                return time.monotonic() - started
+        except (urllib.error.URLError, OSError):
+            if child.poll() is not None:
+                break
+            time.sleep(0.1)
+    raise SystemExit(f"{url} did not come up; see its log")
+
+
+@contextmanager
+def sluice(model: Path, work: Path, extra: list[str]) -> Iterator[Side]:
+    port = free_port()
+    argv = [str(BIN / "sluice"), "serve", str(model), "--port", str(port), "--served-name", "bench", *extra]
+    with process(argv, work / "sluice.log", stdout=subprocess.DEVNULL) as child:
+        wait_ready(f"http://127.0.0.1:{port}/readyz", child)
+        yield Server(f"http://127.0.0.1:{port}", "bench", model)
+
+
+@contextmanager
+def transformers_serve(model: Path, work: Path) -> Iterator[Side]:
+    port = free_port()
+    argv = [str(BIN / "transformers"), "serve", str(model), "--device", "cpu", "--port", str(port)]
+    argv += ["--dtype", "bfloat16", "--continuous-batching", "--cb-num-blocks", "512"]
+    argv += ["--cb-block-size", "32", "--cb-max-batch-tokens", "1024", "--log-level", "error"]
+    with process(argv, work / "transformers.log", stdout=subprocess.DEVNULL) as child:
+        wait_ready(f"http://127.0.0.1:{port}/health", child)
+        yield Server(f"http://127.0.0.1:{port}", str(model), model)
+
+
+@contextmanager
+def hf_generate(model: Path, work: Path) -> Iterator[Side]:
+    argv = [sys.executable, "-m", "tests.bench.hf_generate", str(model), str(os.cpu_count())]
+    with process(argv, work / "generate.log", stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        if child.stdout.readline().strip() != "ready":
+            raise SystemExit("hf_generate did not start; see its log")
+        yield Generate(child)
+
+
+def bench_shape(name: str, args: argparse.Namespace) -> list[dict[str, object]]:
+    """Every concurrency of one shape, all sides up."""
+    model = args.models / name
+    if not (model / "model.safetensors").exists():
+        make_llama(model, SHAPES[name], dtype=torch.bfloat16, tokenizer=True)
+    with ExitStack() as stack:
+        sides = {
+            "sluice": stack.enter_context(sluice(model, args.models, args.serve_flag)),
+            "transformers serve": stack.enter_context(transformers_serve(model, args.models)),
+            "generate": stack.enter_context(hf_generate(model, args.models)),
+        }
+        return [_bench_level(name, sides, concurrency, args) for concurrency in args.concurrency]
+
+
+def _bench_level(
+    shape: str, sides: dict[str, Side], concurrency: int, args: argparse.Namespace
+) -> dict[str, object]:
+    num_requests = max(concurrency, args.min_requests)
+    rates: dict[str, list[float]] = {side: [] for side in sides}
+    for round_ in range(args.rounds + 1):  # the first warms every side up and does not count
+        for side, measured in sides.items():
+            rate = measured.measure(concurrency, num_requests, seed=1000 * concurrency + 100 * round_)
+            if round_:
+                rates[side].append(rate)
+    row = {
+        "shape": shape,
+        "concurrency": concurrency,
+        "tokens_per_s": {side: round(median(values), 1) for side, values in rates.items()},
+        "spread": {side: [round(min(v), 1), round(max(v), 1)] for side, v in rates.items()},
+        "ratio": {
+            side: round(median(a / b for a, b in zip(rates["sluice"], values, strict=True)), 2)
+            for side, values in rates.items()
+            if side != "sluice"
+        },
+    }
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--models", type=Path, required=True, help="where the models are made (5 GB)")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--min-requests", type=int, default=2, help="requests of a measurement, at least")
+    parser.add_argument("--serve-flag", action="append", default=[], help="passed on to `sluice serve`")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    rows = [row for shape in args.shapes for row in bench_shape(shape, args)]
+    record = {
+        "command": " ".join(["python -m tests.bench.bench_peers", *_public(sys.argv[1:])]),
+        "machine": machine(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "sluice")},
+        "prompt_len": PROMPT_LEN,
+        "output_len": OUTPUT_LEN,
+        "rounds": args.rounds,
+        "results": rows,
+    }
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _public(argv: list[str]) -> list[str]:
+    """The arguments without this machine's paths."""
+    return [Path(arg).name if arg.startswith("/") else arg for arg in argv]
+
+
+if __name__ == "__main__":
+    main()
