@@ -223,6 +223,16 @@ async def run_level(config: BenchConfig, concurrency: int, prompts: Sequence[Pro
     return summarize(concurrency, traces)
 
 
+def parse_concurrencies(text: str) -> list[int]:
+    """ "1,8,32" as numbers. Raises BenchError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise BenchError(
+            f"--concurrency {text}: expected positive integers with commas between, such as 1,8,32"
+        )
+    return [int(part) for part in parts]
+
+
 def default_num_requests(concurrency: int) -> int:
     return max(8, 4 * concurrency)
 

@@ -1,0 +1,296 @@
+"""The command line: `sluice serve | chat | check | bench | version`. Each command imports what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+app = typer.Typer(
+    name="sluice",
+    help="Serve language models that are split over several processes or GPUs, behind OpenAI's API.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+WRONG, CANNOT = 1, 2
+"""Exit codes: what was asked for is wrong; this machine cannot do it."""
+
+
+class DType(StrEnum):
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Device(StrEnum):
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class LogLevel(StrEnum):
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+def fail(message: str, code: int = WRONG) -> NoReturn:
+    """End with the message on stderr, one line a problem, and no traceback."""
+    for line in message.splitlines():
+        typer.echo(f"sluice: error: {line}", err=True)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def clear_errors(*wrong: type[Exception], cannot: type[Exception] | None = None) -> Iterator[None]:
+    """What users may have got wrong is said without a traceback; anything else is a bug and shows one."""
+    try:
+        yield
+    except Exception as error:
+        if cannot is not None and isinstance(error, cannot):
+            fail(str(error), CANNOT)
+        if isinstance(error, wrong):
+            fail(str(error), WRONG)
+        raise
+
+
+@app.command()
+def serve(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]...",
+            envvar="SLUICE_MODELS",
+            help="Model directories, hub ids (ORG/NAME[@REVISION]) or model-config.yaml files; "
+            "without, the demo model.",
+        ),
+    ] = None,
+    tp: Annotated[
+        int | None, typer.Option(min=1, envvar="SLUICE_TP", help="Ranks that share each layer.")
+    ] = None,
+    pp: Annotated[
+        int | None, typer.Option(min=1, envvar="SLUICE_PP", help="Stages that the layers are split into.")
+    ] = None,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, envvar="SLUICE_REPLICAS", help="Worker groups per model.")
+    ] = None,
+    dtype: Annotated[
+        DType | None, typer.Option(envvar="SLUICE_DTYPE", help="Of the weights; auto: as they are stored.")
+    ] = None,
+    device: Annotated[Device | None, typer.Option(envvar="SLUICE_DEVICE")] = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(min=1, envvar="SLUICE_MAX_MODEL_LEN", help="Tokens of prompt and answer together."),
+    ] = None,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(min=1, envvar="SLUICE_MAX_NUM_SEQS", help="Sequences that run at once.")
+    ] = None,
+    kv_cache_memory: Annotated[
+        str | None,
+        typer.Option(envvar="SLUICE_KV_CACHE_MEMORY", help='K/V memory of each rank on CPU, such as "2GiB".'),
+    ] = None,
+    gpu_memory_share: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, envvar="SLUICE_GPU_MEMORY_SHARE", help="Of each device's total."),
+    ] = None,
+    served_name: Annotated[
+        list[str] | None,
+        typer.Option(envvar="SLUICE_SERVED_NAME", help="What clients call the model; may be repeated."),
+    ] = None,
+    host: Annotated[str, typer.Option(envvar="SLUICE_HOST", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, envvar="SLUICE_PORT", help="0: any free one.")
+    ] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="SLUICE_API_KEY", help="A key that clients must send; may be repeated."),
+    ] = None,
+    grace: Annotated[
+        float,
+        typer.Option(min=0, envvar="SLUICE_GRACE", help="Seconds that running requests get at SIGTERM."),
+    ] = 30.0,
+    log_level: Annotated[LogLevel, typer.Option(envvar="SLUICE_LOG_LEVEL")] = LogLevel.INFO,
+    log_dir: Annotated[
+        Path | None, typer.Option(envvar="SLUICE_LOG_DIR", help="Where the ranks' logs go.")
+    ] = None,
+    access_log: Annotated[
+        bool, typer.Option("--access-log", envvar="SLUICE_ACCESS_LOG", help="Log a line for each request.")
+    ] = False,
+) -> None:
+    """Serve models over HTTP: POST /v1/chat/completions, /v1/completions; GET /v1/models."""
+    flags: dict[str, object] = {
+        "tp": tp,
+        "pp": pp,
+        "min_workers": replicas,
+        "dtype": dtype and dtype.value,
+        "device_type": device and device.value,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "kv_cache_memory": kv_cache_memory,
+        "gpu_memory_share": gpu_memory_share,
+        "served_model_names": served_name or None,
+    }
+    if served_name and models and len(models) > 1:
+        fail("--served-name names one model; with several, write servedModelNames into their YAML files")
+    from engines.config import ConfigError
+    from gateway import model_source
+    from gateway import serve as serving
+    from gateway.workers.placement import DoesNotFit
+
+    options = serving.Options(
+        host=host,
+        port=port,
+        api_keys=tuple(api_key or ()),
+        grace=grace,
+        log_level=log_level.value,
+        log_dir=log_dir,
+        access_log=access_log,
+    )
+    sources: list[str | None] = [*models] if models else [None]
+    with clear_errors(ConfigError, serving.CannotServe, cannot=DoesNotFit):
+        serving.run([model_source.resolve(source, flags) for source in sources], options)
+
+
+@app.command()
+def check(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="model-config.yaml files.")],
+    gpus: Annotated[
+        int | None, typer.Option(min=0, help="Plan for a machine with this many GPUs, not for this one.")
+    ] = None,
+) -> None:
+    """Show what configurations come to: resolved values, devices, the exact torchrun command. Runs nothing.
+
+    Exit code 1: a configuration is wrong; 2: this machine (or --gpus) cannot run it."""
+    from gateway import check as checking
+
+    raise typer.Exit(checking.run(files, gpus))
+
+
+@app.command()
+def chat(
+    url: Annotated[
+        str, typer.Option(envvar="SLUICE_URL", help="Any OpenAI-compatible server.")
+    ] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Default: the first that the server lists.")] = None,
+    system: Annotated[str | None, typer.Option(help="Instructions for the model.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(min=0)] = None,
+    api_key: Annotated[str | None, typer.Option(envvar=["SLUICE_API_KEY", "OPENAI_API_KEY"])] = None,
+) -> None:
+    """Chat in the terminal with a model that is being served."""
+    import readline  # noqa: F401  input() gets line editing and history
+    import sys
+
+    from gateway import chat as chatting
+
+    with clear_errors(chatting.ChatError), chatting.connect(url, api_key) as client:
+        name = model or chatting.first_model(client)
+        typer.echo(f"{name} at {url}. {chatting.HELP}")
+
+        def say(text: str) -> None:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+        conversation = chatting.Conversation(client, name, max_tokens, temperature, system)
+        chatting.talk(conversation, lambda: input("> "), say)
+
+
+class Endpoint(StrEnum):
+    COMPLETIONS = "completions"
+    CHAT = "chat"
+
+
+class PromptKind(StrEnum):
+    IDS = "ids"
+    TEXT = "text"
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="The name that the server knows.")] = "sluice-demo",
+    url: Annotated[
+        str, typer.Option(envvar="SLUICE_URL", help="Any OpenAI-compatible server.")
+    ] = "http://127.0.0.1:8000",
+    endpoint: Annotated[Endpoint, typer.Option()] = Endpoint.COMPLETIONS,
+    concurrency: Annotated[str, typer.Option(help="Requests at once; several are run in turn.")] = "1,8,32",
+    num_requests: Annotated[
+        int | None, typer.Option(min=1, help="Per concurrency; default: 4 times it, 8 at least.")
+    ] = None,
+    prompt_kind: Annotated[
+        PromptKind | None, typer.Option(help="ids: token ids (completions only); text: words.")
+    ] = None,
+    prompt_len: Annotated[int, typer.Option(min=1, help="Tokens.")] = 128,
+    output_len: Annotated[int, typer.Option(min=1, help="Tokens.")] = 64,
+    vocab_size: Annotated[int, typer.Option(min=17, help="Token ids are drawn from 16 up to it.")] = 1024,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A tokenizer.json: text prompts then have exactly --prompt-len tokens.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+    ignore_eos: Annotated[
+        bool, typer.Option(help="Ask for the whole length; an extra that some servers refuse.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
+    warmup: Annotated[int, typer.Option(min=0, help="Requests before the first that counts.")] = 1,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds without a byte.")] = 300.0,
+    api_key: Annotated[str | None, typer.Option(envvar=["SLUICE_API_KEY", "OPENAI_API_KEY"])] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here as well.")] = None,
+) -> None:
+    """Measure a server: time to first token, time between tokens, output tokens a second."""
+    import asyncio
+
+    from rich.console import Console
+
+    from gateway import bench as benching
+    from gateway.sse_client import BenchError
+
+    kind = prompt_kind or (PromptKind.TEXT if endpoint is Endpoint.CHAT else PromptKind.IDS)
+    config = benching.BenchConfig(
+        url=url,
+        model=model,
+        endpoint=endpoint.value,
+        prompt_kind=kind.value,
+        prompt_len=prompt_len,
+        output_len=output_len,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        temperature=temperature,
+        ignore_eos=ignore_eos,
+        seed=seed,
+        api_key=api_key,
+        timeout=timeout,
+    )
+    with clear_errors(BenchError):
+        levels = benching.parse_concurrencies(concurrency)
+        results = asyncio.run(benching.run(config, levels, num_requests, warmup))
+    if json_file is not None:
+        json_file.write_text(benching.to_json(config, results))
+    Console().print(benching.table(config, results))
+    for result in results:
+        if result.first_error is not None:
+            where = f"at concurrency {result.concurrency}"
+            fail(f"{result.num_failed} requests failed {where}: {result.first_error}")
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of Sluice and of what decides its speed."""
+    import platform
+    from importlib.metadata import version as version_of
+
+    names = ("sluice", "torch", "transformers", "tokenizers", "fastapi", "uvicorn")
+    typer.echo(
+        "  ".join([*(f"{name} {version_of(name)}" for name in names), f"python {platform.python_version()}"])
+    )
+
+
+def main() -> None:
+    """The `sluice` command."""
+    app()

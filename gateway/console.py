@@ -1,0 +1,101 @@
+"""What `sluice serve` shows while the groups load: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from gateway.workers.protocol import GroupState, WorkerGroup
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+_LOOK_SECONDS = 0.05
+_PHASES = ("connect", "load", "allocate", "warmup")
+_SHARES = (0.0, 0.1, 0.8, 0.85, 1.0)  # of the whole bar, where each phase begins; the last is the end
+
+
+class Display(Protocol):
+    """Shows one group's progress."""
+
+    def show(self, group: WorkerGroup, percent: int, note: str) -> None: ...
+
+
+async def watch(groups: Sequence[WorkerGroup], display: Display) -> None:
+    """Show every group's progress until each is ready, or failed for good."""
+    while True:
+        for group in groups:
+            display.show(group, overall_percent(group), note(group))
+        if all(is_settled(group) for group in groups):
+            return
+        await asyncio.sleep(_LOOK_SECONDS)
+
+
+def is_settled(group: WorkerGroup) -> bool:
+    return group.state not in (GroupState.STARTING, GroupState.RESTARTING)
+
+
+def overall_percent(group: WorkerGroup) -> int:
+    """How far a start is, all phases together, 0 to 100."""
+    if group.state is GroupState.READY:
+        return 100
+    if group.progress is None or group.progress.phase not in _PHASES:
+        return 0
+    index = _PHASES.index(group.progress.phase)
+    low, high = _SHARES[index], _SHARES[index + 1]
+    return round(100 * (low + (high - low) * group.progress.fraction))
+
+
+def note(group: WorkerGroup) -> str:
+    """What a group is doing, in few words."""
+    if group.state is GroupState.STARTING:
+        return group.progress.phase if group.progress else "start"
+    return f"{group.state}: {group.failure}" if group.failure else str(group.state)
+
+
+class PlainDisplay:
+    """A line whenever what a group is doing changes."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, str] = {}
+
+    def show(self, group: WorkerGroup, percent: int, note: str) -> None:
+        if self._last.get(group.name) != note:
+            self._last[group.name] = note
+            print(f"{group.name}: {note} ({percent} %)", flush=True)
+
+
+class BarDisplay:
+    """A bar for each group."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+        self.progress = Progress(
+            TextColumn("{task.fields[name]}", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            TimeElapsedColumn(),
+            transient=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def show(self, group: WorkerGroup, percent: int, note: str) -> None:
+        if group.name not in self._tasks:
+            self._tasks[group.name] = self.progress.add_task("", total=100, name=group.name, note=note)
+        self.progress.update(self._tasks[group.name], completed=percent, note=note)
+
+
+@contextmanager
+def display() -> Iterator[Display]:
+    """The display that fits standard output."""
+    if not sys.stdout.isatty():
+        yield PlainDisplay()
+        return
+    bars = BarDisplay()
+    with bars.progress:
+        yield bars
