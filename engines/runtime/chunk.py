@@ -148,7 +148,7 @@ def _row_sampling(chunk: Chunk, num_drafts: int, target_id: int) -> RowSampling:
     banned = tuple(sequence.stop_ids) if num_generated < request.min_tokens else ()
     history = _NO_HISTORY
     if sequence.needs_history:
-        history = np.array([*sequence.token_ids, *chunk.drafts[:num_drafts]], np.int32)
+        history = sequence.history(chunk.drafts[:num_drafts])
     return RowSampling(
         request.sampling,
         position,

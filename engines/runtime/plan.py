@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,8 +35,7 @@ class RowUse(IntEnum):
     VERIFY = 2  # score a drafted token
 
 
-@dataclass(frozen=True, slots=True)
-class RowSampling:
+class RowSampling(msgspec.Struct, frozen=True, eq=False):
     """How to treat one row of logits. Stays on rank 0: not packed, not broadcast.
 
     `token_ids` is the whole history (prompt and generated) when penalties need it, else empty;
@@ -48,7 +48,7 @@ class RowSampling:
     position: int
     choice: int = 0
     num_prompt_tokens: int = 0
-    token_ids: Int32 = field(default_factory=lambda: np.empty(0, np.int32))
+    token_ids: Int32 = msgspec.field(default_factory=lambda: np.empty(0, np.int32))
     banned_ids: tuple[int, ...] = ()
     target_id: int = -1
 

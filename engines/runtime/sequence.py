@@ -6,6 +6,9 @@ from array import array
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+import numpy as np
+
+from engines.runtime.plan import Int32
 from engines.wire import Generate, TokenLogprob
 
 _DIGEST_BYTES = 32
@@ -49,6 +52,7 @@ class Sequence:
     has_reported: bool = False
     num_cached_tokens: int | None = None  # prompt tokens read from the cache when first admitted
     prompt_logprobs: list[TokenLogprob | None] | None = None  # collected so far; None: not asked for
+    _history: array[int] = field(default_factory=lambda: array("i"))
 
     @property
     def id(self) -> str:
@@ -80,6 +84,12 @@ class Sequence:
         if self.prompt_logprobs is None or len(self.prompt_logprobs) >= self.num_prompt_tokens:
             return last
         return min(last, len(self.prompt_logprobs) - 1)
+
+    def history(self, drafts: tuple[int, ...]) -> Int32:
+        """Its known tokens and these drafts, for penalties. Only new tokens are converted each time."""
+        self._history.extend(self.token_ids[len(self._history) :])
+        known = np.array(self._history, np.int32)
+        return np.concatenate([known, np.array(drafts, np.int32)]) if drafts else known
 
     def hash_of_block(self, index: int, block_size: int) -> bytes:
         """The chained hash of its block `index`, all of whose tokens must be known."""
