@@ -1,0 +1,46 @@
+"""The HTTP application, put together. Nothing here or below imports torch or transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from gateway.auth import ApiKeys, BodyLimit, RequestContext
+from gateway.errors import to_api_error
+from gateway.metrics import Metrics
+from gateway.router import Router, ServedModel
+from gateway.routes import chat, completions, models, ops
+from gateway.routes.common import Gateway, gateway_of
+from gateway.settings import Settings
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+
+def create_app(
+    settings: Settings, served_models: Sequence[ServedModel], lifespan: Lifespan | None = None
+) -> FastAPI:
+    """The application for these models. `lifespan` starts and stops what stands behind them.
+
+    Raises ValueError when two models share a name.
+    """
+    app = FastAPI(title="Sluice", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    gateway = Gateway(settings, Router(served_models), Metrics(served_models))
+    app.state.gateway = gateway
+    for routes in (chat, completions, models, ops):
+        app.include_router(routes.router)
+    app.add_exception_handler(HTTPException, _no_such_route)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(ApiKeys, keys=settings.api_keys)
+    app.add_middleware(RequestContext, metrics=gateway.metrics)  # added last: outermost
+    return app
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    """404 and 405 in OpenAI's shape. Every other exception goes on to RequestContext."""
+    api_error = to_api_error(error, method=request.method, path=request.url.path)
+    gateway_of(request).metrics.errors[api_error.label] += 1
+    return Response(api_error.body, api_error.status, api_error.headers, "application/json")

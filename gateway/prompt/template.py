@@ -1,0 +1,160 @@
+"""The model's chat template: Jinja from the model directory, rendered in a sandbox.
+
+The environment has what Hugging Face's has (loop controls, `tojson`, `raise_exception`,
+`strftime_now`, `generation` blocks), so that a template renders the same text here and there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+_SPECIAL_TOKEN_NAMES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+
+class TemplateRefused(ValueError):  # noqa: N818
+    """The template cannot render these messages: it said so itself, or failed on them."""
+
+
+class BadTemplate(ValueError):  # noqa: N818
+    """The model's template is not valid Jinja, or its configuration not valid JSON. Names the file."""
+
+
+class ChatTemplate:
+    """A compiled template and the names of the special tokens that it may write."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], origin: str = "chat template") -> None:
+        """Raises BadTemplate."""
+        self.source = source
+        self._special_tokens = dict(special_tokens)
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise BadTemplate(
+                f"{origin}:{error.lineno}: the chat template is not valid: {error.message}"
+            ) from error
+
+    def render(self, messages: Sequence[Mapping[str, object]]) -> str:
+        """The prompt that asks for the next message. Raises TemplateRefused."""
+        try:
+            return self._template.render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=True,
+                **self._special_tokens,
+            )
+        except jinja2.TemplateError as error:
+            raise TemplateRefused(
+                f"the model's chat template refuses these messages: {error.message}"
+            ) from error
+        except Exception as error:  # a template is a program of somebody else: anything may come
+            raise TemplateRefused(
+                f"the model's chat template failed on these messages ({type(error).__name__})"
+            ) from error
+
+
+def load_chat_template(model_dir: Path, override: Path | None = None) -> ChatTemplate | None:
+    """The template given, or the directory's chat_template.jinja, or that of its tokenizer_config.json.
+
+    None if the model has none. Raises BadTemplate, OSError.
+    """
+    config_path = model_dir / "tokenizer_config.json"
+    config = _read_json(config_path) if config_path.exists() else {}
+    special_tokens = _special_tokens(config)
+    for path in (override, model_dir / "chat_template.jinja"):
+        if path is not None and (path is override or path.exists()):
+            return ChatTemplate(path.read_text(encoding="utf-8"), special_tokens, str(path))
+    source = _default_template(config.get("chat_template"))
+    return None if source is None else ChatTemplate(source, special_tokens, str(config_path))
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadTemplate(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise BadTemplate(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _default_template(value: object) -> str | None:
+    """A template, or the one named "default" of a list of named ones."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+        source = named.get("default")
+        return source if isinstance(source, str) else None
+    return None
+
+
+def _special_tokens(config: Mapping[str, object]) -> dict[str, str]:
+    """bos_token and its kin, each either a string or an object with `content`."""
+    tokens: dict[str, str] = {}
+    for name in _SPECIAL_TOKEN_NAMES:
+        value = config.get(name)
+        content = value.get("content") if isinstance(value, dict) else value
+        if isinstance(content, str):
+            tokens[name] = content
+    return tokens
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's tokens for training; here it only shows its body."""
+
+    tags = {"generation"}  # noqa: RUF012  jinja2's own declaration
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    functions: dict[str, Callable[[str], str]] = {
+        "raise_exception": _raise_exception,
+        "strftime_now": _strftime_now,
+    }
+    environment.globals.update(functions)
+    return environment
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes HTML, which no model was trained on."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

@@ -1,0 +1,129 @@
+"""What becomes of every request field: supported, ignored with a reason, or refused with a reason.
+
+A field that is in neither table nor model is refused as unknown. A refused field passes at a value
+that asks for nothing (`no_op`), because clients send those without meaning it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+
+class Rule(NamedTuple):
+    status: Literal["ignored", "refused"]
+    why: str
+    no_op: tuple[object, ...] = ()  # None passes always
+
+
+class UnknownField(ValueError):  # noqa: N818
+    """A field that this endpoint does not know."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__(f"Unrecognized request argument supplied: {field}")
+
+
+class UnsupportedField(ValueError):  # noqa: N818
+    """A known field that is refused."""
+
+    def __init__(self, field: str, why: str) -> None:
+        super().__init__(f"'{field}' is not supported: {why}")
+        self.param = field
+
+
+def _ignored(why: str) -> Rule:
+    return Rule("ignored", why)
+
+
+def _refused(why: str, *no_op: object) -> Rule:
+    return Rule("refused", why, no_op)
+
+
+_NOT_YET = "not in this version"
+
+SHARED = {
+    "user": _ignored("a label for the caller's own use"),
+    "skip_special_tokens": _refused("control tokens are never shown", True),
+    "spaces_between_special_tokens": _refused("control tokens are never shown", True, False),
+    "include_stop_str_in_output": _refused(_NOT_YET, False),
+    "use_beam_search": _refused(_NOT_YET, False),
+    "length_penalty": _refused("it belongs to beam search", 1, 1.0),
+    "truncate_prompt_tokens": _refused("a prompt is served whole or refused"),
+    "prompt_logprobs": _refused(_NOT_YET),
+    "priority": _refused(_NOT_YET, 0),
+}
+
+CHAT = SHARED | {
+    "metadata": _ignored("it labels stored completions, and nothing is stored"),
+    "safety_identifier": _ignored("a label for the caller's own use"),
+    "prompt_cache_key": _ignored("a hint for routing; the prefix cache needs none"),
+    "prompt_cache_retention": _ignored("a hint; the prefix cache keeps what fits in memory"),
+    "prompt_cache_options": _ignored("a hint; the prefix cache keeps what fits in memory"),
+    "prediction": _ignored("a hint for speed that never changes the answer"),
+    "parallel_tool_calls": _ignored("there are no tools to call"),
+    "service_tier": _ignored("there is one tier"),
+    "store": _refused("nothing is stored", False),
+    "tools": _refused(_NOT_YET, []),
+    "tool_choice": _refused(_NOT_YET, "none", "auto"),
+    "functions": _refused(_NOT_YET, []),
+    "function_call": _refused(_NOT_YET, "none", "auto"),
+    "response_format": _refused(_NOT_YET, {"type": "text"}),
+    "reasoning_effort": _refused(_NOT_YET, "none"),
+    "verbosity": _refused(_NOT_YET, "medium"),
+    "modalities": _refused("the models write text only", ["text"]),
+    "audio": _refused("the models write text only"),
+    "web_search_options": _refused("the server does not search"),
+    "moderation": _refused("the server does not moderate"),
+    "echo": _refused(_NOT_YET, False),
+    "add_generation_prompt": _refused(_NOT_YET, True),
+    "continue_final_message": _refused(_NOT_YET, False),
+    "add_special_tokens": _refused("the chat template writes them", False),
+    "chat_template": _refused("only the server chooses the template"),
+    "chat_template_kwargs": _refused(_NOT_YET, {}),
+}
+
+COMPLETIONS = SHARED | {
+    "echo": _refused(_NOT_YET, False),
+    "best_of": _refused(_NOT_YET, 1),
+    "suffix": _refused(_NOT_YET, ""),
+    "add_special_tokens": _refused(_NOT_YET, True),
+    "response_format": _refused(_NOT_YET, {"type": "text"}),
+}
+
+MESSAGE = {
+    "tool_calls": _refused(_NOT_YET, []),
+    "function_call": _refused(_NOT_YET),
+    "tool_call_id": _refused(_NOT_YET),
+    "refusal": _refused("write it as content"),
+    "audio": _refused("the models read text only"),
+    "annotations": _refused("the models read text only", []),
+    "reasoning_content": _refused("earlier reasoning is not shown to the model", ""),
+}
+
+TEXT_PART = {
+    "prompt_cache_breakpoint": _ignored("a hint; the prefix cache finds every shared prefix itself"),
+}
+
+STREAM_OPTIONS = {
+    "include_obfuscation": _ignored("padding against traffic analysis is not written"),
+}
+
+
+def without_unused(
+    given: Mapping[str, object], rules: Mapping[str, Rule], supported: frozenset[str]
+) -> dict[str, object]:
+    """The supported fields of a request. Raises UnknownField and UnsupportedField."""
+    kept: dict[str, object] = {}
+    for name, value in given.items():
+        if name in supported:
+            kept[name] = value
+        elif (rule := rules.get(name)) is None:
+            raise UnknownField(name)
+        elif rule.status == "refused" and value is not None and not _is_among(value, rule.no_op):
+            raise UnsupportedField(name, rule.why)
+    return kept
+
+
+def _is_among(value: object, allowed: tuple[object, ...]) -> bool:
+    """Equality that tells True from 1."""
+    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in allowed)

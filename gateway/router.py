@@ -1,0 +1,167 @@
+"""Which models are served, by what names, and which group gets the next sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engines.wire import Ready, Stats
+from gateway.prompt.template import ChatTemplate, load_chat_template
+from gateway.prompt.tokenizer import Tokenizer
+from gateway.workers.protocol import GroupState, WorkerGroup, WorkerUnavailable
+
+QUEUE_RETRY_SECONDS = 1
+LOADING_RETRY_SECONDS = 5
+
+
+class ModelNotFound(ValueError):  # noqa: N818
+    def __init__(self, model: str) -> None:
+        super().__init__(f"The model '{model[:200]}' does not exist or you do not have access to it.")
+
+
+class QueueFull(Exception):  # noqa: N818
+    """Every group of the model has as many sequences waiting as it may have."""
+
+    retry_after = QUEUE_RETRY_SECONDS
+
+
+class ModelFailed(Exception):  # noqa: N818
+    """Every group of the model has failed for good: asking again does not help."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupStatus:
+    """One group as /readyz and /health show it. `failure` is for those who hold a key."""
+
+    name: str
+    state: str
+    phase: str | None
+    percent: int | None
+    restarts: int
+    failure: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ServedModel:
+    """A model under its names, with everything the gateway needs of it.
+
+    `groups` are its replicas. `max_queued`: sequences that may wait per group, beyond those that run.
+    """
+
+    name: str
+    groups: Sequence[WorkerGroup]
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    created: int  # seconds since the epoch
+    aliases: tuple[str, ...] = ()
+    owned_by: str = "sluice"
+    max_queued: int = 1_024
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+    @property
+    def is_ready(self) -> bool:
+        return any(group.state is GroupState.READY for group in self.groups)
+
+    def statuses(self) -> list[GroupStatus]:
+        return [_status(group) for group in self.groups]
+
+    def stats(self) -> list[tuple[str, Stats | None, int, Ready | None]]:
+        """(replica, heartbeat, restarts, info) of every group."""
+        return [
+            (str(replica), group.stats, group.num_restarts, group.info)
+            for replica, group in enumerate(self.groups)
+        ]
+
+
+def load_served_model(
+    model_dir: Path,
+    *,
+    name: str,
+    groups: Sequence[WorkerGroup],
+    created: int,
+    aliases: tuple[str, ...] = (),
+    owned_by: str = "sluice",
+    max_queued: int = 1_024,
+    chat_template: Path | None = None,
+) -> ServedModel:
+    """Reads the model directory's tokenizer.json and chat template (`chat_template` replaces it).
+
+    Raises FileNotFoundError, BadTemplate.
+    """
+    path = model_dir / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: not found; the gateway needs the fast tokenizer (save it with save_pretrained)"
+        )
+    return ServedModel(
+        name=name,
+        groups=groups,
+        tokenizer=Tokenizer(path),
+        template=load_chat_template(model_dir, chat_template),
+        created=created,
+        aliases=aliases,
+        owned_by=owned_by,
+        max_queued=max_queued,
+    )
+
+
+def _status(group: WorkerGroup) -> GroupStatus:
+    progress = group.progress if group.state is GroupState.STARTING else None
+    return GroupStatus(
+        name=group.name,
+        state=group.state.value,
+        phase=progress.phase if progress else None,
+        percent=round(100 * progress.fraction) if progress else None,
+        restarts=group.num_restarts,
+        failure=group.failure,
+    )
+
+
+class Router:
+    """The served models. Raises ValueError at names given twice."""
+
+    def __init__(self, models: Sequence[ServedModel]) -> None:
+        self.models = tuple(models)
+        self._by_name: dict[str, ServedModel] = {}
+        for model in models:
+            for name in model.names:
+                if name in self._by_name:
+                    raise ValueError(f"two models are to be served as {name!r}: give one another name")
+                self._by_name[name] = model
+
+    def find(self, name: str) -> ServedModel:
+        """Raises ModelNotFound."""
+        model = self._by_name.get(name)
+        if model is None:
+            raise ModelNotFound(name)
+        return model
+
+
+def ready_groups(model: ServedModel) -> list[WorkerGroup]:
+    """Never empty. Raises WorkerUnavailable, ModelFailed."""
+    groups = [group for group in model.groups if group.state is GroupState.READY]
+    if groups:
+        return groups
+    if model.groups and all(group.state is GroupState.FAILED for group in model.groups):
+        raise ModelFailed(f"The model '{model.name}' cannot be served: its workers failed to start.")
+    raise WorkerUnavailable(f"The model '{model.name}' is not ready.", LOADING_RETRY_SECONDS)
+
+
+def pick(model: ServedModel, planned: Mapping[str, int], num_sequences: int) -> WorkerGroup:
+    """The ready group with the least outstanding work, with room for the sequences.
+
+    `planned`: sequences about to be sent, by group name. Raises WorkerUnavailable, ModelFailed, QueueFull.
+    """
+    group = min(ready_groups(model), key=lambda group: _load(group, planned))
+    room = model.max_queued + (group.info.max_num_seqs if group.info else 0)
+    if _load(group, planned) + num_sequences > room:
+        raise QueueFull(f"The model '{model.name}' has too many requests waiting.")
+    return group
+
+
+def _load(group: WorkerGroup, planned: Mapping[str, int]) -> int:
+    return group.num_outstanding + planned.get(group.name, 0)

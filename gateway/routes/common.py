@@ -1,0 +1,54 @@
+"""What the routes share: the application's parts, JSON responses, and starting a generation."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass
+from typing import cast
+
+import msgspec
+from fastapi import Request
+from starlette.responses import Response
+
+from gateway.errors import to_api_error
+from gateway.metrics import Metrics
+from gateway.router import Router
+from gateway.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """The application's parts, at `app.state.gateway`."""
+
+    settings: Settings
+    router: Router
+    metrics: Metrics
+
+    def describe_error(self, error: Exception) -> bytes:
+        """The error object as JSON, for a stream that fails underway. Counts it."""
+        api_error = to_api_error(error, path="stream")
+        self.metrics.errors[api_error.label] += 1
+        return api_error.body
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What is the same in a response and in all chunks of a stream."""
+
+    id: str
+    created: int
+    model: str
+    fingerprint: str | None
+
+
+def gateway_of(request: Request) -> Gateway:
+    return cast(Gateway, request.app.state.gateway)
+
+
+def new_answer(prefix: str, model: str, fingerprint: str | None) -> Answer:
+    return Answer(f"{prefix}-{secrets.token_hex(16)}", int(time.time()), model, fingerprint)
+
+
+def json_response(content: msgspec.Struct, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(content), status, media_type="application/json")
