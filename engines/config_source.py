@@ -17,6 +17,7 @@ from engines.config_errors import ConfigError, Problem
 MAX_BYTES = 1 << 20
 MAX_VALUES = 10_000  # after aliases are expanded
 _TAG = "tag:yaml.org,2002:"
+BROKEN = object()  # a value that could not be read; its problem is already listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,15 +127,17 @@ class _Tree:
             wrong = f"anchors and aliases expand to more than {MAX_VALUES} values"
             raise ConfigError([Problem(where, key, wrong, remedy="write the values out")])
         if not isinstance(node, yaml.ScalarNode) and node.tag not in (_TAG + "map", _TAG + "seq"):
-            self.problems.append(
-                Problem(where, key, f"the tag {_shorten(node.tag)!r} is not read", remedy="remove it")
-            )
+            wrong = f"the tag {_shorten(node.tag)!r} is not read"
+            self.problems.append(Problem(where, key, wrong, remedy="remove it"))
+            return Value(BROKEN, where)
         self._open.add(id(node))
         try:
             if isinstance(node, yaml.MappingNode):
                 return Section(where, dict(self._entries(node, key)))
             if isinstance(node, yaml.SequenceNode):
-                return Value([self.convert(item, key) for item in node.value], where)
+                items = [self.convert(item, key) for item in node.value]
+                is_broken = any(isinstance(item, Value) and item.value is BROKEN for item in items)
+                return Value(BROKEN if is_broken else items, where)
             return Value(self._scalar(node, key), where)
         finally:
             self._open.discard(id(node))
@@ -177,6 +180,3 @@ class _Tree:
 
     def _where(self, node: yaml.Node) -> str:
         return f"{self._path}:{node.start_mark.line + 1}"
-
-
-BROKEN = object()  # a scalar that could not be read; its problem is already listed

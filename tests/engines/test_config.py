@@ -1,0 +1,255 @@
+"""What a correct model-config.yaml comes to. The documents are TorchServe's documented ones, unchanged."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from engines.config import ModelConfig, load
+
+SCHEMA = """\
+# frontend settings
+minWorkers: 1
+maxWorkers: 1
+parallelType: "pp"     # Options: "pp", "tp", "pptp", "custom"
+deviceType: "gpu"
+torchrun:
+    nproc-per-node: 4  # Number of GPUs / processes per worker
+"""
+LEVEL = """\
+minWorkers: 1
+maxWorkers: 1
+parallelType: "tp"
+deviceType: "gpu"
+parallelLevel: 4        # Number of GPUs (mutually exclusive with nproc-per-node)
+deviceIds: [2, 3, 4, 5] # Explicit GPU IDs (optional)
+"""
+PIPPY = """\
+minWorkers: 1
+maxWorkers: 1
+maxBatchDelay: 200
+responseTimeout: 300
+parallelType: "pp"
+deviceType: "gpu"
+torchrun:
+    nproc-per-node: 4
+pippy:
+    rpc_timeout: 1800
+    model_type: "HF"
+    chunks: 1
+    input_names: ["input_ids"]
+handler:
+    model_path: "/path/to/model"
+    max_length: 50
+"""
+DEEPSPEED = """\
+minWorkers: 1
+maxWorkers: 1
+maxBatchDelay: 100
+responseTimeout: 120
+parallelType: "tp"
+deviceType: "gpu"
+torchrun:
+    nproc-per-node: 4
+deepspeed:
+    config: ds-config.json
+handler:
+    model_path: "/path/to/model"
+    max_length: 80
+"""
+DOCUMENTED = {"schema": SCHEMA, "level": LEVEL, "pippy": PIPPY, "deepspeed": DEEPSPEED}
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "model-config.yaml"
+    path.write_text(text)
+    return path
+
+
+def loaded(tmp_path: Path, text: str, **flags: object) -> ModelConfig:
+    return load(write(tmp_path, text), flags, num_gpus=0)
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_documented_example_loads_unchanged(tmp_path: Path, name: str) -> None:
+    config = loaded(tmp_path, DOCUMENTED[name])
+    assert config.device == "cuda"
+    assert config.world_size == config.devices_per_group == 4
+    assert config.num_replicas == 1
+
+
+def test_documented_examples_resolve(tmp_path: Path) -> None:
+    pippy = loaded(tmp_path, PIPPY)
+    assert (pippy.engine, pippy.pp_size, pippy.tp_size, pippy.pipeline_chunks) == ("pipeline", 4, 1, 1)
+    assert (pippy.response_timeout, pippy.max_batch_delay, pippy.model_path) == (300.0, 0.2, "/path/to/model")
+    level = loaded(tmp_path, LEVEL)
+    assert (level.engine, level.tp_size, level.device_ids) == ("native", 4, (2, 3, 4, 5))
+    deepspeed = loaded(tmp_path, DEEPSPEED)
+    assert deepspeed.engine == "deepspeed_tp"
+    assert deepspeed.deepspeed
+    assert deepspeed.deepspeed.config == str(tmp_path / "ds-config.json")
+
+
+def test_keys_without_effect_are_listed_with_place_and_reason(tmp_path: Path) -> None:
+    warnings = loaded(tmp_path, PIPPY).warnings
+    keys = [re.match(r".*model-config\.yaml:\d+: ([\w.]+): has no effect: .+", line) for line in warnings]
+    assert [match[1] for match in keys if match] == [
+        "maxBatchDelay",
+        "pippy.rpc_timeout",
+        "pippy.model_type",
+        "pippy.input_names",
+        "handler.max_length",
+    ]
+    assert len(warnings) == 5
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_json_round_trip(tmp_path: Path, name: str) -> None:
+    config = loaded(tmp_path, DOCUMENTED[name])
+    assert ModelConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configuration_loads_without_a_warning(path: Path) -> None:
+    config = load(path, num_gpus=0)
+    assert config.warnings == ()
+    assert config.model_path == str(CONFIGS.parent / "gateway" / "demo_model")
+
+
+def test_defaults(tmp_path: Path) -> None:
+    config = loaded(tmp_path, "modelName: m\n")
+    assert (config.model_name, config.served_model_names, config.model_path) == ("m", ("m",), str(tmp_path))
+    assert (config.engine, config.parallel_type, config.world_size, config.device) == (
+        "native",
+        "tp",
+        1,
+        "cpu",
+    )
+    assert (config.response_timeout, config.startup_timeout, config.job_queue_size) == (120.0, 120.0, 100)
+    assert (config.max_num_seqs, config.kv_cache_memory, config.prefix_cache) == (256, 1 << 30, True)
+
+
+def test_model_is_named_after_its_directory(tmp_path: Path) -> None:
+    home = tmp_path / "my model"
+    home.mkdir()
+    assert loaded(home, "dtype: auto\n").model_name == "my-model"
+
+
+def test_device_is_what_the_machine_has_unless_said(tmp_path: Path) -> None:
+    path = write(tmp_path, "modelName: m\n")
+    assert load(path, num_gpus=2).device == "cuda"
+    assert load(path, num_gpus=0).device == "cpu"
+    assert load(write(tmp_path, "deviceType: cpu\n"), num_gpus=2).device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("text", "sizes"),
+    [
+        ("parallelType: TP\nparallelLevel: 4\n", ("tp", 4, 1, 4)),
+        ("parallelType: tp\ntorchrun: {nproc-per-node: 4}\n", ("tp", 4, 1, 4)),
+        ("parallelType: tp\ntensorParallel: 4\n", ("tp", 4, 1, 4)),
+        ("parallelType: tp\ntorchrun: {OMP_NUMBER_THREADS: 2}\n", ("tp", 1, 1, 1)),
+        ("parallelType: pp\nparallelLevel: 4\n", ("pp", 1, 4, 4)),
+        ("parallelType: pptp\nparallelLevel: 8\ntensorParallel: 2\n", ("pptp", 2, 4, 8)),
+        ("parallelType: pptp\nparallelLevel: 8\npipelineParallel: 2\n", ("pptp", 4, 2, 8)),
+        ("parallelType: pptp\ntensorParallel: 2\npipelineParallel: 2\n", ("pptp", 2, 2, 4)),
+        ("parallelType: custom\nparallelLevel: 4\n", ("custom", 1, 1, 4)),
+        ("parallelType: custom\ntorchrun: {nproc-per-node: 4}\n", ("custom", 1, 1, 4)),
+        ("parallelType: custom\ndeviceIds: [1, 2, 3]\n", ("custom", 1, 1, 3)),
+        ("parallelType: custom\nparallelLevel: 2\nasyncCommunication: true\n", ("custom", 1, 1, 2)),
+    ],
+)
+def test_sizes(tmp_path: Path, text: str, sizes: tuple[str, int, int, int]) -> None:
+    config = loaded(tmp_path, text)
+    assert (config.parallel_type, config.tp_size, config.pp_size, config.devices_per_group) == sizes
+    assert config.world_size == (1 if sizes[0] == "custom" else sizes[3])
+
+
+def test_custom_takes_all_the_machine_has_between_its_replicas(tmp_path: Path) -> None:
+    path = write(tmp_path, "parallelType: custom\nminWorkers: 2\n")
+    assert load(path, num_gpus=8).devices_per_group == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "engine"),
+    [
+        ({"replace_with_kernel_inject": True, "tensor_parallel": {"tp_size": 2}}, "deepspeed_inject"),
+        ({"kernel_inject": True, "mp_size": 2}, "deepspeed_inject"),
+        ({"replace_with_kernel_inject": False}, "deepspeed_tp"),
+        ({}, "deepspeed_tp"),
+    ],
+)
+def test_deepspeed_file_chooses_the_engine(tmp_path: Path, content: dict[str, object], engine: str) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(content))
+    text = "parallelType: tp\nparallelLevel: 2\ndeepspeed: {config: ds.json}\n"
+    assert loaded(tmp_path, text).engine == engine
+    assert loaded(tmp_path, text + "engine: native\n").engine == "native"
+
+
+@pytest.mark.parametrize(
+    ("written", "size"), [("2GiB", 2 << 30), ("1.5 MiB", 3 << 19), ("2GB", 2 * 10**9), (4 << 20, 4 << 20)]
+)
+def test_memory_sizes(tmp_path: Path, written: object, size: int) -> None:
+    assert loaded(tmp_path, f"kvCacheMemory: {written}\n").kv_cache_memory == size
+
+
+def test_threads_are_the_cores_divided_by_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(16)))
+    assert loaded(tmp_path, "parallelType: tp\nparallelLevel: 2\nminWorkers: 2\n").omp_threads == 4
+    assert loaded(tmp_path, "parallelType: tp\ntorchrun: {OMP_NUMBER_THREADS: 3}\n").omp_threads == 3
+    assert loaded(tmp_path, "parallelType: tp\nparallelLevel: 64\n").omp_threads == 1
+
+
+def test_a_job_ticket_means_that_nothing_waits(tmp_path: Path) -> None:
+    assert loaded(tmp_path, "useJobTicket: true\njobQueueSize: 7\n").job_queue_size == 0
+    assert loaded(tmp_path, "jobQueueSize: 7\n").job_queue_size == 7
+    assert loaded(tmp_path, "jobQueueSize: 0\n").job_queue_size == 100  # TorchServe's 0 is its default
+
+
+def test_handler_keys_that_act(tmp_path: Path) -> None:
+    text = "handler: {model_path: m, max_seq_len: 512, max_batch_size: 8, chat_template: t.jinja}\n"
+    config = loaded(tmp_path, text)
+    assert (config.model_path, config.chat_template) == (str(tmp_path / "m"), str(tmp_path / "t.jinja"))
+    assert (config.max_model_len, config.max_num_seqs, config.warnings) == (512, 8, ())
+
+
+def test_unknown_handler_key_warns_with_the_nearest(tmp_path: Path) -> None:
+    (warning,) = loaded(tmp_path, "modelName: m\nhandler:\n  model_pth: x\n").warnings
+    assert "model-config.yaml:3: handler.model_pth" in warning
+    assert "did you mean 'model_path'?" in warning
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    text = "parallelType: pp\ntorchrun: {nproc-per-node: 4}\ndtype: float32\nhandler: {model_path: a}\n"
+    config = loaded(tmp_path, text, tp=2, dtype="bf16", max_model_len=64, model_name=None, modelPath="/b")
+    assert (config.parallel_type, config.tp_size, config.pp_size) == ("tp", 2, 1)
+    assert (config.dtype, config.max_model_len, config.model_path) == ("bfloat16", 64, "/b")
+    assert loaded(tmp_path, text, tp=2, pp=2).parallel_type == "pptp"
+    assert loaded(tmp_path, text, pp=2).pp_size == 2
+    assert loaded(tmp_path, text, tp=1).world_size == 1
+    assert loaded(tmp_path, text, **{"torchrun.nproc-per-node": 3}).pp_size == 3
+
+
+def test_directory_needs_no_file(tmp_path: Path) -> None:
+    config = ModelConfig.for_directory(tmp_path, num_gpus=0, tp=2, served_model_names=["a", "b"])
+    assert (config.model_path, config.model_name) == (str(tmp_path), tmp_path.name)
+    assert (config.tp_size, config.served_model_names, config.source) == (2, ("a", "b"), "")
+
+
+def test_directory_with_a_file_reads_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "modelName: named\n")
+    config = ModelConfig.for_directory(tmp_path, num_gpus=0, dtype="float32")
+    assert (config.model_name, config.dtype, config.source) == ("named", "float32", str(path))
+
+
+def test_an_alias_stands_for_its_value(tmp_path: Path) -> None:
+    assert loaded(tmp_path, "modelName: &n m\nservedModelNames: [*n, o]\n").served_model_names == ("m", "o")
+
+
+def test_frozen(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        loaded(tmp_path, "modelName: m\n").model_name = "n"  # type: ignore[misc]
