@@ -13,9 +13,11 @@ from typing import Protocol
 
 from engines.runtime.blocks import BlockPool
 from engines.runtime.chunk import BlockTables, Chunk, build_plan
+from engines.runtime.intake import Intake
+from engines.runtime.outcome import has_ended, take_result
 from engines.runtime.plan import StepKind, StepPlan, StepResult
-from engines.runtime.sequence import Sequence, root_hash
-from engines.wire import FinishReason, Generate, RequestError, Stats, TokenDelta, TokenLogprob
+from engines.runtime.sequence import Sequence
+from engines.wire import Generate, RequestError, Stats, TokenDelta
 
 
 class Scheduler(Protocol):
@@ -86,7 +88,7 @@ class ContinuousScheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = min(max_model_len, num_blocks * block_size)  # so that any sequence fits alone
         self.max_plans_in_flight = max_plans_in_flight
-        self._eos_ids = frozenset(eos_token_ids)
+        self._intake = Intake(self.max_model_len, eos_token_ids, prefix_cache)
         self._prefix_cache = prefix_cache
         self._run_ahead = run_ahead
         self._drafter = drafter
@@ -99,7 +101,6 @@ class ContinuousScheduler:
         self._running: list[Sequence] = []  # oldest first
         self._prompt_leaders: dict[str, Sequence] = {}  # group -> who computes the shared prompt
         self._num_plans_in_flight = 0
-        self._num_arrivals = 0
         self._num_preemptions = 0
         self._num_prefix_queries = 0
         self._num_prefix_hits = 0
@@ -113,12 +114,13 @@ class ContinuousScheduler:
         return bool(self._sequences) or self._num_plans_in_flight > 0
 
     def add(self, request: Generate) -> list[TokenDelta]:
-        if (error := self._refusal(request)) is not None:
-            return [TokenDelta(id=request.id, error=error)]
-        sequence = self._new_sequence(request)
-        if (reason := self._ended_before(sequence)) is not None:
-            return [TokenDelta(id=request.id, finish_reason=reason)]
-        self._sequences[sequence.id] = self._queue[sequence.id] = sequence
+        if request.id in self._sequences:
+            message = f"a sequence with the id {request.id!r} is already running"
+            return [TokenDelta(id=request.id, error=RequestError("invalid_request", message))]
+        taken = self._intake.take(request)
+        if isinstance(taken, TokenDelta):
+            return [taken]
+        self._sequences[taken.id] = self._queue[taken.id] = taken
         return []
 
     def abort(self, id: str) -> None:
@@ -149,52 +151,6 @@ class ContinuousScheduler:
         known = {*self._queue, *(sequence.id for sequence in self._running)}
         assert known == set(self._sequences), "a sequence is neither queued nor running"
         assert all(not sequence.block_table for sequence in self._queue.values()), "a queued one holds blocks"
-
-    def _refusal(self, request: Generate) -> RequestError | None:
-        num_tokens = len(request.prompt_ids) + len(request.resume_token_ids)
-        if not request.prompt_ids:
-            return RequestError("invalid_request", "the prompt is empty; it needs at least one token")
-        if request.id in self._sequences:
-            return RequestError(
-                "invalid_request", f"a sequence with the id {request.id!r} is already running"
-            )
-        room = self.max_model_len - (1 if request.max_tokens > len(request.resume_token_ids) else 0)
-        if num_tokens <= room:
-            return None
-        message = (
-            f"the prompt has {num_tokens} tokens; this model serves sequences of at most "
-            f"{self.max_model_len} tokens, prompt and generated together: shorten the prompt"
-        )
-        return RequestError("too_long", message)
-
-    def _new_sequence(self, request: Generate) -> Sequence:
-        self._num_arrivals += 1
-        num_prompt = len(request.prompt_ids)
-        eos_ids = frozenset[int]() if request.ignore_eos else self._eos_ids
-        scores_prompt = request.prompt_logprobs is not None and not request.resume_token_ids
-        return Sequence(
-            request=request,
-            arrival=self._num_arrivals,
-            token_ids=[*request.prompt_ids, *request.resume_token_ids],
-            max_len=min(num_prompt + request.max_tokens, self.max_model_len),
-            stop_ids=eos_ids.union(request.stop_token_ids),
-            hash_root=self._hash_root(request),
-            prompt_logprobs=[None] if scores_prompt else None,
-        )
-
-    def _hash_root(self, request: Generate) -> bytes | None:
-        """Without a prefix cache only siblings share blocks."""
-        if self._prefix_cache:
-            return root_hash(request.cache_salt, "")
-        return root_hash(request.cache_salt, request.group) if request.group else None
-
-    def _ended_before(self, sequence: Sequence) -> FinishReason | None:
-        """Why there is nothing left to generate, if so: what was resumed had ended, or no token is wanted."""
-        request = sequence.request
-        if request.resume_token_ids and sequence.token_ids[-1] in sequence.stop_ids:
-            return "stop"
-        wants_nothing = len(sequence.token_ids) >= sequence.max_len and sequence.prompt_logprobs is None
-        return "length" if wants_nothing else None
 
     def _remove(self, sequence: Sequence) -> None:
         """It has ended, however."""
@@ -411,46 +367,15 @@ class ContinuousScheduler:
             sequence.num_plans_in_flight -= 1
             if sequence.is_finished:
                 continue  # aborted, or ended before this plan, which had run ahead, came back
-            delta = self._finish_chunk(chunk, token_ids, result)
-            if delta is not None:
-                deltas.append(delta)
+            delta = take_result(chunk, token_ids, result)
+            self._offer_blocks(sequence, min(chunk.end, len(sequence.token_ids) - chunk.samples))
+            if delta is None:
+                continue
+            deltas.append(delta)
+            self._num_generated_tokens += len(delta.token_ids)
+            if has_ended(delta):
+                self._remove(sequence)
         return deltas
-
-    def _finish_chunk(self, chunk: Chunk, token_ids: list[int], result: StepResult) -> TokenDelta | None:
-        sequence = chunk.sequence
-        if result.errors and (message := _first_error(chunk, result)) is not None:
-            self._remove(sequence)
-            return TokenDelta(id=sequence.id, error=RequestError("internal", message))
-        if chunk.num_prompt_rows:
-            _collect_prompt_logprobs(chunk, result)
-        if chunk.samples:
-            return self._finish_sampling(chunk, token_ids, result)
-        self._offer_blocks(sequence, chunk.end)
-        if chunk.end == sequence.max_len:  # only its prompt was wanted
-            self._remove(sequence)
-            return self._delta(sequence, [], [], "length")
-        return None
-
-    def _finish_sampling(self, chunk: Chunk, token_ids: list[int], result: StepResult) -> TokenDelta:
-        sequence = chunk.sequence
-        sequence.num_unknown_tokens -= 1
-        first_row = chunk.first_row + chunk.num_prompt_rows
-        accepted: list[int] = []
-        reason: FinishReason | None = None
-        drawn = token_ids[first_row : first_row + len(chunk.drafts) + 1]
-        for token_id, draft in zip(drawn, (*chunk.drafts, None), strict=True):
-            accepted.append(token_id)
-            sequence.token_ids.append(token_id)
-            reason = _finish_reason(sequence)
-            if reason is not None or token_id != draft:
-                break
-        if chunk.drafts:
-            sequence.num_computed_tokens = len(sequence.token_ids) - 1
-        self._num_generated_tokens += len(accepted)
-        self._offer_blocks(sequence, len(sequence.token_ids) - 1)
-        if reason is not None:
-            self._remove(sequence)
-        return self._delta(sequence, accepted, _logprobs(sequence, first_row, len(accepted), result), reason)
 
     def _offer_blocks(self, sequence: Sequence, num_computed: int) -> None:
         """Let others find its full blocks up to there, now that they have been computed."""
@@ -461,43 +386,3 @@ class ContinuousScheduler:
                 sequence.num_hashed_blocks = index + 1
         if num_computed >= sequence.num_prompt_tokens:
             self._end_lead(sequence)
-
-    def _delta(
-        self, sequence: Sequence, tokens: list[int], logprobs: list[TokenLogprob], reason: FinishReason | None
-    ) -> TokenDelta:
-        is_first = not sequence.has_reported
-        sequence.has_reported = True
-        return TokenDelta(
-            id=sequence.request.id,
-            token_ids=tokens,
-            logprobs=logprobs,
-            finish_reason=reason,
-            is_stop_token=reason == "stop",
-            num_cached_tokens=sequence.num_cached_tokens if is_first else None,
-            prompt_logprobs=sequence.prompt_logprobs if is_first else None,
-        )
-
-
-def _finish_reason(sequence: Sequence) -> FinishReason | None:
-    """Whether the token it has just got is its last."""
-    if sequence.token_ids[-1] in sequence.stop_ids:
-        return "stop"
-    return "length" if len(sequence.token_ids) >= sequence.max_len else None
-
-
-def _first_error(chunk: Chunk, result: StepResult) -> str | None:
-    rows = range(chunk.first_row, chunk.first_row + chunk.num_rows)
-    return next((result.errors[row] for row in rows if row in result.errors), None)
-
-
-def _collect_prompt_logprobs(chunk: Chunk, result: StepResult) -> None:
-    collected = chunk.sequence.prompt_logprobs
-    assert collected is not None, "prompt rows without a request for them"
-    rows = range(chunk.first_row, chunk.first_row + chunk.num_prompt_rows)
-    collected.extend(result.logprobs[row] for row in rows)
-
-
-def _logprobs(sequence: Sequence, first_row: int, count: int, result: StepResult) -> list[TokenLogprob]:
-    if sequence.request.sampling.logprobs is None:
-        return []
-    return [result.logprobs[row] for row in range(first_row, first_row + count)]

@@ -1,0 +1,67 @@
+"""From a Generate to a Sequence, or to the reason why it cannot be one. Common to all batching policies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from engines.runtime.sequence import Sequence, root_hash
+from engines.wire import FinishReason, Generate, RequestError, TokenDelta
+
+
+class Intake:
+    """`max_model_len` bounds prompt and generated tokens of one sequence."""
+
+    def __init__(self, max_model_len: int, eos_token_ids: Iterable[int], prefix_cache: bool) -> None:
+        self.max_model_len = max_model_len
+        self._eos_ids = frozenset(eos_token_ids)
+        self._prefix_cache = prefix_cache
+        self._num_arrivals = 0
+
+    def take(self, request: Generate) -> Sequence | TokenDelta:
+        """A delta is its end: it was refused, or there is nothing to generate."""
+        if (error := self._refusal(request)) is not None:
+            return TokenDelta(id=request.id, error=error)
+        sequence = self._new_sequence(request)
+        reason = _ended_before(sequence)
+        return sequence if reason is None else TokenDelta(id=request.id, finish_reason=reason)
+
+    def _refusal(self, request: Generate) -> RequestError | None:
+        if not request.prompt_ids:
+            return RequestError("invalid_request", "the prompt is empty; it needs at least one token")
+        num_tokens = len(request.prompt_ids) + len(request.resume_token_ids)
+        will_generate = request.max_tokens > len(request.resume_token_ids)
+        if num_tokens + will_generate <= self.max_model_len:
+            return None
+        message = (
+            f"the prompt has {num_tokens} tokens; this model serves sequences of at most "
+            f"{self.max_model_len} tokens, prompt and generated together: shorten the prompt"
+        )
+        return RequestError("too_long", message)
+
+    def _new_sequence(self, request: Generate) -> Sequence:
+        self._num_arrivals += 1
+        eos_ids = frozenset[int]() if request.ignore_eos else self._eos_ids
+        scores_prompt = request.prompt_logprobs is not None and not request.resume_token_ids
+        return Sequence(
+            request=request,
+            arrival=self._num_arrivals,
+            token_ids=[*request.prompt_ids, *request.resume_token_ids],
+            max_len=min(len(request.prompt_ids) + request.max_tokens, self.max_model_len),
+            stop_ids=eos_ids.union(request.stop_token_ids),
+            hash_root=self._hash_root(request),
+            prompt_logprobs=[None] if scores_prompt else None,
+        )
+
+    def _hash_root(self, request: Generate) -> bytes | None:
+        """Without a prefix cache only siblings share blocks."""
+        if self._prefix_cache:
+            return root_hash(request.cache_salt, "")
+        return root_hash(request.cache_salt, request.group) if request.group else None
+
+
+def _ended_before(sequence: Sequence) -> FinishReason | None:
+    """Why there is nothing left to generate: what was resumed had ended, or no token is wanted."""
+    if sequence.request.resume_token_ids and sequence.token_ids[-1] in sequence.stop_ids:
+        return "stop"
+    wants_nothing = len(sequence.token_ids) >= sequence.max_len and sequence.prompt_logprobs is None
+    return "length" if wants_nothing else None

@@ -1,0 +1,89 @@
+"""What a plan's result means for one of its sequences. Common to all batching policies."""
+
+from __future__ import annotations
+
+from engines.runtime.chunk import Chunk
+from engines.runtime.plan import StepResult
+from engines.runtime.sequence import Sequence
+from engines.wire import FinishReason, RequestError, TokenDelta, TokenLogprob
+
+
+def take_result(chunk: Chunk, token_ids: list[int], result: StepResult) -> TokenDelta | None:
+    """Give the chunk's sequence its tokens and prompt log-probabilities; None if there is nothing to send.
+
+    `token_ids` are those of `result` as a list. With drafts, those drawn as guessed are accepted, and
+    the first that was not: it is what the model drew instead.
+    """
+    sequence = chunk.sequence
+    if result.errors and (message := _first_error(chunk, result)) is not None:
+        return TokenDelta(id=sequence.id, error=RequestError("internal", message))
+    if chunk.num_prompt_rows:
+        _collect_prompt_logprobs(chunk, result)
+    if chunk.samples:
+        return _take_tokens(chunk, token_ids, result)
+    if chunk.end == sequence.max_len:  # only its prompt was wanted
+        return _delta(sequence, [], [], "length")
+    return None
+
+
+def has_ended(delta: TokenDelta) -> bool:
+    return delta.finish_reason is not None or delta.error is not None
+
+
+def _take_tokens(chunk: Chunk, token_ids: list[int], result: StepResult) -> TokenDelta:
+    sequence = chunk.sequence
+    sequence.num_unknown_tokens -= 1
+    first_row = chunk.first_row + chunk.num_prompt_rows
+    drawn = token_ids[first_row : first_row + len(chunk.drafts) + 1]
+    accepted: list[int] = []
+    reason: FinishReason | None = None
+    for token_id, draft in zip(drawn, (*chunk.drafts, None), strict=True):
+        accepted.append(token_id)
+        sequence.token_ids.append(token_id)
+        reason = _finish_reason(sequence)
+        if reason is not None or token_id != draft:
+            break
+    if chunk.drafts:
+        sequence.num_computed_tokens = len(sequence.token_ids) - 1  # the K/V of wrong drafts is void
+    return _delta(sequence, accepted, _logprobs(sequence, first_row, len(accepted), result), reason)
+
+
+def _finish_reason(sequence: Sequence) -> FinishReason | None:
+    """Whether the token it has just got is its last."""
+    if sequence.token_ids[-1] in sequence.stop_ids:
+        return "stop"
+    return "length" if len(sequence.token_ids) >= sequence.max_len else None
+
+
+def _delta(
+    sequence: Sequence, tokens: list[int], logprobs: list[TokenLogprob], reason: FinishReason | None
+) -> TokenDelta:
+    is_first = not sequence.has_reported
+    sequence.has_reported = True
+    return TokenDelta(
+        id=sequence.request.id,
+        token_ids=tokens,
+        logprobs=logprobs,
+        finish_reason=reason,
+        is_stop_token=reason == "stop",
+        num_cached_tokens=sequence.num_cached_tokens if is_first else None,
+        prompt_logprobs=sequence.prompt_logprobs if is_first else None,
+    )
+
+
+def _first_error(chunk: Chunk, result: StepResult) -> str | None:
+    rows = range(chunk.first_row, chunk.first_row + chunk.num_rows)
+    return next((result.errors[row] for row in rows if row in result.errors), None)
+
+
+def _collect_prompt_logprobs(chunk: Chunk, result: StepResult) -> None:
+    collected = chunk.sequence.prompt_logprobs
+    assert collected is not None, "prompt rows without a request for them"
+    rows = range(chunk.first_row, chunk.first_row + chunk.num_prompt_rows)
+    collected.extend(result.logprobs[row] for row in rows)
+
+
+def _logprobs(sequence: Sequence, first_row: int, count: int, result: StepResult) -> list[TokenLogprob]:
+    if sequence.request.sampling.logprobs is None:
+        return []
+    return [result.logprobs[row] for row in range(first_row, first_row + count)]
