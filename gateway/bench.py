@@ -297,19 +297,19 @@ def to_json(config: BenchConfig, results: Sequence[LevelResult]) -> str:
 
 
 def table(config: BenchConfig, results: Sequence[LevelResult]) -> Table:
-    """One row a concurrency."""
+    """One row a concurrency; times are p50 / p90 / p99."""
     from rich.table import Table
 
-    grid = Table(
-        title=f"{config.model}: {config.prompt_len} tokens in, {config.output_len} out, milliseconds"
-    )
-    for name in ("concurrency", "requests", "failed", "output tokens/s", "TTFT p50", "p90", "p99"):
-        grid.add_column(name, justify="right")
-    for name in ("inter-token p50", "p90", "p99", "whole p50"):
+    title = f"{config.model}: {config.prompt_len} tokens in, {config.output_len} out; ms are p50 / p90 / p99"
+    grid = Table(title=title)
+    for name in ("at once", "requests", "failed", "tokens/s", "first token ms", "between tokens ms"):
         grid.add_column(name, justify="right")
     for row in results:
-        ttft, gap = row.ttft_ms, row.inter_token_ms
-        times = (ttft.p50, ttft.p90, ttft.p99, gap.p50, gap.p90, gap.p99, row.latency_ms.p50)
         counts = (str(row.concurrency), str(row.num_requests), str(row.num_failed))
-        grid.add_row(*counts, f"{row.output_tokens_per_s:.1f}", *(f"{value:.1f}" for value in times))
+        times = (_three(row.ttft_ms), _three(row.inter_token_ms))
+        grid.add_row(*counts, f"{row.output_tokens_per_s:.1f}", *times)
     return grid
+
+
+def _three(values: Quantiles) -> str:
+    return f"{values.p50:.1f} / {values.p90:.1f} / {values.p99:.1f}"

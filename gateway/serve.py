@@ -131,8 +131,9 @@ class _Service:
                 announcing.cancel()
                 await self._drain(ending)
                 server.should_exit = True
-        finally:
+        except BaseException:
             await self._supervisor.stop(0.0)
+            raise
         if self._failures:
             raise CannotServe("\n".join(self._failures))
 
