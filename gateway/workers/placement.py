@@ -79,7 +79,8 @@ class _Board:
         pool = list(range(len(self._holders)) if config.device_ids is None else config.device_ids)
         beyond = [device for device in pool if device >= len(self._holders)]
         if beyond:
-            return self._refuse(f"{name}: deviceIds names {beyond}, but {self._machine()}")
+            remedy = _remedy(holder, False) if not self._holders else "name devices that there are"
+            return self._refuse(f"{name}: deviceIds names {beyond}, but {self._machine()}; remedy: {remedy}")
         free = [device for device in pool if self._fits(device, holder)]
         if len(free) < config.devices_per_group:
             return self._refuse(self._shortage(config, holder, pool, len(free)))

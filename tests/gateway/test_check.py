@@ -1,0 +1,125 @@
+"""`sluice check`: what it prints, and its exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gateway import check
+from tests.engines.test_config import LEVEL, PIPPY
+
+NATIVE = """\
+parallelType: tp
+minWorkers: 2
+deviceType: gpu
+torchrun:
+  nproc-per-node: 4
+  OMP_NUMBER_THREADS: 2
+"""
+
+
+def write(home: Path, text: str) -> Path:
+    home.mkdir(parents=True, exist_ok=True)
+    path = home / "model-config.yaml"
+    path.write_text(text)
+    return path
+
+
+def make_model(home: Path) -> None:
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "config.json").write_text("{}")
+
+
+def test_prints_configuration_devices_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check.run([write(tmp_path / "big", NATIVE)], gpus=8) == 0
+    out, err = capsys.readouterr()
+    lines = {line.strip() for line in out.splitlines()}
+    assert {" ".join(line.split()) for line in lines} >= {
+        "model_name big",
+        "tp_size 4",
+        "num_replicas 2",
+        "omp_threads 2",
+        "engine native",
+        "big/0 0, 1, 2, 3",
+        "big/1 4, 5, 6, 7",
+    }
+    (command,) = (line for line in lines if "CUDA_VISIBLE_DEVICES=4,5,6,7" in line)
+    assert "OMP_NUM_THREADS=2 " in command
+    assert command.endswith("-m engines.worker --run-dir RUN_DIR")
+    assert f"{sys.executable} -m torch.distributed.run --nnodes 1 --nproc-per-node 4 " in command
+    assert err == ""
+
+
+def test_devices_are_assigned_over_all_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [write(tmp_path / "a", NATIVE), write(tmp_path / "b", LEVEL)]
+    assert check.run(files, gpus=12) == 0
+    out = capsys.readouterr().out
+    assert [line.split(maxsplit=1) for line in out.splitlines() if line.startswith("  b/0  ")] == [
+        ["b/0", "2, 3, 4, 5"]
+    ]
+    assert check.run(files, gpus=8) == 2
+    assert "a/1: needs 4 GPUs, 0 are free" in capsys.readouterr().err
+
+
+def test_wrong_configurations_are_all_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [write(tmp_path / "a", "dtype: fp64\n"), write(tmp_path / "b", "parallelLevel: 2\nx: 1\n")]
+    assert check.run(files, gpus=8) == 1
+    err = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[0] for line in err] == [f"{files[0]}:1", f"{files[1]}:1", f"{files[1]}:2"]
+
+
+def test_engine_that_is_not_in_this_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = PIPPY.replace('parallelType: "pp"', 'parallelType: "pp"\nengine: absent_engine')
+    assert check.run([write(tmp_path, text)], gpus=8) == 1
+    assert "absent_engine" in capsys.readouterr().err
+
+
+def test_documented_pipeline_resolves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from engines import registry
+
+    code = check.run([write(tmp_path, PIPPY)], gpus=4)
+    out, err = capsys.readouterr()
+    assert "--nproc-per-node 4" in out
+    assert code == (0 if "pipeline" in registry.names() else 2)
+    assert (code == 2) == ("engine 'pipeline' is not in this version" in err)
+
+
+def test_a_gpu_that_is_not_there_is_the_machines_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.config_devices.num_gpus_present", lambda: 0)
+    make_model(tmp_path)
+    assert check.run([write(tmp_path, "deviceType: gpu\n")], gpus=None) == 2
+    assert "deviceType: cpu" in capsys.readouterr().err
+
+
+def test_missing_model_is_the_machines_fault_unless_another_is_planned_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, "deviceType: cpu\nhandler: {model_path: absent}\nchatTemplate: absent.jinja\n")
+    assert check.run([file], gpus=0) == 0
+    capsys.readouterr()
+    assert check.run([file], gpus=None) == 2
+    err = capsys.readouterr().err
+    assert f"no model at {tmp_path / 'absent'}" in err
+    assert f"{tmp_path / 'absent.jinja'}: no such file" in err
+
+
+def test_a_model_directory_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.config_devices.num_gpus_present", lambda: 0)
+    make_model(tmp_path)
+    assert check.run([tmp_path], gpus=None) == 0
+
+
+def test_names_may_not_clash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "deviceType: cpu\nmodelName: same\n"
+    assert check.run([write(tmp_path / "a", text), write(tmp_path / "b", text)], gpus=0) == 1
+    assert "'same' is also the name of" in capsys.readouterr().err
+
+
+def test_needs_no_torch() -> None:
+    code = "import sys; from gateway import check; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
