@@ -40,8 +40,9 @@ class RowSampling(msgspec.Struct, frozen=True, eq=False):
 
     `token_ids` is the whole history (prompt and generated) when penalties need it, else empty;
     `position` is that of the token to be drawn, counted from the sequence's first; `banned_ids` may
-    not be drawn (end tokens before min_tokens). `target_id`: the token whose log-probability is
-    wanted (PROMPT_LOGPROBS, VERIFY), -1 for the drawn one.
+    not be drawn (end tokens before min_tokens). `target_id`: the prompt token whose log-probability
+    is wanted (PROMPT_LOGPROBS), the draft (VERIFY: the row is drawn as if there were none, and the
+    scheduler compares), else -1.
     """
 
     params: SamplingParams

@@ -166,7 +166,6 @@ class ContinuousScheduler:
         self._free_slots.append(sequence.slot)
         self._pool.release(sequence.block_table)
         sequence.block_table = []
-        sequence.num_hashed_blocks = 0
         sequence.slot = -1
         self._end_lead(sequence)
 
@@ -348,7 +347,7 @@ class ContinuousScheduler:
         num_prompt = sequence.num_prompt_tokens
         sequence.num_cached_tokens = min(sequence.num_computed_tokens, num_prompt)
         self._num_prompt_tokens += num_prompt
-        if self._prefix_cache:
+        if self._prefix_cache and sequence.prompt_logprobs is None:
             self._num_prefix_queries += num_prompt
             self._num_prefix_hits += sequence.num_cached_tokens
 
