@@ -42,7 +42,7 @@ class FakeDrafter:
         return guesses if len(token_ids) % 3 else [(guess + 1) % VOCAB_SIZE for guess in guesses]
 
 
-setups = st.builds(
+roomy_setups = st.builds(
     Setup,
     num_blocks=st.integers(1, 24),
     block_size=st.integers(1, 5),
@@ -53,6 +53,19 @@ setups = st.builds(
     run_ahead=st.booleans(),
     max_draft_tokens=st.sampled_from([0, 0, 1, 3]),
 )
+# what runs together soon outgrows the pool
+tight_setups = st.builds(
+    Setup,
+    num_blocks=st.integers(10, 16),
+    block_size=st.integers(2, 3),
+    max_num_seqs=st.integers(3, 6),
+    max_num_batched_tokens=st.integers(8, 40),
+    prefix_cache=st.booleans(),
+    plans_in_flight=st.integers(1, 3),
+    run_ahead=st.booleans(),
+    max_draft_tokens=st.sampled_from([0, 0, 2]),
+)
+setups = st.one_of(roomy_setups, tight_setups)
 samplings = st.builds(
     SamplingParams,
     seed=st.integers(0, 1),
@@ -77,10 +90,10 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
             request = Generate(
                 id=f"{r}.{choice}",
                 prompt_ids=prompt,
-                max_tokens=draw(st.integers(0, 12)),
+                max_tokens=draw(st.one_of(st.integers(0, 12), st.just(20))),
                 min_tokens=draw(st.sampled_from([0, 0, 3])),
                 stop_token_ids=draw(st.sampled_from([[], [5, 7]])),
-                ignore_eos=draw(st.booleans()),
+                ignore_eos=draw(st.sampled_from([True, True, False])),
                 sampling=sampling,
                 choice=choice,
                 group=f"g{r}" if num_choices > 1 else "",
