@@ -30,12 +30,17 @@ class WorkerUnavailable(Exception):  # noqa: N818
         self.retry_after = retry_after
 
 
+class QueueFull(WorkerUnavailable):
+    """As many sequences wait already as jobQueueSize allows."""
+
+
 class WorkerGroup(Protocol):
     """One torchrun group, dead or alive.
 
     generate() yields the deltas of one sequence, the last with `finish_reason` or `error`. Closing the
     iterator early (aclose, cancellation) aborts the sequence within a step. It raises
-    WorkerUnavailable when the group is not READY, WorkerLost when it dies underway, and TimeoutError
+    WorkerUnavailable when the group is not READY, QueueFull when enough wait already (both from the call
+    itself, before anything is sent), WorkerLost when it dies underway, and TimeoutError
     when nothing came for the model's responseTimeout.
     """
 
@@ -44,8 +49,11 @@ class WorkerGroup(Protocol):
     info: Ready | None  # since it was last ready
     progress: Progress | None  # while STARTING
     stats: Stats | None
-    num_outstanding: int  # sequences sent and not ended: what the router balances by
     failure: str | None  # why it is RESTARTING or FAILED, one line
     num_restarts: int
+
+    @property
+    def num_outstanding(self) -> int:
+        """Sequences sent and not ended: what the router balances by."""
 
     def generate(self, request: Generate) -> AsyncIterator[TokenDelta]: ...

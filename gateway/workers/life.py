@@ -1,0 +1,150 @@
+"""One start of a group, from the spawning of its processes to the last trace of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from engines.config import ModelConfig
+from engines.wire import Failed, Ready
+from gateway.workers.connection import Connection, Report, accept, is_hang, listen
+from gateway.workers.group import Group
+from gateway.workers.lastwords import describe_exit, last_words
+from gateway.workers.process import Command, GuardedProcess
+from gateway.workers.rundir import run_directory
+
+log = logging.getLogger(__name__)
+
+_EOF_SECONDS = 1.0  # a guard that is gone has killed the group: its socket ends at once, or something is off
+_ENDED_BY_US = 128 + signal.SIGTERM
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpec:
+    """What to start: `command(run_dir, log_dir)` gives argv (the guard in front) and environment for one
+    start. `name` is MODEL/REPLICA."""
+
+    name: str
+    config: ModelConfig
+    command: Callable[[Path, Path], Command]
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """Why a group ended, in one line; `permanent`: a restart would end the same way."""
+
+    reason: str
+    permanent: bool
+    ready_seconds: float  # how long it had served; 0: never
+
+
+class Life:
+    """Call `run` once. Tells `group` what happens."""
+
+    def __init__(self, spec: GroupSpec, group: Group, *, temp_dir: Path, log_dir: Path) -> None:
+        self._spec, self._group = spec, group
+        self._temp_dir, self._log_dir = temp_dir, log_dir
+        self._launcher_log = log_dir / "launcher.log"
+        self._death: asyncio.Future[Failed] = asyncio.get_running_loop().create_future()
+        self._look_in_logs = False
+        self._ready_at: float | None = None
+        self._connection = Connection(self._on_report, self._on_lost, self._on_silence)
+
+    async def run(self) -> Death:
+        """Until the group is dead and nothing of it is left, also when cancelled."""
+        self._group.start(self._connection)
+        try:
+            with run_directory(self._temp_dir) as run_dir:
+                async with self._processes(run_dir) as process:
+                    failed = await self._death
+        except OSError as error:
+            reason = f"cannot start the workers: {error}"
+            self._group.die(reason)
+            return Death(reason, False, 0.0)
+        return Death(
+            self._explain(failed.reason, process.exited.result()), failed.permanent, self._ready_seconds()
+        )
+
+    @contextlib.asynccontextmanager
+    async def _processes(self, run_dir: Path) -> AsyncIterator[GuardedProcess]:
+        """The group's processes and its connection, for as long as the context lasts."""
+        (run_dir / "launch.json").write_text(self._spec.config.model_dump_json())
+        path = run_dir / "gateway.sock"
+        listener = listen(path)
+        try:
+            process = self._spawn(run_dir)
+            accepting = asyncio.create_task(accept(listener, path, self._connection))
+            starting = asyncio.create_task(self._limit_start())
+            try:
+                yield process
+            finally:
+                starting.cancel()
+                accepting.cancel()
+                self._connection.close("the worker group is being stopped")
+                await process.end()
+        finally:
+            listener.close()
+
+    def _spawn(self, run_dir: Path) -> GuardedProcess:
+        self._log_dir.mkdir(parents=True)
+        command = self._spec.command(run_dir, self._log_dir)
+        process = GuardedProcess(command, self._launcher_log)
+        process.exited.add_done_callback(self._on_exit)
+        log.info("%s: starting under guard %d, logs in %s", self._spec.name, process.pid, self._log_dir)
+        return process
+
+    async def _limit_start(self) -> None:
+        timeout = self._spec.config.startup_timeout
+        await asyncio.sleep(timeout)
+        if self._ready_at is None:
+            progress = self._group.progress
+            where = f" (in {progress.phase}, at {progress.fraction:.0%})" if progress else ""
+            self._die(f"not ready within startupTimeout, {timeout:g} s{where}")
+
+    def _on_report(self, message: Report) -> None:
+        self._group.report(message)
+        if isinstance(message, Ready):
+            self._ready_at = time.monotonic()
+            log.info("%s: ready", self._spec.name)
+        elif isinstance(message, Failed):
+            self._die(message.reason, permanent=message.permanent)
+
+    def _on_lost(self, reason: str) -> None:
+        self._die(reason, look_in_logs=True)
+
+    def _on_silence(self, stood_still: float) -> None:
+        if is_hang(stood_still, self._spec.config.response_timeout):
+            self._die(f"hangs: no step finished for {stood_still:.1f} s while requests waited")
+
+    def _on_exit(self, _: asyncio.Future[int]) -> None:
+        if self._connection.is_connected:  # its end is on the way
+            asyncio.get_running_loop().call_later(_EOF_SECONDS, self._on_lost, "the launcher is gone")
+        else:
+            self._on_lost("the worker group ended before it had connected")
+
+    def _die(self, reason: str, *, permanent: bool = False, look_in_logs: bool = False) -> None:
+        """The first reason counts. Ends the open streams at once; `run` does the rest."""
+        if self._death.done():
+            return
+        self._look_in_logs = look_in_logs
+        self._death.set_result(Failed(reason, permanent))
+        self._group.die(reason)
+        self._connection.close(reason)
+
+    def _explain(self, reason: str, exit_code: int) -> str:
+        """The reason, and more where the dead left word. The guard's code says something unless it is we who
+        ended it."""
+        if not self._look_in_logs:
+            return reason
+        words = last_words(self._log_dir, self._launcher_log)
+        ended = f" ({describe_exit(exit_code)})" if exit_code != _ENDED_BY_US else ""
+        return f"{reason}{ended}: {words}" if words else f"{reason}{ended}"
+
+    def _ready_seconds(self) -> float:
+        return time.monotonic() - self._ready_at if self._ready_at is not None else 0.0
