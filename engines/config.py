@@ -50,6 +50,7 @@ class ModelConfig(BaseModel):
     share_devices: bool = False
     num_replicas: int = 1
     omp_threads: int = 1  # per rank
+    is_omp_stated: bool = True  # else placement divides the machine's cores over all models' ranks
     monitor_interval: float = 0.1  # how often torchrun looks at its ranks
 
     dtype: DType = "auto"

@@ -13,6 +13,7 @@ COMMAND_LINE = "command line"
 _RIVALS = {
     "parallelLevel": ("torchrun.nproc-per-node",),
     "torchrun.nproc-per-node": ("parallelLevel",),
+    "minWorkers": ("maxWorkers",),
     "modelPath": ("handler.model_path",),
     "maxModelLen": ("handler.max_seq_len",),
     "maxNumSeqs": ("handler.max_batch_size",),

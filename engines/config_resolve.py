@@ -85,6 +85,7 @@ def _resolve(s: Settings, base: Path, source: str, num_gpus: int | None) -> Mode
         share_devices=s.flag("shareDevices"),
         num_replicas=replicas,
         omp_threads=s.integer("torchrun.OMP_NUMBER_THREADS") or _cores_each(world * replicas),
+        is_omp_stated="torchrun.OMP_NUMBER_THREADS" in s.values,
         monitor_interval=_or(s.number("torchrun.monitor-interval"), 0.1),
         dtype=cast(DType, s.text("dtype") or "auto"),
         max_model_len=cast("int | None", _first(s, "maxModelLen", "handler.max_seq_len")),

@@ -27,17 +27,18 @@ def run(files: Sequence[Path], gpus: int | None) -> int:
     """
     machine = config_devices.this_machine() if gpus is None else Machine(gpus, config_devices.num_cores())
     configs, errors = _load_all(files, machine.num_gpus)
-    for config in configs:
-        _print_lines(_describe(config))
-    problems = [str(problem) for error in errors for problem in error.problems]
-    if problems:
-        return _fail(problems, WRONG_CONFIG)
+    if errors:
+        _print_lines(line for config in configs for line in _describe(config))
+        return _fail((str(problem) for error in errors for problem in error.problems), WRONG_CONFIG)
+    problems = missing(configs, here=gpus is None)
     try:
         placement = place(configs, machine)
     except DoesNotFit as error:
-        return _fail([*str(error).split("\n"), *missing(configs, here=gpus is None)], WRONG_MACHINE)
+        _print_lines(line for config in configs for line in _describe(config))
+        return _fail([*str(error).split("\n"), *problems], WRONG_MACHINE)
+    placed = [group.config for group in placement.groups if group.replica == 0]
+    _print_lines(line for config in placed for line in _describe(config))
     _print_lines(_describe_placement(placement, machine))
-    problems = missing(configs, here=gpus is None)
     return _fail(problems, WRONG_MACHINE) if problems else OK
 
 
@@ -100,7 +101,7 @@ def _describe(config: ModelConfig) -> Iterator[str]:
         "devices_per_group": config.devices_per_group,
     }
     fields |= dict(config)
-    for name in ("source", "warnings"):
+    for name in ("source", "warnings", "is_omp_stated"):
         fields.pop(name)
     for name, value in fields.items():
         yield f"  {name:<24} {_show(value)}"

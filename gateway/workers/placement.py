@@ -42,7 +42,10 @@ class Placement:
 
 
 def place(configs: Sequence[ModelConfig], machine: Machine) -> Placement:
-    """Assign the machine's devices. Raises DoesNotFit."""
+    """Assign the machine's devices, and its cores to the ranks of CPU models whose file states no threads.
+
+    Raises DoesNotFit."""
+    configs = _divide_cores(configs, machine.num_cores)
     names = machine.visible or tuple(map(str, range(machine.num_gpus)))
     wanted = [(config, replica) for config in configs for replica in range(config.num_replicas)]
     on_gpus = [index for index, (config, _) in enumerate(wanted) if config.device == "cuda"]
@@ -136,8 +139,24 @@ def _range(count: int) -> str:
     return "none" if count == 0 else "0" if count == 1 else f"0 to {count - 1}"
 
 
+def _divide_cores(configs: Sequence[ModelConfig], num_cores: int) -> list[ModelConfig]:
+    """Threads for the ranks on CPU that state none: an equal part of the cores that the others leave."""
+    on_cpu = [config for config in configs if config.device == "cpu"]
+    stated = sum(_num_ranks(c) * c.omp_threads for c in on_cpu if c.is_omp_stated)
+    num_open = sum(_num_ranks(c) for c in on_cpu if not c.is_omp_stated)
+    threads = max(1, (num_cores - stated) // num_open) if num_open else 1
+    return [
+        c if c.device != "cpu" or c.is_omp_stated else c.model_copy(update={"omp_threads": threads})
+        for c in configs
+    ]
+
+
+def _num_ranks(config: ModelConfig) -> int:
+    return config.num_replicas * config.world_size
+
+
 def _warn_of_cores(configs: Sequence[ModelConfig], num_cores: int) -> list[str]:
-    threads = sum(c.num_replicas * c.world_size * c.omp_threads for c in configs if c.device == "cpu")
+    threads = sum(_num_ranks(c) * c.omp_threads for c in configs if c.device == "cpu")
     if threads <= num_cores:
         return []
     sums = " + ".join(

@@ -202,6 +202,7 @@ def test_threads_are_the_cores_divided_by_the_ranks(tmp_path: Path, monkeypatch:
     assert loaded(tmp_path, "parallelType: tp\nparallelLevel: 2\nminWorkers: 2\n").omp_threads == 4
     assert loaded(tmp_path, "parallelType: tp\ntorchrun: {OMP_NUMBER_THREADS: 3}\n").omp_threads == 3
     assert loaded(tmp_path, "parallelType: tp\nparallelLevel: 64\n").omp_threads == 1
+    assert not loaded(tmp_path, "modelName: m\n").is_omp_stated
 
 
 def test_a_job_ticket_means_that_nothing_waits(tmp_path: Path) -> None:
@@ -231,6 +232,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert loaded(tmp_path, text, tp=2, pp=2).parallel_type == "pptp"
     assert loaded(tmp_path, text, pp=2).pp_size == 2
     assert loaded(tmp_path, text, tp=1).world_size == 1
+    assert loaded(tmp_path, "maxWorkers: 1\n", min_workers=3).num_replicas == 3
     assert loaded(tmp_path, text, **{"torchrun.nproc-per-node": 3}).pp_size == 3
 
 

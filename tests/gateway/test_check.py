@@ -71,7 +71,7 @@ def test_wrong_configurations_are_all_reported(tmp_path: Path, capsys: pytest.Ca
     assert [line.split(": ")[0] for line in err] == [f"{files[0]}:1", f"{files[1]}:1", f"{files[1]}:2"]
 
 
-def test_engine_that_is_not_in_this_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_engine_is_a_wrong_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = PIPPY.replace('parallelType: "pp"', 'parallelType: "pp"\nengine: absent_engine')
     assert check.run([write(tmp_path, text)], gpus=8) == 1
     assert "absent_engine" in capsys.readouterr().err

@@ -121,6 +121,16 @@ def test_cpu_groups_take_no_devices_and_warn_when_the_cores_run_out() -> None:
     assert place([config], Machine(0, 12)).warnings == ()
 
 
+def test_cores_are_divided_over_the_ranks_that_state_no_threads() -> None:
+    stated = model("a", device="cpu", omp_threads=4)
+    pair = model("b", device="cpu", tp_size=2, num_replicas=2, omp_threads=16, is_omp_stated=False)
+    one = model("c", device="cpu", omp_threads=16, is_omp_stated=False)
+    placement = place([stated, pair, one], Machine(0, 16))
+    assert [group.config.omp_threads for group in placement.groups] == [4, 2, 2, 2]
+    assert placement.warnings == ()
+    assert place([pair], Machine(0, 2)).groups[0].config.omp_threads == 1
+
+
 _GROUPS = st.builds(
     model, tp_size=st.integers(1, 4), num_replicas=st.integers(1, 3), share_devices=st.booleans(),
     gpu_memory_share=st.sampled_from([0.1, 0.3, 0.5, 0.9]),
