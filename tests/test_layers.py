@@ -14,7 +14,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("gateway", "engines", "conversion")
 
-TORCH_FREE_RUNTIME = ("plan", "chunk", "sequence", "blocks", "scheduler", "static", "inbox", "grammar")
+TORCH_FREE_RUNTIME = (
+    "plan",
+    "chunk",
+    "sequence",
+    "intake",
+    "outcome",
+    "blocks",
+    "scheduler",
+    "static",
+    "inbox",
+    "grammar",
+)
 HEAVY = ("torch", "transformers", "deepspeed", "accelerate")
 
 
