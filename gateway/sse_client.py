@@ -43,6 +43,7 @@ class _Delta(msgspec.Struct):
 class _Choice(msgspec.Struct):
     text: str | None = None
     delta: _Delta | None = None
+    finish_reason: str | None = None
 
     @property
     def has_text(self) -> bool:
@@ -115,7 +116,8 @@ class SSEClient(asyncio.Protocol):
             return "the connection was closed without an answer"
         if self._status != 200:
             return f"HTTP {self._status}: {self._pending[:300].decode(errors='replace')}"
-        return None if self._saw_end else "the stream ended without [DONE]"
+        # Some servers send no [DONE]; one that has not even finished the choice has failed.
+        return None if self._saw_end else "the stream ended without [DONE] or a finish_reason"
 
     def _on_event(self, event: bytes) -> None:
         if not event.startswith(b"data:"):
@@ -134,7 +136,9 @@ class SSEClient(asyncio.Protocol):
         if parsed.usage is not None:
             self._trace.num_prompt_tokens = parsed.usage.prompt_tokens
             self._trace.num_output_tokens = parsed.usage.completion_tokens
-        if any(choice.has_text for choice in parsed.choices or ()):
+        choices = parsed.choices or []
+        self._saw_end |= any(choice.finish_reason for choice in choices)
+        if any(choice.has_text for choice in choices):
             self._trace.event_times.append(self._last_byte)
 
     def _check_timeout(self) -> None:
