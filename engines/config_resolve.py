@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import cast
@@ -17,6 +16,7 @@ from engines.config_errors import nearest
 from engines.config_overrides import COMMAND_LINE, apply_flags
 from engines.config_read import Settings, read_settings, warning_line
 from engines.config_source import Section, read_yaml
+from engines.config_split import Split, read_split
 
 CONFIG_NAME = "model-config.yaml"
 ENGINE_GROUP = "sluice.engines"
@@ -28,7 +28,6 @@ _ENGINE_SPLITS: dict[str, tuple[str, ...]] = {
     "pipeline": ("pp", "pptp"),
     "accelerate": ("custom",),
 }
-_LEVEL, _NPROC = "parallelLevel", "torchrun.nproc-per-node"
 
 
 def resolve_file(path: Path, flags: Mapping[str, object], num_gpus: int | None) -> ModelConfig:
@@ -49,19 +48,11 @@ def resolve_directory(path: Path, flags: Mapping[str, object], num_gpus: int | N
     return _resolve(settings, Path(os.path.abspath(path)), "", num_gpus)
 
 
-@dataclass(frozen=True, slots=True)
-class _Split:
-    parallel_type: ParallelType
-    tp_size: int = 1
-    pp_size: int = 1
-    custom_devices: int = 1
-
-
 def _resolve(s: Settings, base: Path, source: str, num_gpus: int | None) -> ModelConfig:
     gpus = config_devices.num_gpus() if num_gpus is None else num_gpus
     replicas = _replicas(s)
     device = _device(s, gpus)
-    split = _split(s, device, gpus, replicas)
+    split = read_split(s, device, gpus, replicas)
     world = split.tp_size * split.pp_size
     deepspeed, deepspeed_file = _deepspeed(s, base, world)
     engine = _engine(s, split.parallel_type, deepspeed_file)
@@ -155,81 +146,6 @@ def _device(s: Settings, gpus: int) -> Device:
     return "cuda" if gpus or s.has("deviceIds") else "cpu"
 
 
-def _split(s: Settings, device: Device, gpus: int, replicas: int) -> _Split:
-    """How the ranks of a group divide, from parallelType and the sizes."""
-    kind = cast("ParallelType | None", s.text("parallelType"))
-    if s.has(_LEVEL) and s.has(_NPROC):
-        remedy = f"keep {_NPROC} and remove {_LEVEL}, or the other way round"
-        s.problem(
-            _LEVEL, f"must not stand beside {_NPROC} ({s.where(_NPROC)}): both are the size", remedy=remedy
-        )
-        return _Split(kind or "tp")
-    level = s.integer(_LEVEL) or s.integer(_NPROC)
-    if kind is None:
-        _check_sizes_need_type(s)
-        return _Split("tp")
-    if kind == "custom":
-        ids = s.integers("deviceIds") or ()
-        every = len(ids) if ids else gpus if device == "cuda" else 1
-        return _Split(kind, custom_devices=level or max(1, every // replicas))
-    tp, pp = s.integer("tensorParallel"), s.integer("pipelineParallel")
-    if level is None and s.has("torchrun") and not s.has(_NPROC):
-        level = None if tp or pp else 1  # what torchrun itself starts
-    if kind == "pptp":
-        return _split_both(s, level, tp, pp)
-    return _split_one(s, kind, level, tp, pp)
-
-
-def _check_sizes_need_type(s: Settings) -> None:
-    if s.has("parallelType"):
-        return  # wrong, and said so already
-    for key in (_LEVEL, _NPROC, "tensorParallel", "pipelineParallel"):
-        if s.has(key):
-            remedy = "add parallelType: tp (or pp, pptp, custom)"
-            s.problem(
-                key, "has no meaning without parallelType", allowed="pp, tp, pptp, custom", remedy=remedy
-            )
-
-
-def _split_one(s: Settings, kind: ParallelType, level: int | None, tp: int | None, pp: int | None) -> _Split:
-    mine, other = (
-        ("tensorParallel", "pipelineParallel") if kind == "tp" else ("pipelineParallel", "tensorParallel")
-    )
-    size, stray = (tp, pp) if kind == "tp" else (pp, tp)
-    if stray and stray != 1:
-        s.problem(other, f"is {stray}, but parallelType is {kind}", remedy="write parallelType: pptp")
-    if size and level and size != level:
-        s.problem(mine, f"is {size}, but the group has {level} ranks", remedy=f"remove {mine}")
-    size = size or level
-    if size is None:
-        if not any(map(s.has, (_LEVEL, _NPROC, mine))):
-            remedy = f"add {_LEVEL}: 2 (or another number of devices)"
-            s.problem("parallelType", f"is {kind}, but no size says over how many devices", remedy=remedy)
-        size = 1
-    return _Split(kind, tp_size=size) if kind == "tp" else _Split(kind, pp_size=size)
-
-
-def _split_both(s: Settings, level: int | None, tp: int | None, pp: int | None) -> _Split:
-    if level and (tp or pp):
-        tp, pp = tp or level // (pp or 1), pp or level // (tp or 1)
-    if not tp or not pp:
-        if not any(map(s.has, ("tensorParallel", "pipelineParallel"))) or not level:
-            ranks = f"{level} ranks" if level else "the ranks"
-            remedy = "add tensorParallel: and pipelineParallel: with that product"
-            s.problem(
-                "parallelType", f"is pptp, but nothing says how {ranks} divide into both", remedy=remedy
-            )
-        elif s.integer("tensorParallel") or s.integer("pipelineParallel"):
-            s.problem(
-                "parallelType", f"is pptp, but a size exceeds the {level} ranks", remedy="correct the sizes"
-            )
-        return _Split("pptp")
-    if level and tp * pp != level:
-        sums = f"tensorParallel {tp} x pipelineParallel {pp} = {tp * pp}, but the group has {level} ranks"
-        s.problem("parallelType", sums, remedy=f"make the product {level}")
-    return _Split("pptp", tp_size=tp, pp_size=pp)
-
-
 def _deepspeed(s: Settings, base: Path, world: int) -> tuple[DeepSpeedSection | None, DeepSpeedFile | None]:
     if not s.has("deepspeed"):
         return None, None
@@ -277,9 +193,9 @@ def _default_engine(kind: ParallelType, has_deepspeed: bool, deepspeed: DeepSpee
     return "deepspeed_inject" if deepspeed and deepspeed.kernel_inject else "deepspeed_tp"
 
 
-def _check_device_ids(s: Settings, split: _Split, replicas: int) -> None:
+def _check_device_ids(s: Settings, split: Split, replicas: int) -> None:
     ids = s.integers("deviceIds")
-    size = split.custom_devices if split.parallel_type == "custom" else split.tp_size * split.pp_size
+    size = split.num_devices
     if ids is None:
         return
     needed = size if s.flag("shareDevices") else size * replicas
