@@ -1,0 +1,157 @@
+"""OpenAI's own SDK against the real server: synchronous and not, streaming and not."""
+
+from __future__ import annotations
+
+import asyncio
+
+import openai
+import pytest
+from openai.types.chat import ChatCompletionMessageParam
+
+from tests.e2e.server import MODEL, Server
+
+QUESTIONS = ["What is Sluice?", "What is tensor parallelism?", "What is 3 + 4?", "Hello!"]
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def ask(question: str) -> list[ChatCompletionMessageParam]:
+    return [{"role": "user", "content": question}]
+
+
+def answer(client: openai.OpenAI, question: str) -> str:
+    response = client.chat.completions.create(
+        model=MODEL, messages=ask(question), temperature=0, max_tokens=48
+    )
+    assert response.choices[0].message.content is not None
+    return response.choices[0].message.content
+
+
+def test_the_models_are_listed(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).id == MODEL
+
+
+def test_chat_answers_with_usage(client: openai.OpenAI) -> None:
+    response = client.chat.completions.create(
+        model=MODEL, messages=ask("Hello!"), temperature=0, max_completion_tokens=64
+    )
+    assert response.usage is not None
+    assert response.object == "chat.completion"
+    assert response.choices[0].finish_reason in ("stop", "length")
+    assert response.choices[0].message.role == "assistant"
+    assert response.usage.total_tokens == response.usage.prompt_tokens + response.usage.completion_tokens
+    assert 1 <= response.usage.completion_tokens <= 64
+
+
+def test_streamed_chat_gives_the_same_text_as_whole_chat(client: openai.OpenAI) -> None:
+    for question in QUESTIONS:
+        whole = answer(client, question)
+        stream = client.chat.completions.create(
+            model=MODEL,
+            messages=ask(question),
+            temperature=0,
+            max_tokens=48,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        chunks = list(stream)
+        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole
+        assert chunks[-1].usage is not None
+        assert chunks[-1].choices == []
+        assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason]
+        assert len({chunk.id for chunk in chunks}) == 1
+
+
+@pytest.mark.anyio
+async def test_concurrent_streams_give_what_each_gives_alone(server: Server, client: openai.OpenAI) -> None:
+    alone = [answer(client, question) for question in QUESTIONS]
+
+    async def stream(client: openai.AsyncOpenAI, question: str) -> str:
+        chunks = await client.chat.completions.create(
+            model=MODEL, messages=ask(question), temperature=0, max_tokens=48, stream=True
+        )
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
+
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as aclient:
+        together = await asyncio.gather(*(stream(aclient, question) for question in QUESTIONS * 3))
+    assert together == alone * 3
+
+
+@pytest.mark.anyio
+async def test_async_completion(server: Server) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        response = await client.completions.create(
+            model=MODEL, prompt="Sluice is", max_tokens=8, temperature=0
+        )
+    assert response.choices[0].text
+
+
+def test_completion_prompts_in_all_four_forms(client: openai.OpenAI) -> None:
+    prompts: list[str | list[str] | list[int] | list[list[int]]] = [
+        "Hello",
+        ["Hello", "Sluice"],
+        [20, 21, 22],
+        [[20, 21, 22], [30, 31]],
+    ]
+    for prompt, count in zip(prompts, (1, 2, 1, 2), strict=True):
+        response = client.completions.create(
+            model=MODEL, prompt=prompt, max_tokens=5, temperature=0, extra_body={"ignore_eos": True}
+        )
+        assert [choice.index for choice in response.choices] == list(range(count))
+        assert response.usage is not None
+        assert response.usage.completion_tokens == 5 * count
+
+
+def test_choices_are_seeded(client: openai.OpenAI) -> None:
+    def draw(seed: int) -> list[str]:
+        response = client.completions.create(
+            model=MODEL, prompt="What", n=3, max_tokens=12, temperature=1.5, seed=seed
+        )
+        return [choice.text for choice in sorted(response.choices, key=lambda choice: choice.index)]
+
+    assert draw(7) == draw(7)
+    assert draw(7) != draw(8)
+    assert len(set(draw(7))) > 1  # the choices of one request differ
+
+
+def test_no_part_of_a_stop_string_is_shown(client: openai.OpenAI) -> None:
+    whole = answer(client, QUESTIONS[0])
+    stop = whole[4:9]
+    cut = whole[: whole.index(stop)]
+    response = client.chat.completions.create(
+        model=MODEL, messages=ask(QUESTIONS[0]), temperature=0, max_tokens=48, stop=[stop]
+    )
+    assert response.choices[0].message.content == cut
+    assert response.choices[0].finish_reason == "stop"
+    stream = client.chat.completions.create(
+        model=MODEL, messages=ask(QUESTIONS[0]), temperature=0, max_tokens=48, stop=stop, stream=True
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == cut
+
+
+def test_logprobs(client: openai.OpenAI) -> None:
+    response = client.chat.completions.create(
+        model=MODEL, messages=ask("Hello!"), temperature=0, max_tokens=4, logprobs=True, top_logprobs=3
+    )
+    logprobs = response.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content
+    for token in logprobs.content:
+        assert len(token.top_logprobs) == 3
+        assert token.top_logprobs[0].logprob == token.logprob <= 0  # greedy: the likeliest
+
+
+def test_errors_are_the_sdk_s_own(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(model="gpt-4", messages=ask("hi"))
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as long:
+        client.completions.create(model=MODEL, prompt=[20] * 100_000)
+    assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as hot:
+        client.completions.create(model=MODEL, prompt="x", temperature=3)
+    assert hot.value.param == "temperature"
