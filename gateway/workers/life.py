@@ -80,6 +80,7 @@ class Life:
         try:
             process = self._spawn(run_dir)
             accepting = asyncio.create_task(accept(listener, path, self._connection))
+            accepting.add_done_callback(self._on_accepted)
             starting = asyncio.create_task(self._limit_start())
             try:
                 yield process
@@ -106,6 +107,10 @@ class Life:
             progress = self._group.progress
             where = f" (in {progress.phase}, at {progress.fraction:.0%})" if progress else ""
             self._die(f"not ready within startupTimeout, {timeout:g} s{where}")
+
+    def _on_accepted(self, accepting: asyncio.Task[None]) -> None:
+        if not accepting.cancelled() and (error := accepting.exception()) is not None:
+            self._die(f"cannot accept the connection of the workers: {error}")
 
     def _on_report(self, message: Report) -> None:
         self._group.report(message)

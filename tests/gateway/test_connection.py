@@ -30,6 +30,11 @@ pytestmark = pytest.mark.anyio
 FOREVER = 1000.0
 
 
+@pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+    return "asyncio", {"use_uvloop": request.param}
+
+
 class Peer:
     """Rank 0's end, and what the connection has told its owner."""
 

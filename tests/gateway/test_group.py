@@ -27,6 +27,11 @@ pytestmark = pytest.mark.anyio
 ENDLESS = 4000
 
 
+@pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+    return "asyncio", {"use_uvloop": request.param}
+
+
 async def test_tokens_come_in_order_and_end(tmp_path: Path) -> None:
     async with supervised(tmp_path, fake_group()) as supervisor:
         (group,) = supervisor.groups
