@@ -223,19 +223,16 @@ def _check_ids(prompt: list[int], params: GenerationParams, vocab_size: int) -> 
 def _max_tokens(num_prompt: int, prompt_param: str, params: GenerationParams, max_model_len: int) -> int:
     """How many tokens may come. Raises ContextLengthExceeded, with the numbers."""
     room = max_model_len - num_prompt
-    wanted = params.max_tokens
-    if room >= 1 and (wanted is None or params.is_max_tokens_default):
-        return room if wanted is None else min(wanted, room)
-    if room < 1 or (wanted or 0) > room:
-        completion = max(wanted or 1, 1)
+    wanted = None if params.is_max_tokens_default else params.max_tokens
+    if (wanted or 1) > room:
+        completion = wanted or 1
         raise ContextLengthExceeded(
             f"This model's maximum context length is {max_model_len} tokens. However, you requested"
             f" {num_prompt + completion} tokens ({num_prompt} in the prompt, {completion} in the completion)."
             " Please reduce the length of the prompt or of the completion.",
             prompt_param,
         )
-    assert wanted is not None
-    return wanted
+    return room if params.max_tokens is None else min(params.max_tokens, room)
 
 
 class _Sequence:

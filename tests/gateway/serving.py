@@ -57,7 +57,7 @@ def make_model_dir(directory: Path) -> Path:
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|begin|>",
-        "eos_token": {"content": "<|end|>", "special": True},
+        "eos_token": {"__type": "AddedToken", "content": "<|end|>", "special": True},
         "chat_template": TEMPLATE,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
