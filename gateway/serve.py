@@ -202,7 +202,7 @@ def _served_model(config: ModelConfig, groups: Sequence[Group]) -> ServedModel:
         Path(config.model_path),
         name=name,
         aliases=tuple(aliases),
-        groups=[group for group in groups if group.config is config],
+        groups=[group for group in groups if group.config.model_name == config.model_name],
         created=int(time.time()),
         max_queued=config.job_queue_size,
         chat_template=Path(config.chat_template) if config.chat_template else None,
