@@ -128,9 +128,9 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are stored as: the dtype of most bytes is not worth asking, the first one's."""
-        first = next(iter(self.tensors.values()))
-        return DTYPES[first.dtype]
+        """What the embedding is stored as. Raises BadCheckpoint if that is not a float that can be served."""
+        stored = self._stored("model.embed_tokens.weight")
+        return DTYPES[stored.dtype]
 
     def check(self, expected: Iterable[TensorSpec], optional: frozenset[str] = frozenset()) -> None:
         """Raises BadCheckpoint unless exactly these tensors are there, in their shapes and a float dtype.
@@ -147,26 +147,30 @@ class Checkpoint:
         ]
         if extra:
             raise BadCheckpoint(
-                f"{self.tensors[extra[0]].path}: tensor {extra[0]}: the model of config.json has no place for it "
-                f"({len(extra)} such): config.json and weights do not belong together"
+                f"{self.tensors[extra[0]].path}: tensor {extra[0]}: the model of config.json has no place "
+                f"for it ({len(extra)} such): config.json and weights do not belong together"
             )
 
-    def _check_tensor(self, spec: TensorSpec) -> None:
-        stored = self.tensors.get(spec.name)
+    def _stored(self, name: str) -> StoredTensor:
+        stored = self.tensors.get(name)
         if stored is None:
-            raise BadCheckpoint(f"{self.root}: tensor {spec.name}: missing from every file of the checkpoint")
+            raise BadCheckpoint(f"{self.root}: tensor {name}: missing from every file of the checkpoint")
         if stored.dtype not in DTYPES:
             raise BadCheckpoint(
-                f"{stored.path}: tensor {spec.name}: is {stored.dtype}; {', '.join(DTYPES)} can be served"
+                f"{stored.path}: tensor {name}: is {stored.dtype}; {', '.join(DTYPES)} can be served"
             )
+        return stored
+
+    def _check_tensor(self, spec: TensorSpec) -> None:
+        stored = self._stored(spec.name)
         if stored.shape != spec.shape:
             raise BadCheckpoint(
                 f"{stored.path}: tensor {spec.name}: its shape is {list(stored.shape)}, "
                 f"config.json makes it {list(spec.shape)}"
             )
 
-    def read_into(self, out: Tensor, name: str, part: Slice | None = None) -> None:
-        """Fill `out` with the tensor `name`, or a slice of it and its padding, in `out`'s dtype.
+    def read_into(self, out: Tensor, name: str, part: Slice) -> None:
+        """Fill `out` with a slice of the tensor `name` and its padding, in `out`'s dtype.
 
         The file is opened anew for each tensor: what stays mapped, and so counts as memory of the
         rank, is one tensor at most.
@@ -175,15 +179,12 @@ class Checkpoint:
         try:
             with safe_open(str(stored.path), framework="pt") as file:
                 view = file.get_slice(name)
-                if part is None:
-                    out.copy_(view[:])
-                elif part.dim == 1:
+                if part.dim == 1:
                     out.copy_(view[:, part.start : part.stop])
                 else:
                     length = part.stop - part.start
+                    out[:length].copy_(view[part.start : part.stop])
                     out[length:].zero_()
-                    if length:
-                        out[:length].copy_(view[part.start : part.stop])
         except (SafetensorError, OSError, RuntimeError) as error:
             _unreadable(stored.path, name, error)
 

@@ -1,29 +1,45 @@
-"""The paged keys and values of one rank: how large, and the tensors themselves."""
+"""The paged keys and values of one rank: how large, how laid out, and the tensors themselves."""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from enum import Enum
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from engines.base import KVSpec
 
+FLASH_BLOCK_SIZE = 256  # FlashAttention-2's pages are multiples of this
+
+
+class Layout(Enum):
+    """How a layer's K/V lies in memory: as its attention backend reads it fastest."""
+
+    GATHER = "gather"  # [num_blocks, 2, Hkv, block_size, D]: one head's part of a block is one copy
+    VARLEN = "varlen"  # [2, num_blocks, block_size, Hkv, D]: FlashAttention's pages
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerCache:
-    """Keys and values of one layer; slot = block * block_size + offset counts through the first two dims."""
+    """Keys and values of one layer. Slot = block * block_size + offset."""
 
-    key: Tensor  # [num_blocks, block_size, Hkv, D]
-    value: Tensor  # [num_blocks, block_size, Hkv, D]
+    data: Tensor
+    layout: Layout
 
     @property
     def block_size(self) -> int:
-        return self.key.shape[1]
+        return self.data.shape[3 if self.layout is Layout.GATHER else 2]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.data.shape[2 if self.layout is Layout.GATHER else 3]
 
 
 class TooLittleMemory(ValueError):  # noqa: N818
-    """No room for the K/V of a single sequence. Says the sums."""
+    """No room for a single block of K/V. Says the sums."""
 
 
 def allocate(spec: KVSpec, num_blocks: int, block_size: int) -> list[LayerCache]:
@@ -31,14 +47,42 @@ def allocate(spec: KVSpec, num_blocks: int, block_size: int) -> list[LayerCache]
 
     Zeroed, because attention multiplies what it masks by 0, and 0 * NaN is NaN.
     """
-    shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
-    return [
-        LayerCache(
-            torch.zeros(shape, dtype=spec.dtype, device=device),
-            torch.zeros(shape, dtype=spec.dtype, device=device),
-        )
-        for device in spec.devices
-    ]
+    return [_allocate_layer(spec, device, num_blocks, block_size) for device in spec.devices]
+
+
+def _allocate_layer(spec: KVSpec, device: torch.device, num_blocks: int, block_size: int) -> LayerCache:
+    layout = layout_for(device, spec.dtype, spec.head_dim)
+    heads, head_dim = spec.num_kv_heads, spec.head_dim
+    if layout is Layout.GATHER:
+        shape = (num_blocks, 2, heads, block_size, head_dim)
+    else:
+        shape = (2, num_blocks, block_size, heads, head_dim)
+    return LayerCache(torch.zeros(shape, dtype=spec.dtype, device=device), layout)
+
+
+def layout_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Layout:
+    """VARLEN where torch's paged FlashAttention runs: CUDA, half precision, heads up to 256."""
+    is_half = dtype in (torch.float16, torch.bfloat16)
+    has_flash = device.type == "cuda" and is_half and head_dim <= 256 and head_dim % 8 == 0
+    return Layout.VARLEN if has_flash and varlen_is_paged() else Layout.GATHER
+
+
+@cache
+def varlen_is_paged() -> bool:
+    """Whether this torch's varlen_attn takes a block table: its arguments differ between versions."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    names = inspect.signature(varlen_attn).parameters
+    return {"seqused_k", "block_table", "window_size", "enable_gqa"} <= names.keys()
+
+
+def block_size_for(spec: KVSpec, configured: int) -> int:
+    """The block size that the attention of every layer can use: the configured one, unless paged
+    FlashAttention wants its own."""
+    layouts = {layout_for(device, spec.dtype, spec.head_dim) for device in spec.devices}
+    return FLASH_BLOCK_SIZE if Layout.VARLEN in layouts else configured
 
 
 def num_blocks_for(spec: KVSpec, budget_bytes: int, block_size: int) -> int:
