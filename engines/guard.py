@@ -1,7 +1,7 @@
 """Sees to it that a worker group leaves nothing behind: `python -m engines.guard RUN_DIR -- ARGV...`
 
 The gateway starts one guard a group and holds the write end of its stdin. The guard starts ARGV and waits.
-When ARGV exits, when stdin ends (the gateway is gone, however it died) or on SIGTERM, it kills whatever
+When ARGV exits, when stdin or the process of the gateway ends (however it died) or on SIGTERM, it kills what
 ARGV has started, in whatever session, removes RUN_DIR and what carries its name in /dev/shm, and exits with
 ARGV's code (128 + n for signal n). It is a child subreaper, so nobody below can get out of its sight; ARGV
 gets SIGKILL when the guard itself dies.
@@ -88,21 +88,27 @@ def _become(command: list[str], guard: int) -> NoReturn:
 
 
 def _wait(child: int, wakeup: int) -> int:
-    """Until `child` exits, stdin ends or an ending signal comes. Reaps orphans meanwhile."""
+    """Until `child` exits, stdin or the parent ends or an ending signal comes. Reaps orphans meanwhile."""
     poll = select.poll()
-    poll.register(0, select.POLLIN)
-    poll.register(wakeup, select.POLLIN)
+    parent = _parent()
+    for source in (0, wakeup, parent):
+        poll.register(source, select.POLLIN)
     while True:
-        for fd, _ in poll.poll():
-            data = os.read(fd, 4096)
-            if fd == 0 and not data:
-                return 128 + signal.SIGTERM
-            if fd == wakeup and any(number in _ENDING for number in data):
-                return 128 + signal.SIGTERM
+        ready = [fd for fd, _ in poll.poll()]
+        if parent in ready or (0 in ready and not os.read(0, 4096)):
+            return 128 + signal.SIGTERM
+        if wakeup in ready and any(number in _ENDING for number in os.read(wakeup, 4096)):
+            return 128 + signal.SIGTERM
         ended, _ = _reap()
         if child in ended:
             code = os.waitstatus_to_exitcode(ended[child])
             return code if code >= 0 else 128 - code
+
+
+def _parent() -> int:
+    """A descriptor that becomes readable when the gateway ends. Its pipe alone would not tell if a process
+    that it had forked held the pipe too."""
+    return os.pidfd_open(os.getppid())
 
 
 def _reap() -> tuple[dict[int, int], bool]:

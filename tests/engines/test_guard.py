@@ -93,6 +93,27 @@ def test_the_whole_tree_is_killed(
     assert_nothing_left(run_dir, pids)
 
 
+FORKING_GATEWAY = """
+import os, subprocess, sys, time
+guard = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+if os.fork() == 0:  # holds the guard's stdin, too
+    time.sleep(3)
+    os._exit(0)
+time.sleep(100)
+"""
+
+
+def test_a_forked_copy_of_the_pipe_does_not_keep_the_group(run_dir: Path) -> None:
+    argv = [sys.executable, "-m", "engines.guard", str(run_dir), "--", *NAP]
+    with subprocess.Popen([sys.executable, "-S", "-c", FORKING_GATEWAY, *argv], cwd=REPO) as gateway:
+        wait_until(lambda: len(psutil.Process(gateway.pid).children(recursive=True)) == 3)
+        (copy,) = [each for each in psutil.Process(gateway.pid).children() if each.cmdline()[1] != "-m"]
+        gateway.kill()
+    wait_until(lambda: not run_dir.exists(), 2.0)
+    assert copy.is_running()
+    copy.kill()
+
+
 def test_the_end_of_the_command_ends_what_it_left_behind(start: Start, run_dir: Path, tmp_path: Path) -> None:
     guard, pids = start_tree(start, tmp_path)
     os.kill(pids[0], signal.SIGKILL)
