@@ -86,7 +86,7 @@ def _missing(config: ModelConfig, here: bool) -> Iterator[str]:
     if not here:
         return
     if not Path(config.model_path, "config.json").is_file():
-        remedy = "set handler.model_path to a Hugging Face model directory"
+        remedy = "set handler.model_path to a local model directory in Hugging Face format"
         yield f"{where}: no model at {config.model_path} (no config.json there); remedy: {remedy}"
     files = (config.chat_template, config.deepspeed.config if config.deepspeed else None)
     for file in filter(None, files):
