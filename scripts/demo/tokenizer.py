@@ -1,0 +1,125 @@
+"""The demo model's tokenizer: byte-level BPE, with one token a digit and special tokens for the chat."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from scripts.demo.corpus import Conversation, conversation, plain_text
+
+PAD, BOS, EOS, SYSTEM, USER, ASSISTANT, END = SPECIAL_TOKENS = (
+    "<|pad|>",
+    "<|bos|>",
+    "<|eos|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+)
+PAD_ID, BOS_ID, EOS_ID, SYSTEM_ID, USER_ID, ASSISTANT_ID, END_ID = range(len(SPECIAL_TOKENS))
+VOCAB_SIZE = 2048
+CONTEXT_LENGTH = 2048
+
+# A word with the space before it, one digit (which keeps sums regular), a run of other signs, or white space.
+SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] in ['system', 'developer'] %}{{ '<|system|>' }}"
+    "{% elif message['role'] == 'user' %}{{ '<|user|>' }}"
+    "{% elif message['role'] == 'assistant' %}{{ '<|assistant|>' }}"
+    "{% else %}{{ raise_exception('The demo model knows the roles system, user and assistant, not '"
+    " ~ message['role'] ~ '.') }}{% endif %}"
+    "{{ message['content'] | trim }}{{ '<|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A document as token ids, and which of them are to be predicted."""
+
+    ids: list[int]
+    is_target: list[bool]
+
+
+def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """A tokenizer of `VOCAB_SIZE` entries that can encode any text; encoding with special tokens adds BOS."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, BOS_ID)]
+    )
+    return tokenizer
+
+
+def tokenizer_texts(seed: int, num_conversations: int = 12000) -> Iterator[str]:
+    """The text that the merges are learnt from: a sample of the corpus."""
+    rng = random.Random(seed)
+    for _ in range(num_conversations):
+        sample = conversation(rng)
+        yield from (part for turn in sample.turns for part in (turn.question, turn.answer))
+        if sample.system:
+            yield sample.system
+    yield from (plain_text(rng) for _ in range(300))
+
+
+def encode_conversation(tokenizer: Tokenizer, sample: Conversation) -> Example:
+    """`sample` as the chat template renders it; the answers and their end tokens are the targets."""
+    ids, is_target = [BOS_ID], [False]
+    for role, text in _messages(sample):
+        body = [role, *tokenizer.encode(text, add_special_tokens=False).ids, END_ID]
+        ids += body
+        is_target += [False, *[role == ASSISTANT_ID] * (len(body) - 1)]
+    return Example(ids, is_target)
+
+
+def _messages(sample: Conversation) -> Iterator[tuple[int, str]]:
+    if sample.system:
+        yield SYSTEM_ID, sample.system
+    for turn in sample.turns:
+        yield USER_ID, turn.question
+        yield ASSISTANT_ID, turn.answer
+
+
+def encode_plain(tokenizer: Tokenizer, text: str) -> Example:
+    ids = [*tokenizer.encode(text).ids, EOS_ID]
+    return Example(ids, [False, *[True] * (len(ids) - 1)])
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json, the latter with the chat template."""
+    from transformers import PreTrainedTokenizerFast
+
+    fast: Any = PreTrainedTokenizerFast  # transformers leaves it untyped
+    wrapped = fast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        additional_special_tokens=[SYSTEM, USER, ASSISTANT, END],
+        model_max_length=CONTEXT_LENGTH,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+    wrapped.save_pretrained(directory, save_jinja_files=False)
