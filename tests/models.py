@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -111,12 +112,12 @@ def make_llama(
 
 
 def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
-    values = torch.randn(spec.shape, generator=generator)
+    values: torch.Tensor = torch.randn(spec.shape, generator=generator)
     if spec.name.endswith("norm.weight"):
         return 1 + 0.1 * values
     if spec.name.endswith(("bias", "embed_tokens.weight")):
         return 0.02 * values
-    return values * spec.shape[1] ** -0.5
+    return values / math.sqrt(spec.shape[1])
 
 
 def _save(directory: Path, tensors: dict[str, torch.Tensor], shard_bytes: int | None) -> None:

@@ -117,14 +117,22 @@ class Checkpoint:
         return tensors
 
     def _inside(self, index: Path, name: str) -> Path:
-        """The shard `name` of an index: a plain file name. Its link may lead out (hub caches are links)."""
-        if Path(name).name != name or name in ("", ".", ".."):
+        """The path of an index's shard. The index is untrusted data: it may name files beside it only.
+
+        A link may lead to the blobs of the hub's cache that the directory belongs to.
+        """
+        if Path(name).name != name:
             raise BadCheckpoint(
-                f"{index}: names the shard {name!r}, which is not a plain file name beside it"
+                f"{index}: names the shard {name!r}: only names of files beside it are allowed"
             )
-        if Path(name).suffix in _PICKLE_SUFFIXES:
-            raise BadCheckpoint(f"{self.root / name}: {_CONVERT}")
-        return self.root / name
+        path, root = self.root / name, self.root.resolve()
+        if path.suffix in _PICKLE_SUFFIXES:
+            raise BadCheckpoint(f"{path}: {_CONVERT}")
+        if path.resolve().parent not in (root, root.parent.parent / "blobs"):
+            raise BadCheckpoint(
+                f"{path}: is a link that leads out of the model directory: copy the file there"
+            )
+        return path
 
     @property
     def dtype(self) -> torch.dtype:

@@ -53,7 +53,7 @@ def make_linear(weight: Tensor, bias: Tensor | None = None) -> LinearOp:
 def _can_pack(weight: Tensor) -> bool:
     """float16 is left out: oneDNN has it only on CPUs with AVX512-FP16."""
     is_known = weight.dtype in (torch.float32, torch.bfloat16)
-    return weight.device.type == "cpu" and is_known and torch.backends.mkldnn.is_available()
+    return weight.device.type == "cpu" and is_known and torch._C._has_mkldnn
 
 
 class RMSNorm:

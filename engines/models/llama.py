@@ -41,7 +41,7 @@ class WeightLoader:
         shape[parts[0].dim] = parts[0].length
         rows = [part.length if part.dim == 0 else shape[0] for part in parts]
         out = torch.empty((sum(rows), *shape[1:]), dtype=self._dtype)
-        for name, part, view in zip(names, parts, out.split(rows), strict=True):
+        for name, part, view in zip(names, parts, torch.split(out, rows), strict=True):
             self._checkpoint.read_into(view, name, part)
             self._num_read += 1
             self._report(self._num_read / len(self._specs))
@@ -84,7 +84,7 @@ class Attention:
         num_turned = self.num_heads + self.num_kv_heads
         heads = self.qkv(x).view(x.shape[0], num_turned + self.num_kv_heads, self.head_dim)
         rotary.turn(heads[:, :num_turned], cos, sin)
-        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        query, key, value = heads.tensor_split((self.num_heads, num_turned), dim=1)
         out = paged_attention(query, key, value, self.layer, self.scale)
         return self.output(out.reshape(x.shape[0], -1))
 

@@ -166,7 +166,7 @@ class _Group:
         num_heads, head_dim = query.shape[1:]
         group = num_heads // self.num_kv_heads
         if self.length > 1:
-            parted = query.unflatten(0, (self.num_spans, self.length))
+            parted = query.reshape(self.num_spans, self.length, num_heads, head_dim)
             query = parted.transpose(1, 2)  # [S, Hq, q, D]
         return query.reshape(-1, group * self.length, head_dim)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from engines.base import Batch, Engine
 from engines.runtime.context import ForwardContext, forward_context
@@ -30,7 +31,10 @@ class Row:
 
 def make_batch(rows: Sequence[Row], counts: Sequence[int], block_size: int) -> Batch:
     """The next counts[i] tokens of each row. Logits are asked for every sequence's last token."""
-    ids, positions, slots, starts, contexts = [], [], [], [0], []
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    starts, contexts = [0], []
     for row, count in zip(rows, counts, strict=True):
         stop = row.num_computed + count
         span = range(row.num_computed, stop)
@@ -59,9 +63,11 @@ def make_batch(rows: Sequence[Row], counts: Sequence[int], block_size: int) -> B
 class Driver:
     """Greedy decoding of several sequences, prefilled in chunks; blocks are handed out scattered."""
 
-    def __init__(self, engine: Engine, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, engine: Engine, num_blocks: int, block_size: int, group: dist.ProcessGroup | None = None
+    ) -> None:
         assert engine.kv_spec is not None
-        self.engine, self.block_size = engine, block_size
+        self.engine, self.block_size, self.group = engine, block_size, group
         self.caches: list[LayerCache] = allocate(engine.kv_spec, num_blocks, block_size)
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(7))
         self._free = order.tolist()
@@ -79,11 +85,18 @@ class Driver:
             hidden = self.engine.forward(batch)
         assert hidden is not None
         logits = self.engine.logits(hidden.index_select(0, batch.logit_rows))
-        for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+        for row, count, token in zip(rows, counts, self._likeliest(logits, len(rows)), strict=True):
             row.num_computed += count
             if row.num_computed == len(row.token_ids):
-                row.token_ids.append(0 if logits is None else int(logits[i].argmax()))
+                row.token_ids.append(token)
         return logits
+
+    def _likeliest(self, logits: torch.Tensor | None, num_rows: int) -> list[int]:
+        """Rank 0 has the logits and tells the others."""
+        tokens = torch.zeros(num_rows, dtype=torch.int64) if logits is None else logits.argmax(-1)
+        if self.group is not None:
+            dist.broadcast(tokens, 0, group=self.group)
+        return tokens.tolist()
 
 
 def generate(
@@ -92,7 +105,8 @@ def generate(
     """Greedy tokens of each prompt, all in one batch; sequence i joins at step i * stagger."""
     block_size, chunk, stagger = how.get("block_size", 4), how.get("chunk", 5), how.get("stagger", 0)
     longest = max(len(prompt) for prompt in prompts) + num_tokens
-    driver = Driver(engine, (longest // block_size + 2) * len(prompts), block_size)
+    num_blocks = (longest // block_size + 2) * len(prompts)
+    driver = Driver(engine, num_blocks, block_size, how.get("group"))
     rows = [driver.add(prompt, num_tokens) for prompt in prompts]
     for step in range((longest + 1) * len(prompts) + stagger * len(prompts)):
         joined = [row for i, row in enumerate(rows) if step >= i * stagger]

@@ -32,7 +32,7 @@ def prompts_for(vocab: int, *lengths: int) -> list[list[int]]:
 def hf_greedy(directory: Path, prompt: list[int], num_tokens: int) -> list[int]:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     ids = torch.tensor([prompt])
     out = model.generate(
         ids,
