@@ -43,7 +43,11 @@ class ChatMessage(RequestPart):
     rules = fields.MESSAGE
 
     role: Literal["developer", "system", "user", "assistant"]
-    content: Annotated[list[TextPart], BeforeValidator(_as_parts), Field(min_length=1)]
+    content: Annotated[
+        list[TextPart],
+        Field(min_length=1, max_length=bounds.MAX_CONTENT_PARTS, fail_fast=True),
+        BeforeValidator(_as_parts),
+    ]
     name: Annotated[str, Field(max_length=1_000)] | None = None
 
     def for_template(self) -> dict[str, str]:
@@ -56,7 +60,9 @@ class ChatMessage(RequestPart):
 class ChatCompletionRequest(GenerationRequest):
     rules = fields.CHAT
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=bounds.MAX_MESSAGES)]
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, max_length=bounds.MAX_MESSAGES, fail_fast=True)
+    ]
     max_completion_tokens: (
         Annotated[int, Field(ge=bounds.MAX_TOKENS.min, le=bounds.MAX_TOKENS.max)] | None
     ) = None

@@ -100,9 +100,10 @@ def _logit_bias(value: object) -> object:
 TokenId = Annotated[int, _bounded(bounds.TOKEN_ID)]
 StopStrings = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=bounds.MAX_STOP_CHARS)]],
+    Field(max_length=bounds.MAX_STOP_STRINGS, fail_fast=True),
     BeforeValidator(_as_strings),
-    Field(max_length=bounds.MAX_STOP_STRINGS),
 ]
+StopTokenIds = Annotated[list[TokenId], Field(max_length=bounds.MAX_STOP_TOKEN_IDS, fail_fast=True)]
 LogitBias = Annotated[
     dict[TokenId, Annotated[float, _bounded(bounds.LOGIT_BIAS)]], BeforeValidator(_logit_bias)
 ]
@@ -139,7 +140,7 @@ class GenerationRequest(RequestPart):
     min_tokens: Annotated[int, _bounded(bounds.MIN_TOKENS)] | None = None
     n: Annotated[int, _bounded(bounds.N)] | None = None
     stop: StopStrings | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=bounds.MAX_STOP_TOKEN_IDS)] | None = None
+    stop_token_ids: StopTokenIds | None = None
     ignore_eos: bool | None = None
     temperature: Annotated[float, _bounded(bounds.TEMPERATURE)] | None = None
     top_p: Annotated[float, _bounded(bounds.TOP_P)] | None = None

@@ -5,48 +5,53 @@ from __future__ import annotations
 from typing import Annotated
 
 import msgspec
-from pydantic import BeforeValidator, Field
+from pydantic import Field, PlainValidator
 
 from gateway.protocol import bounds, fields
 from gateway.protocol.common import (
     GenerationParams,
     GenerationRequest,
     InvalidField,
-    TokenId,
     TokenInfo,
     Usage,
 )
 
-Prompt = str | list[int]
+_FORMS = "expected a string, a list of strings, token ids, or a list of lists of token ids"
 
 
-def _as_prompts(value: object) -> object:
-    """The four ways to write it, as a list of prompts: a text, token ids, a list of either."""
+def _as_prompts(value: object) -> list[str] | list[list[int]]:
+    """The four ways to write it, as a list of prompts: a text, token ids, a list of either.
+
+    By hand, not by a type: pydantic would describe every one of a million wrong ids.
+    """
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list):
-        raise ValueError("expected a string, a list of strings, token ids, or a list of lists of token ids")
-    if value and all(_is_int(item) for item in value):
-        return [value]
-    if all(isinstance(item, str) for item in value) or all(
-        isinstance(item, list) and all(_is_int(id) for id in item) for item in value
-    ):
-        return value
-    raise ValueError("expected a string, a list of strings, token ids, or a list of lists of token ids")
+        raise ValueError(_FORMS)
+    prompts = [value] if value and type(value[0]) is int else value
+    if not prompts:
+        raise ValueError("there is no prompt in it")
+    if len(prompts) > bounds.MAX_PROMPTS:
+        raise ValueError(f"at most {bounds.MAX_PROMPTS} prompts are allowed in a request, not {len(prompts)}")
+    if all(isinstance(prompt, str) for prompt in prompts):
+        return prompts
+    for ids in prompts:
+        _check_ids(ids)
+    return prompts
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _check_ids(ids: object) -> None:
+    if not isinstance(ids, list) or not all(type(id) is int for id in ids):
+        raise ValueError(_FORMS)
+    low, high = bounds.TOKEN_ID
+    if ids and not (low <= min(ids) and max(ids) <= high):
+        raise ValueError(f"token ids are from {low} to {high}")
 
 
 class CompletionRequest(GenerationRequest):
     rules = fields.COMPLETIONS
 
-    prompt: Annotated[
-        list[str] | list[list[TokenId]],
-        BeforeValidator(_as_prompts),
-        Field(min_length=1, max_length=bounds.MAX_PROMPTS),
-    ]
+    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_as_prompts)]
     logprobs: Annotated[int, Field(ge=bounds.LOGPROBS.min, le=bounds.LOGPROBS.max)] | None = None
 
     def params(self) -> GenerationParams:

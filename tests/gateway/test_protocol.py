@@ -222,6 +222,27 @@ def test_malformed_bodies_are_refused(body: bytes) -> None:
     assert "JSON" in refusal(ChatCompletionRequest, body)[1]
 
 
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        (CompletionRequest, TEXT | {"prompt": [-1] * 10_000}),
+        (CompletionRequest, TEXT | {"prompt": [[-1] * 100] * 100}),
+        (CompletionRequest, TEXT | {"logit_bias": dict.fromkeys(map(str, range(10_000)), 1_000)}),
+        (ChatCompletionRequest, CHAT | {"messages": [{}] * 4_000}),
+        (
+            ChatCompletionRequest,
+            CHAT | {"messages": [{"role": "user", "content": [{"type": "text"}] * 999}]},
+        ),
+        (ChatCompletionRequest, CHAT | {"stop": [1] * 10_000}),
+        (ChatCompletionRequest, CHAT | {"stop_token_ids": ["x"] * 10_000}),
+    ],
+)
+def test_a_body_with_many_mistakes_costs_little(model: Model, body: dict[str, object]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        parse(model, body)
+    assert caught.value.error_count() <= 5
+
+
 def test_content_parts_become_one_text_and_developers_are_system() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [{"role": "developer", "content": parts, "name": "bob"}, {"role": "user", "content": "c"}]
