@@ -1,0 +1,107 @@
+"""A server from its first line to its last: progress while loading, what listens, and how it ends."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import psutil
+
+from tests.e2e.server import Server, events, serving, wait_until
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def listening(server: Server) -> set[tuple[str, int]]:
+    """Every internet socket that the tree listens on."""
+    found = set()
+    for process in server.tree():
+        with suppress(psutil.NoSuchProcess):
+            for connection in process.net_connections(kind="inet"):
+                if connection.status == psutil.CONN_LISTEN or connection.type == socket.SOCK_DGRAM:
+                    found.add((connection.laddr.ip, connection.laddr.port))
+    return found
+
+
+def loading(server: Server) -> Iterator[dict[str, object]]:
+    """What /readyz says of the one group until it says 200."""
+    while True:
+        with suppress(httpx.TransportError):
+            response = server.client.get("/readyz")
+            if response.status_code == 200:
+                return
+            assert response.status_code == 503
+            yield response.json()["models"][0]["groups"][0]
+
+
+def test_loading_can_be_watched_and_only_the_http_port_listens() -> None:
+    """Over the whole start, seen from outside; then the whole tree at rest."""
+    phases, sockets = [], set()
+    with serving("--tp", "2", wait=False) as server:
+        for group in loading(server):
+            phases.append((group["phase"], group["percent"]))
+            sockets |= listening(server)
+            if len(phases) == 1:
+                refused = server.complete()
+                assert refused.status_code == 503
+                assert int(refused.headers["retry-after"]) >= 1
+        sockets |= listening(server)
+        assert sorted(server.workers()) == [0, 1]
+        assert server.complete().status_code == 200
+        assert server.stop() == 0
+    assert sockets == {("127.0.0.1", server.port)}
+    named = [phase for phase, _ in phases if phase is not None]
+    assert named
+    assert set(named) <= {"connect", "load", "allocate", "warmup"}
+    assert all(percent is None or 0 <= percent <= 100 for _, percent in phases)
+
+
+def test_sigterm_lets_running_requests_end_and_takes_no_new_ones() -> None:
+    with serving() as server:
+        before = {process.pid for process in server.tree()}
+        with server.stream(max_tokens=400, ignore_eos=True, stream_options={"include_usage": True}) as lines:
+            stream = events(lines)
+            next(stream)
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: server.client.get("/readyz").status_code == 503, "readiness off")
+            assert server.complete().status_code == 503
+            *_, usage, end = stream
+        assert end == {"done": True}
+        assert usage["usage"]["completion_tokens"] == 400  # type: ignore[index]
+        assert server.process.wait(30) == 0
+        assert server.run_dirs() == []
+        assert not [pid for pid in before if psutil.pid_exists(pid)]
+
+
+def test_a_second_signal_hurries_and_says_so_in_the_stream() -> None:
+    with serving() as server, server.stream(max_tokens=1900, ignore_eos=True) as lines:
+        stream = events(lines)
+        next(stream)
+        server.process.send_signal(signal.SIGINT)
+        wait_until(lambda: server.client.get("/readyz").status_code == 503, "readiness off")
+        server.process.send_signal(signal.SIGINT)
+        *_, last = stream
+        assert last["error"]["code"] == "worker_lost"  # type: ignore[index]
+        assert server.process.wait(30) == 0
+
+
+def test_nothing_is_left_when_the_gateway_is_killed() -> None:
+    shared = set(SHARED_MEMORY.iterdir())
+    with serving("--tp", "2") as server:
+        tree = server.tree()
+        assert len(tree) >= 5  # gateway, guard, torchrun, two ranks
+        assert server.run_dirs()
+        with server.stream(max_tokens=1900, ignore_eos=True) as lines:
+            next(events(lines))
+            server.process.kill()
+            server.process.wait()
+            _, alive = psutil.wait_procs(tree[1:], timeout=3)
+            assert alive == []
+        wait_until(lambda: server.run_dirs() == [], "run directories gone", 3)
+        assert set(SHARED_MEMORY.iterdir()) <= shared
+        with socket.create_server(("127.0.0.1", server.port)):
+            pass  # the port is free again
