@@ -19,8 +19,8 @@ from gateway.prompt.template import TemplateRefused
 from gateway.prompt.tokenizer import ControlTokenInText
 from gateway.protocol.common import InvalidField, MalformedBody
 from gateway.protocol.fields import UnknownField, UnsupportedField
-from gateway.router import ModelFailed, ModelNotFound, QueueFull
-from gateway.workers.protocol import WorkerLost, WorkerUnavailable
+from gateway.router import ModelFailed, ModelNotFound
+from gateway.workers.protocol import QueueFull, WorkerLost, WorkerUnavailable
 
 logger = logging.getLogger(__name__)
 

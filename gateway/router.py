@@ -9,7 +9,7 @@ from pathlib import Path
 from engines.wire import Ready, Stats
 from gateway.prompt.template import ChatTemplate, load_chat_template
 from gateway.prompt.tokenizer import Tokenizer
-from gateway.workers.protocol import GroupState, WorkerGroup, WorkerUnavailable
+from gateway.workers.protocol import GroupState, QueueFull, WorkerGroup, WorkerUnavailable
 
 QUEUE_RETRY_SECONDS = 1
 LOADING_RETRY_SECONDS = 5
@@ -18,12 +18,6 @@ LOADING_RETRY_SECONDS = 5
 class ModelNotFound(ValueError):  # noqa: N818
     def __init__(self, model: str) -> None:
         super().__init__(f"The model '{model[:200]}' does not exist or you do not have access to it.")
-
-
-class QueueFull(Exception):  # noqa: N818
-    """Every group of the model has as many sequences waiting as it may have."""
-
-    retry_after = QUEUE_RETRY_SECONDS
 
 
 class ModelFailed(Exception):  # noqa: N818
@@ -159,7 +153,7 @@ def pick(model: ServedModel, planned: Mapping[str, int], num_sequences: int) -> 
     group = min(ready_groups(model), key=lambda group: _load(group, planned))
     room = model.max_queued + (group.info.max_num_seqs if group.info else 0)
     if _load(group, planned) + num_sequences > room:
-        raise QueueFull(f"The model '{model.name}' has too many requests waiting.")
+        raise QueueFull(f"The model '{model.name}' has too many requests waiting.", QUEUE_RETRY_SECONDS)
     return group
 
 
