@@ -54,7 +54,6 @@ class Server:
             prompt_len=PROMPT_LEN,
             output_len=OUTPUT_LEN,
             tokenizer=str(self._tokenizer),
-            ignore_eos=self._model != str(self._tokenizer),
             seed=seed,
         )
         prompts = make_prompts(config, num_requests)

@@ -19,11 +19,11 @@ from engines import registry
 from engines.config import ModelConfig
 from engines.runtime import sampler
 from engines.runtime.plan import RowSampling, RowUse
-from engines.wire import Generate, SamplingParams
+from engines.wire import SamplingParams
 from tests.engines.harness import Group, StartFailed, running
+from tests.engines.reference import hf_greedy, prompts, request_of
 from tests.models import GQA, make_llama
 
-GREEDY = SamplingParams(temperature=0.0)
 NUM_BLOCKS, BLOCK_SIZE, MAX_BATCHED = 48, 16, 64
 
 
@@ -80,49 +80,18 @@ def group(request: pytest.FixtureRequest, model: Path) -> Iterator[Group]:
         yield group
 
 
-def prompts(count: int, seed: int = 0) -> list[list[int]]:
-    """Prompts of 3 to 100 tokens; every third starts like the one before it."""
-    generator = torch.Generator().manual_seed(seed)
-    made: list[list[int]] = []
-    for i in range(count):
-        length = int(torch.randint(3, 101, (1,), generator=generator))
-        ids = torch.randint(2, GQA.vocab, (length,), generator=generator).tolist()
-        made.append([*made[-1][:48], *ids][:100] if i % 3 == 2 else ids)
-    return made
-
-
-def request_of(id: str, prompt: list[int], max_tokens: int = 16, **kwargs: object) -> Generate:
-    options = {"sampling": GREEDY, "ignore_eos": True, **kwargs}
-    return Generate(id=id, prompt_ids=prompt, max_tokens=max_tokens, **options)
-
-
-@torch.inference_mode()
-def hf_greedy(reference: torch.nn.Module, prompt: list[int], max_tokens: int = 16) -> list[int]:
-    ids = torch.tensor([prompt])
-    out = reference.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        min_new_tokens=max_tokens,
-        max_new_tokens=max_tokens,
-        eos_token_id=[],
-        pad_token_id=0,
-    )
-    return out[0, len(prompt) :].tolist()
-
-
 def test_every_registered_engine_is_here() -> None:
     assert set(registry.names()) <= {layout.engine for layout in LAYOUTS}
 
 
 def test_greedy_alone_is_hugging_faces(group: Group, reference: torch.nn.Module) -> None:
-    for i, prompt in enumerate(prompts(4, seed=1)):
+    for i, prompt in enumerate(prompts(4, GQA.vocab, seed=1)):
         assert group.run([request_of(f"a{i}", prompt)])[0].token_ids == hf_greedy(reference, prompt)
 
 
 def test_a_mixed_batch_changes_nothing(group: Group, reference: torch.nn.Module) -> None:
     before = group.stats()
-    batch = prompts(32, seed=2)
+    batch = prompts(32, GQA.vocab, seed=2)
     ended = group.run([request_of(f"m{i}", prompt, 48) for i, prompt in enumerate(batch)])
     assert [e.token_ids for e in ended] == [hf_greedy(reference, prompt, 48) for prompt in batch]
     after = group.stats()
@@ -131,7 +100,7 @@ def test_a_mixed_batch_changes_nothing(group: Group, reference: torch.nn.Module)
 
 
 def test_siblings_share_a_prompt(group: Group, reference: torch.nn.Module) -> None:
-    (prompt,) = prompts(1, seed=4)
+    (prompt,) = prompts(1, GQA.vocab, seed=4)
     ended = group.run([request_of(f"s{i}", prompt, choice=i, group="s") for i in range(3)])
     assert [e.token_ids for e in ended] == [hf_greedy(reference, prompt)] * 3
 
@@ -141,7 +110,7 @@ def test_seeded_sampling_depends_on_the_request_only(group: Group, reference: to
     params = SamplingParams(
         temperature=0.9, top_p=0.8, top_k=40, presence_penalty=0.4, repetition_penalty=1.1, seed=77
     )
-    (prompt,) = prompts(1, seed=5)
+    (prompt,) = prompts(1, GQA.vocab, seed=5)
     expected = list(prompt)
     for position in range(len(prompt), len(prompt) + 12):
         logits = reference(torch.tensor([expected])).logits[0, -1:].float().clone()
@@ -149,14 +118,16 @@ def test_seeded_sampling_depends_on_the_request_only(group: Group, reference: to
             params, position, 1, len(prompt), token_ids=torch.tensor(expected, dtype=torch.int32).numpy()
         )
         expected.append(int(sampler.sample(logits, [row], [RowUse.SAMPLE]).token_ids[0]))
-    others = [request_of(f"o{i}", p) for i, p in enumerate(prompts(6, seed=6))]
+    others = [request_of(f"o{i}", p) for i, p in enumerate(prompts(6, GQA.vocab, seed=6))]
     ended = group.run([request_of("seeded", prompt, 12, sampling=params, choice=1), *others])
     assert ended[0].token_ids == expected[len(prompt) :]
 
 
 @torch.inference_mode()
 def test_prompt_logprobs_need_several_rows_of_a_sequence(group: Group, reference: torch.nn.Module) -> None:
-    prompt = prompts(1, seed=7)[0] + prompts(1, seed=8)[0] + prompts(1, seed=9)[0]
+    prompt = (
+        prompts(1, GQA.vocab, seed=7)[0] + prompts(1, GQA.vocab, seed=8)[0] + prompts(1, GQA.vocab, seed=9)[0]
+    )
     assert len(prompt) > MAX_BATCHED, "it shall take several chunks"
     (ended,) = group.run([request_of("p", prompt, 1, prompt_logprobs=2)])
     expected = reference(torch.tensor([prompt])).logits[0].log_softmax(-1)
@@ -168,7 +139,7 @@ def test_prompt_logprobs_need_several_rows_of_a_sequence(group: Group, reference
 
 
 def test_an_aborted_sequence_gives_its_blocks_back(group: Group, reference: torch.nn.Module) -> None:
-    prompt, other = prompts(2, seed=10)
+    prompt, other = prompts(2, GQA.vocab, seed=10)
     kept = group.start(request_of("kept", other))
     group.abort_after(request_of("gone", prompt, 600), num_tokens=3)
     assert kept.result(60).token_ids == hf_greedy(reference, other)
@@ -179,7 +150,7 @@ def test_an_aborted_sequence_gives_its_blocks_back(group: Group, reference: torc
 
 def test_a_failing_request_fails_alone(group: Group, reference: torch.nn.Module) -> None:
     bad = SamplingParams(temperature=0.0, logit_bias={GQA.vocab + 1000: 1.0})
-    prompt, other = prompts(2, seed=11)
+    prompt, other = prompts(2, GQA.vocab, seed=11)
     ended = group.run([request_of("bad", prompt, sampling=bad), request_of("good", other)])
     assert ended[0].error is not None
     assert ended[0].error.code == "internal"
@@ -193,7 +164,7 @@ def test_what_could_never_fit_is_refused(group: Group) -> None:
 
 
 def test_a_resumed_sequence_goes_on_with_the_same_tokens(group: Group, reference: torch.nn.Module) -> None:
-    (prompt,) = prompts(1, seed=12)
+    (prompt,) = prompts(1, GQA.vocab, seed=12)
     expected = hf_greedy(reference, prompt)
     (ended,) = group.run([request_of("r", prompt, resume_token_ids=expected[:7])])
     assert ended.token_ids == expected[7:]
