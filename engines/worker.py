@@ -58,8 +58,11 @@ def main() -> None:
 
 
 def _die_with_parent() -> None:
-    """SIGKILL for this process when torchrun dies, however it dies."""
+    """SIGKILL for this process when torchrun dies, however it dies, even if it just has."""
+    parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        _exit(1)
 
 
 def _lead(config: ModelConfig, run_dir: Path) -> None:

@@ -1,25 +1,28 @@
 """Server-sent events: a stream of prepared bytes to one client, until it ends, fails or nobody reads.
 
-Starlette's StreamingResponse neither pings nor gives up on a client that stops reading, and an event
-object per token costs half the throughput; so this is a small response of our own.
+sse-starlette pings, and gives up on a client that stops reading; it gets whole events as bytes, because an
+event object per token costs half the throughput.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+import logging
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
-from starlette.responses import Response
+from sse_starlette.event import ServerSentEvent
+from sse_starlette.sse import EventSourceResponse, SendTimeoutError
 from starlette.types import Receive, Scope, Send
 
 from gateway.errors import ClientGone
 from gateway.settings import Settings
 
-PING = b": ping\n\n"
+log = logging.getLogger(__name__)
+
+_PING = ServerSentEvent(comment="ping", sep="\n")
 DONE = b"data: [DONE]\n\n"
 HEADERS = {
-    "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache, no-transform",
     "x-accel-buffering": "no",
 }
@@ -92,70 +95,48 @@ async def _cancel(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class EventStream(Response):
+class EventStream(EventSourceResponse):
     """Sends `first` and then the rest of `chunks`; each chunk is one or more whole events.
 
     A chunk that raises becomes an error event, and the stream ends without [DONE]: OpenAI's SDK raises on
-    the former and takes the lack of the latter for a normal end.
+    the former and takes the lack of the latter for a normal end. A client that reads nothing for
+    `send_timeout`, or leaves, ends the chunks.
     """
 
     def __init__(
-        self, first: Awaitable[bytes], chunks: Chunks, settings: Settings, describe_error: DescribeError
+        self,
+        first: asyncio.Future[bytes],
+        chunks: Chunks,
+        settings: Settings,
+        describe_error: DescribeError,
     ) -> None:
-        self.status_code = 200
-        self.background = None
-        self.init_headers(HEADERS)
-        self._first = first
-        self._chunks = chunks
-        self._settings = settings
-        self._describe_error = describe_error
-        self._last_sent = 0.0
-        self._sending_since: float | None = None
+        super().__init__(
+            self._events(first, chunks, describe_error),
+            headers=HEADERS,
+            ping=settings.ping_interval,
+            ping_message_factory=lambda: _PING,
+            sep="\n",
+            send_timeout=settings.send_timeout,
+        )
+        self._first, self._chunks = first, chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        tasks = [
-            asyncio.create_task(self._pump(send)),
-            asyncio.create_task(until_gone(receive)),
-            asyncio.create_task(self._keep_alive(send)),
-        ]
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            await super().__call__(scope, receive, send)
+        except SendTimeoutError:
+            log.info("a client has read nothing for %g s: its stream ends", self.send_timeout)
         finally:
-            await _cancel(*tasks, asyncio.ensure_future(self._first))
+            await _cancel(self._first)
             await self._chunks.aclose()
 
-    async def _pump(self, send: Send) -> None:
-        loop = asyncio.get_running_loop()
-        chunk = await self._next(self._first)
-        while chunk is not None:
-            self._sending_since = loop.time()
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            self._last_sent, self._sending_since = loop.time(), None
-            chunk = await self._next(anext(self._chunks))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _next(self, chunk: Awaitable[bytes]) -> bytes | None:
-        """None at the end. A failure is its event, and the chunks, being closed by it, end after that."""
+    @staticmethod
+    async def _events(
+        first: asyncio.Future[bytes], chunks: Chunks, describe_error: DescribeError
+    ) -> AsyncGenerator[bytes, None]:
+        """The chunks, and the event of what went wrong. sse-starlette sends bytes as they are."""
         try:
-            return await chunk
-        except StopAsyncIteration:
-            return None
+            yield await first
+            async for chunk in chunks:
+                yield chunk
         except Exception as error:
-            return event(self._describe_error(error))
-
-    async def _keep_alive(self, send: Send) -> None:
-        """Pings when there is silence; returns, which ends the stream, when the client does not read."""
-        loop = asyncio.get_running_loop()
-        interval = min(self._settings.ping_interval, self._settings.send_timeout)
-        self._last_sent = loop.time()
-        while True:
-            await asyncio.sleep(interval / 2)
-            if self._sending_since is not None:
-                if loop.time() - self._sending_since > self._settings.send_timeout:
-                    return
-            elif loop.time() - self._last_sent >= self._settings.ping_interval / 2:
-                self._last_sent = loop.time()
-                await send({"type": "http.response.body", "body": PING, "more_body": True})
+            yield event(describe_error(error))
