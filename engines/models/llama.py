@@ -18,6 +18,9 @@ from engines.runtime.attention import paged_attention
 from engines.runtime.mesh import Mesh
 
 
+_EMBEDDING = "model.embed_tokens.weight"
+
+
 class WeightLoader:
     """Hands out this rank's slices of a checkpoint, joined where a projection is fused."""
 
@@ -32,7 +35,15 @@ class WeightLoader:
         self._checkpoint, self._config, self._mesh, self._dtype = checkpoint, config, mesh, dtype
         self._specs = expected_tensors(config)
         checkpoint.check(self._specs.values(), optional=frozenset({"lm_head.weight"}))
-        self._report, self._num_read = report, 0
+        self._report, self._num_read, self._num_tensors = report, 0, len(self._specs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    def expect_layers(self, layers: range) -> None:
+        """Only these layers will be read here: the fraction done is of them."""
+        self._num_tensors = -(-len(self._specs) * len(layers) // self._config.num_layers)
 
     def load(self, *names: str) -> Tensor:
         """This rank's slices of the tensors, one below the other."""
@@ -44,7 +55,7 @@ class WeightLoader:
         for name, part, view in zip(names, parts, torch.split(out, rows), strict=True):
             self._checkpoint.read_into(view, name, part)
             self._num_read += 1
-            self._report(self._num_read / len(self._specs))
+            self._report(min(1.0, self._num_read / self._num_tensors))
         return out.to(self._mesh.device)
 
     def linear(self, *names: str) -> LinearOp:
@@ -72,13 +83,15 @@ class WeightLoader:
 class Attention:
     """Self-attention over the paged K/V, this rank's heads."""
 
-    def __init__(self, loader: WeightLoader, config: LlamaConfig, mesh: Mesh, layer: int) -> None:
+    def __init__(
+        self, loader: WeightLoader, config: LlamaConfig, mesh: Mesh, layer: int, cache_index: int
+    ) -> None:
         name = f"model.layers.{layer}.self_attn"
         self.qkv = loader.linear(f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj")
         self.output = loader.row_linear(f"{name}.o_proj")
         self.num_heads = config.num_heads // mesh.tp_size
         self.num_kv_heads = len(kv_heads_of(config, mesh.tp_rank, mesh.tp_size))
-        self.head_dim, self.scale, self.layer = config.head_dim, config.head_dim**-0.5, layer
+        self.head_dim, self.scale, self.layer = config.head_dim, config.head_dim**-0.5, cache_index
 
     def __call__(self, x: Tensor, rotary: Rotary, cos: Tensor, sin: Tensor) -> Tensor:
         num_turned = self.num_heads + self.num_kv_heads
@@ -102,13 +115,15 @@ class Mlp:
 
 
 class Layer:
-    """One decoder layer; `hidden` is changed in place."""
+    """One decoder layer; `hidden` is changed in place. `cache_index`: its place in this rank's K/V."""
 
-    def __init__(self, loader: WeightLoader, config: LlamaConfig, mesh: Mesh, layer: int) -> None:
+    def __init__(
+        self, loader: WeightLoader, config: LlamaConfig, mesh: Mesh, layer: int, cache_index: int
+    ) -> None:
         name = f"model.layers.{layer}"
         self.mesh = mesh
         self.attention_norm = loader.norm(f"{name}.input_layernorm")
-        self.attention = Attention(loader, config, mesh, layer)
+        self.attention = Attention(loader, config, mesh, layer, cache_index)
         self.mlp_norm = loader.norm(f"{name}.post_attention_layernorm")
         self.mlp = Mlp(loader, layer)
 
@@ -119,31 +134,53 @@ class Layer:
 
 
 class Llama:
-    """The model. `max_positions` bounds the positions that it will be given."""
+    """The model, or the `layers` of one pipeline stage: the first stage embeds, the last has norm and head.
 
-    def __init__(self, loader: WeightLoader, config: LlamaConfig, mesh: Mesh, max_positions: int) -> None:
+    `max_positions` bounds the positions that it will be given.
+    """
+
+    def __init__(
+        self,
+        loader: WeightLoader,
+        config: LlamaConfig,
+        mesh: Mesh,
+        max_positions: int,
+        layers: range | None = None,
+    ) -> None:
         self.config, self.mesh = config, mesh
-        self.embedding = loader.load("model.embed_tokens.weight")  # [ceil(V / tp), H]
-        self.layers = [Layer(loader, config, mesh, i) for i in range(config.num_layers)]
-        self.norm = loader.norm("model.norm")
-        tied = config.tie_word_embeddings
-        self.head = make_linear(self.embedding) if tied else loader.linear("lm_head")
-        self.rotary = Rotary(config.rope, config.head_dim, max_positions, self.embedding.dtype, mesh.device)
+        layers = range(config.num_layers) if layers is None else layers
+        loader.expect_layers(layers)
+        self.is_first, self.is_last = layers.start == 0, layers.stop == config.num_layers
+        if self.is_first:
+            self.embedding = loader.load(_EMBEDDING)  # [ceil(V / tp), H]
+        self.layers = [Layer(loader, config, mesh, layer, index) for index, layer in enumerate(layers)]
+        if self.is_last:
+            self.norm = loader.norm("model.norm")
+            self.head = self._load_head(loader)
+        self.rotary = Rotary(config.rope, config.head_dim, max_positions, loader.dtype, mesh.device)
+
+    def _load_head(self, loader: WeightLoader) -> LinearOp:
+        if not self.config.tie_word_embeddings:
+            return loader.linear("lm_head")
+        return make_linear(self.embedding if self.is_first else loader.load(_EMBEDDING))
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """[T], [T] to hidden states [T, H] after the last norm, the same on every rank."""
-        hidden = self._embed(input_ids)
+        return self.norm(self.run_layers(self.embed(input_ids), positions))
+
+    def run_layers(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """[T, H] to [T, H] through the layers that are here, in place."""
         cos, sin = self.rotary.rows(positions)
         for layer in self.layers:
             layer(hidden, self.rotary, cos, sin)
-        return self.norm(hidden)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor | None:
         """[L, H] to [L, V] float32 on tensor-parallel rank 0, None on the others."""
         logits = self.mesh.gather_columns(self.head(hidden))
         return None if logits is None else logits[:, : self.config.vocab_size].float()
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
+    def embed(self, input_ids: Tensor) -> Tensor:
         """[T] to [T, H]: each rank looks up what its part of the vocabulary holds, zeros elsewhere."""
         if self.mesh.tp_size == 1:
             return F.embedding(input_ids, self.embedding)
