@@ -17,7 +17,6 @@ from engines.models.names import Slice, expected_tensors, kv_heads_of, slice_of
 from engines.runtime.attention import paged_attention
 from engines.runtime.mesh import Mesh
 
-
 _EMBEDDING = "model.embed_tokens.weight"
 
 
