@@ -59,6 +59,18 @@ TINY = Shape(hidden=256, layers=4, heads=8, kv_heads=4, head_dim=32, ffn=512, vo
 SMALL = Shape(hidden=768, layers=12, heads=12, kv_heads=4, head_dim=64, ffn=2048, vocab=32000)
 B1 = Shape(hidden=2048, layers=16, heads=32, kv_heads=8, head_dim=64, ffn=8192, vocab=32000, tied=True)
 
+LLAMA3_8B = Shape(
+    hidden=4096,
+    layers=32,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    ffn=14336,
+    vocab=128256,
+    max_positions=8192,
+    extra={"rope_theta": 500000.0},
+)
+
 LLAMA3_SCALING = {
     "rope_type": "llama3",
     "factor": 8.0,

@@ -148,8 +148,10 @@ def running(config: ModelConfig) -> Iterator[Group]:
 async def _supervised(config: ModelConfig, work: Path) -> AsyncIterator[workers.Group]:
     plugins = _write_plugins(work)
 
+    devices = ["0"] if config.device == "cuda" else []
+
     def command(run_dir: Path, log_dir: Path) -> Command:
-        env = environment(config, [], os.environ) | {"PYTHONPATH": f"{plugins}:{ROOT}"}
+        env = environment(config, devices, os.environ) | {"PYTHONPATH": f"{plugins}:{ROOT}"}
         return Command(tuple(guarded_argv(config, run_dir, log_dir)), env)
 
     spec = GroupSpec(f"{config.model_name}/0", config, command)
