@@ -101,6 +101,9 @@ def serve(
         float | None,
         typer.Option(min=0, max=1, envvar="SLUICE_GPU_MEMORY_SHARE", help="Of each device's total."),
     ] = None,
+    omp_threads: Annotated[
+        int | None, typer.Option(min=1, envvar="SLUICE_OMP_THREADS", help="CPU threads of each rank.")
+    ] = None,
     served_name: Annotated[
         list[str] | None,
         typer.Option(envvar="SLUICE_SERVED_NAME", help="What clients call the model; may be repeated."),
@@ -136,6 +139,7 @@ def serve(
         "max_num_seqs": max_num_seqs,
         "kv_cache_memory": kv_cache_memory,
         "gpu_memory_share": gpu_memory_share,
+        "torchrun.OMP_NUMBER_THREADS": omp_threads,
         "served_model_names": served_name or None,
     }
     if served_name and models and len(models) > 1:

@@ -131,7 +131,7 @@ def serving(*arguments: str, wait: bool = True) -> Iterator[Server]:
     (home / "tmp").mkdir()
     port = free_port()
     argv = [str(Path(sys.executable).with_name("sluice")), "serve", *arguments]
-    argv += ["--port", str(port), "--log-dir", str(home / "logs")]
+    argv += ["--omp-threads", "1", "--port", str(port), "--log-dir", str(home / "logs")]
     environment = {**os.environ, "TMPDIR": str(home / "tmp")}
     with (home / "output").open("wb") as output:
         process = subprocess.Popen(argv, stdout=output, stderr=output, env=environment)
