@@ -66,7 +66,7 @@ def download(source: str) -> Path:
         raise _problem(source, f"has no revision {revision!r}", "name a branch, a tag or a commit") from None
     except RepositoryNotFoundError:
         raise _problem(
-            source, "is not on the hub, and no directory or file here", _hint(Path(name))
+            source, "is neither on the hub nor a directory or file here", _hint(Path(name))
         ) from None
     except (OSError, ValueError) as error:
         raise _problem(source, f"cannot be downloaded: {_first_line(error)}", _OFFLINE) from None

@@ -76,14 +76,18 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens. Clients that come early wait in its queue until the app is there.
 
     Raises CannotServe."""
+    remedy = "choose another with --port (0: any free one) or --host"
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, kind)
+    except OSError as error:
+        raise CannotServe(f"cannot listen on {host}:{port}: {error.strerror}; {remedy}") from None
+    sock = socket.socket(family, kind)
+    try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         sock.listen(_BACKLOG)
     except OSError as error:
-        remedy = "choose another with --port (0: any free one) or --host"
+        sock.close()
         raise CannotServe(f"cannot listen on {host}:{port}: {error.strerror}; {remedy}") from None
     return sock
 
