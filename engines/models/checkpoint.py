@@ -39,6 +39,8 @@ class StoredTensor:
     path: Path
     dtype: str  # safetensors' name: F32, BF16, ...
     shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+    num_bytes: int
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -56,14 +58,15 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             header = json.loads(file.read(length))
     except FileNotFoundError:
         raise BadCheckpoint(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, BadCheckpoint):
             raise
         raise BadCheckpoint(f"{path}: corrupt header: {error}") from None
     if not isinstance(header, dict):
         raise BadCheckpoint(f"{path}: corrupt header: expected a JSON object")
     header.pop("__metadata__", None)
-    return {name: _entry(path, name, entry, data_bytes) for name, entry in header.items()}
+    data_start = _LENGTH.size + length
+    return {name: _entry(path, name, entry, data_start, data_bytes) for name, entry in header.items()}
 
 
 def _refuse_pickle(path: Path, start: bytes) -> None:
@@ -71,11 +74,11 @@ def _refuse_pickle(path: Path, start: bytes) -> None:
         raise BadCheckpoint(f"{path}: holds a pickle, whatever its name says: {_CONVERT}")
 
 
-def _entry(path: Path, name: str, entry: Any, data_bytes: int) -> StoredTensor:
+def _entry(path: Path, name: str, entry: Any, data_start: int, data_bytes: int) -> StoredTensor:
     try:
         (begin, end), dtype = entry["data_offsets"], str(entry["dtype"])
         shape = tuple(int(size) for size in entry["shape"])
-        in_order = 0 <= begin <= end
+        in_order = type(begin) is type(end) is int and 0 <= begin <= end and min(shape, default=0) >= 0
     except (TypeError, KeyError, ValueError) as error:
         raise BadCheckpoint(f"{path}: tensor {name}: corrupt header entry: {error!r}") from None
     if not in_order:
@@ -84,7 +87,7 @@ def _entry(path: Path, name: str, entry: Any, data_bytes: int) -> StoredTensor:
         raise BadCheckpoint(
             f"{path}: tensor {name}: truncated: it ends at byte {end} of the data, the file has {data_bytes}"
         )
-    return StoredTensor(path, dtype, shape)
+    return StoredTensor(path, dtype, shape, data_start + begin, end - begin)
 
 
 class Checkpoint:

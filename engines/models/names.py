@@ -61,6 +61,11 @@ class TensorRule:
     def is_per_layer(self) -> bool:
         return "{layer}" in self.name
 
+    @property
+    def is_rotated(self) -> bool:
+        """Its rows are turned by their positions: Meta stores them in another order (conversion)."""
+        return ".q_proj." in self.name or ".k_proj." in self.name
+
 
 def _linear(
     name: str, meta: str, placement: Placement, out: str, into: str, bias: Needs
@@ -108,6 +113,11 @@ class TensorSpec:
     name: str
     rule: TensorRule
     shape: tuple[int, ...]
+    layer: int | None = None
+
+    @property
+    def meta_name(self) -> str:
+        return self.rule.meta_name.format(layer=self.layer)
 
 
 def expected_tensors(config: LlamaConfig) -> dict[str, TensorSpec]:
@@ -124,14 +134,14 @@ def _specs(config: LlamaConfig) -> Iterator[TensorSpec]:
         yield _spec(rule, sizes, rule.name)
     for layer in range(config.num_layers):
         for rule in per_layer:
-            yield _spec(rule, sizes, rule.name.format(layer=layer))
+            yield _spec(rule, sizes, rule.name.format(layer=layer), layer)
     for rule in rules[first_layer:]:
         if not rule.is_per_layer:
             yield _spec(rule, sizes, rule.name)
 
 
-def _spec(rule: TensorRule, sizes: dict[str, int], name: str) -> TensorSpec:
-    return TensorSpec(name, rule, tuple(sizes[dim] for dim in rule.dims))
+def _spec(rule: TensorRule, sizes: dict[str, int], name: str, layer: int | None = None) -> TensorSpec:
+    return TensorSpec(name, rule, tuple(sizes[dim] for dim in rule.dims), layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +188,13 @@ def kv_heads_of(config: LlamaConfig, rank: int, tp: int) -> range:
 def _share(dim: int, size: int, rank: int, tp: int) -> Slice:
     share = size // tp
     return Slice(dim, rank * share, (rank + 1) * share)
+
+
+def stage_layers(num_layers: int, stage: int, pp: int) -> range:
+    """The layers of a pipeline stage; where they do not divide, the first stages have one more."""
+    share, rest = divmod(num_layers, pp)
+    start = stage * share + min(stage, rest)
+    return range(start, start + share + (stage < rest))
 
 
 def indivisible(config: LlamaConfig, tp: int) -> str | None:
