@@ -1,8 +1,9 @@
-"""The call of torch's paged FlashAttention, on a CPU: a plain function with its documented meaning stands in."""
+"""The call of torch's paged FlashAttention: on a CPU, a plain function of its documented meaning stands in."""
 
 from __future__ import annotations
 
 import inspect
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ def fake_varlen_attn(*args: Any, **kwargs: Any) -> Tensor:
     assert call["block_table"].dtype == call["seqused_k"].dtype == call["cu_seq_q"].dtype == torch.int32
     outs = []
     starts = call["cu_seq_q"].tolist()
-    assert call["max_q"] == max(b - a for a, b in zip(starts, starts[1:], strict=False))
+    assert call["max_q"] == max(b - a for a, b in pairwise(starts))
     assert call["max_k"] == call["seqused_k"].max()
     for s, context in enumerate(call["seqused_k"].tolist()):
         query = call["query"][starts[s] : starts[s + 1]].transpose(0, 1)
@@ -50,7 +51,7 @@ def test_a_chunk_and_a_decode_in_one_call(monkeypatch: pytest.MonkeyPatch) -> No
 
     def step(counts: list[int]) -> list[Tensor]:
         fresh = [
-            qkv[i, row.num_computed : row.num_computed + n] for i, (row, n) in enumerate(zip(rows, counts))
+            qkv[i, row.num_computed :][:count] for i, row, count in zip((0, 1), rows, counts, strict=True)
         ]
         query, key, value = torch.cat(fresh).tensor_split((HEADS, HEADS + KV_HEADS), dim=1)
         attention = VarlenStep(make_batch(rows, counts, BLOCK), cache)
@@ -58,13 +59,11 @@ def test_a_chunk_and_a_decode_in_one_call(monkeypatch: pytest.MonkeyPatch) -> No
         out = attention.attend(query, cache, SCALE)
         for row, count in zip(rows, counts, strict=True):
             row.num_computed += count
-        return list(out.split(counts))
+        return list(torch.split(out, counts))
 
     steps = [step([5, 10]), step([6, 1])]
     for i in range(2):
-        query, key, value = (
-            t.transpose(0, 1)[None] for t in qkv[i].tensor_split((HEADS, HEADS + KV_HEADS), 1)
-        )
+        query, key, value = qkv[i].transpose(0, 1)[None].tensor_split((HEADS, HEADS + KV_HEADS), dim=1)
         expected = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=SCALE, enable_gqa=True
         )
