@@ -14,7 +14,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,19 +81,17 @@ def hugging_face_decode(directory: Path) -> Decode:
     return decode
 
 
-def measure(directory: Path, batches: list[int], rounds: int) -> list[tuple[int, float, float]]:
+def measure(directory: Path, batches: list[int], rounds: int) -> Iterator[tuple[int, float, float]]:
     """(batch, native ms, Hugging Face ms) of one shape."""
     native, peer = native_decode(directory), hugging_face_decode(directory)
     generator = torch.Generator().manual_seed(0)
-    rows = []
     for batch in batches:
         prompts = torch.randint(2, 8000, (batch, PROMPT_TOKENS), generator=generator).tolist()
         times: dict[Decode, list[float]] = {native: [], peer: []}
         for _ in range(rounds):
             for decode in (native, peer):
                 times[decode] += decode(prompts)
-        rows.append((batch, statistics.median(times[native]) * 1e3, statistics.median(times[peer]) * 1e3))
-    return rows
+        yield batch, statistics.median(times[native]) * 1e3, statistics.median(times[peer]) * 1e3
 
 
 def main() -> None:

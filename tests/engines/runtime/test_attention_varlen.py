@@ -1,4 +1,4 @@
-"""The call of torch's paged FlashAttention: on a CPU, a plain function of its documented meaning stands in."""
+"""The call of torch's paged FlashAttention; a plain function of its documented meaning stands in for it."""
 
 from __future__ import annotations
 
