@@ -19,6 +19,7 @@ __all__ = ["ConfigError", "DeepSpeedSection", "ModelConfig", "Problem", "load"]
 
 ParallelType = Literal["tp", "pp", "pptp", "custom"]
 Device = Literal["cpu", "cuda"]
+StageSplit = Literal["work", "layers", "bytes"] | tuple[int, ...]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -63,7 +64,8 @@ class ModelConfig(BaseModel):
     prefix_cache: bool = True
     batch_size: int = 1  # static batching only
     max_batch_delay: float = 0.1  # static batching only
-    pipeline_chunks: int | None = None
+    pipeline_chunks: int | None = None  # micro-batches in flight; None: one for each stage
+    stage_split: StageSplit = "work"  # how a pipeline's layers are divided, or how many each stage holds
 
     job_queue_size: int = 100  # requests that may wait beyond max_num_seqs running ones; 0: none
     response_timeout: float = 120.0

@@ -246,6 +246,15 @@ def _integers(key: Key, node: Value) -> tuple[int, ...]:
     return integers
 
 
+def _counts(key: Key, node: Value) -> str | tuple[int, ...]:
+    """One of the key's choices, or numbers that may repeat."""
+    if not isinstance(node.value, list):
+        return _text(key, node)
+    if not node.value:
+        raise _Wrong("is an empty list")
+    return tuple(_integer(key, item) for item in _items(node))
+
+
 _PARSERS: Mapping[Kind, Callable[[Key, Value], object]] = {
     Kind.INT: _integer,
     Kind.NUMBER: _number,
@@ -255,4 +264,5 @@ _PARSERS: Mapping[Kind, Callable[[Key, Value], object]] = {
     Kind.BYTES: _bytes,
     Kind.TEXTS: _texts,
     Kind.INTS: _integers,
+    Kind.COUNTS: _counts,
 }

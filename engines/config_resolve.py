@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from engines import config_devices
-from engines.config import DeepSpeedSection, Device, DType, ModelConfig, ParallelType
+from engines.config import DeepSpeedSection, Device, DType, ModelConfig, ParallelType, StageSplit
 from engines.config_deepspeed import DeepSpeedFile, read_deepspeed_file
 from engines.config_errors import nearest
 from engines.config_overrides import COMMAND_LINE, apply_flags
@@ -57,6 +57,7 @@ def _resolve(s: Settings, base: Path, source: str, num_gpus: int | None) -> Mode
     deepspeed, deepspeed_file = _deepspeed(s, base, world)
     engine = _engine(s, split.parallel_type, deepspeed_file)
     _check_device_ids(s, split, replicas)
+    _check_stage_split(s, split)
     _warn_without_effect(s, device, engine, split.parallel_type)
     name = s.text("modelName") or _clean_name(base.name)
     template = _first(s, "chatTemplate", "handler.chat_template")
@@ -89,6 +90,7 @@ def _resolve(s: Settings, base: Path, source: str, num_gpus: int | None) -> Mode
         batch_size=s.integer("batchSize") or 1,
         max_batch_delay=_or(s.integer("maxBatchDelay"), 100) / 1000,
         pipeline_chunks=s.integer("pippy.chunks"),
+        stage_split=cast(StageSplit, s.values.get("stageSplit", "work")),
         job_queue_size=queue,
         response_timeout=_or(s.number("responseTimeout"), 120.0),
         startup_timeout=_or(s.number("startupTimeout"), 120.0),
@@ -205,6 +207,16 @@ def _check_device_ids(s: Settings, split: Split, replicas: int) -> None:
     s.problem("deviceIds", sums, remedy="name more devices, or lower minWorkers or the devices of a worker")
 
 
+def _check_stage_split(s: Settings, split: Split) -> None:
+    counts = s.values.get("stageSplit")
+    if isinstance(counts, tuple) and split.parallel_type in ("pp", "pptp") and len(counts) != split.pp_size:
+        s.problem(
+            "stageSplit",
+            f"names the layers of {len(counts)} stages, but the group has {split.pp_size}",
+            remedy=f"give {split.pp_size} numbers, or remove the key",
+        )
+
+
 def _warn_without_effect(s: Settings, device: Device, engine: str, kind: ParallelType) -> None:
     """List what was given and does not act with this device, engine or parallelType."""
     if s.flag("shareDevices") and not s.has("gpuMemoryShare"):
@@ -223,7 +235,7 @@ def _warn_without_effect(s: Settings, device: Device, engine: str, kind: Paralle
     if engine in _ENGINE_SPLITS and not engine.startswith("deepspeed"):
         idle += [("deepspeed", f"engine is {engine}")]
     if engine in _ENGINE_SPLITS and engine != "pipeline":
-        idle += [("pippy", f"engine is {engine}")]
+        idle += [("pippy", f"engine is {engine}"), ("stageSplit", f"engine is {engine}")]
     if kind == "custom":
         idle += [("torchrun.monitor-interval", "custom is one process, without torchrun")]
         idle += [("tensorParallel", reasons["parallel"]), ("pipelineParallel", reasons["parallel"])]

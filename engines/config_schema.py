@@ -20,6 +20,7 @@ class Kind(Enum):
     BYTES = 'a size: bytes as an integer, or text such as "2GiB"'
     TEXTS = "a list of texts, or one text"
     INTS = "a list of integers"
+    COUNTS = "a list of integers of 1 or more"
     ANY = "anything"
 
 
@@ -42,7 +43,7 @@ class Key:
     def allowed(self) -> str:
         """What may be written, in words."""
         if self.choices:
-            return ", ".join(self.choices)
+            return ", ".join([*self.choices, *([self.kind.value] if self.kind is Kind.COUNTS else [])])
         if self.kind is Kind.INTS:
             return f"{self.kind.value} of 0 or more, none twice"
         low, high = _plain(self.low), _plain(self.high)
@@ -68,6 +69,7 @@ DTYPES = {
     "fp16": "float16",
     "half": "float16",
 }
+STAGE_SPLITS = {name: name for name in ("work", "layers", "bytes")}
 MAX_INT = 2**31 - 1
 DAY = 86400
 
@@ -125,6 +127,7 @@ OURS = {
     "engine": Key(Kind.NAME),
     "tensorParallel": Key(Kind.INT, 1, 1024),
     "pipelineParallel": Key(Kind.INT, 1, 1024),
+    "stageSplit": Key(Kind.COUNTS, 1, 1 << 16, choices=STAGE_SPLITS),
     "dtype": Key(Kind.TEXT, choices=DTYPES),
     "maxModelLen": Key(Kind.INT, 1, MAX_INT),
     "maxNumSeqs": Key(Kind.INT, 1, 65536),

@@ -15,6 +15,7 @@ GROUP = "sluice.engines"
 
 ENGINES = {
     "native": "engines.native:NativeEngine",
+    "pipeline": "engines.pipeline:PipelineEngine",
 }
 
 

@@ -146,6 +146,8 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, tag="
     num_prefix_hits: int = 0  # of them found
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
+    active_seconds: float = 0.0  # of rounds with plans in flight
+    stage_busy_seconds: list[float] = []  # of each pipeline stage, first to last; empty without stages
 
 
 FromWorker = Tokens | Progress | Ready | Failed | Stats

@@ -32,6 +32,7 @@ from engines.runtime.mesh import Mesh
 from engines.runtime.plan import StepPlan
 from engines.runtime.runner import ModelRunner
 from engines.runtime.scheduler import ContinuousScheduler
+from engines.runtime.stage_clock import StageClocks
 from engines.wire import Failed, Progress, Ready
 
 log = logging.getLogger("sluice.worker")
@@ -39,6 +40,7 @@ log = logging.getLogger("sluice.worker")
 PERMANENT = (UnsupportedModel, BadCheckpoint, ConfigError, modeldir.BadModelDir, kv_cache.TooLittleMemory)
 """Errors that a restart would meet again."""
 
+CLOCKS = "stage-clocks"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -97,7 +99,10 @@ def _prepare_leader(config: ModelConfig, run_dir: Path, inbox: Inbox) -> Leader:
     inbox.send(ready)
     log.info("ready: %s", ready)
     scheduler = _scheduler(config, ready, engine.plans_in_flight)
-    return Leader(scheduler, runner, inbox, engine.plans_in_flight)
+    if mesh.pp_size == 1 or mesh.device.type != "cpu":
+        return Leader(scheduler, runner, inbox, engine.plans_in_flight)
+    stages = StageClocks(run_dir / CLOCKS, config.world_size).of_stages(mesh.tp_size)
+    return Leader(scheduler, runner, inbox, engine.plans_in_flight, stages)
 
 
 def _reports(sender: PlanSender | None) -> list[LoadReport]:
@@ -156,7 +161,8 @@ def _join_mesh(config: ModelConfig, run_dir: Path, rank: int) -> Mesh:
             timeout=timedelta(seconds=max(config.startup_timeout, config.response_timeout)),
         )
         tp_group = _tp_group(config.tp_size, config.pp_size, rank)
-    return Mesh(rank, config.tp_size, config.pp_size, device, tp_group)
+    clock = StageClocks(run_dir / CLOCKS, config.world_size).of(rank)
+    return Mesh(rank, config.tp_size, config.pp_size, device, tp_group, clock)
 
 
 def _tp_group(tp_size: int, pp_size: int, rank: int) -> dist.ProcessGroup | None:

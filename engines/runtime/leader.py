@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from time import perf_counter
 from typing import Protocol
+
+import msgspec
 
 from engines.runtime.plan import StepKind, StepPlan, StepResult
 from engines.runtime.scheduler import Scheduler
@@ -38,15 +42,31 @@ class Inbox(Protocol):
     def publish(self, stats: Stats) -> None: ...
 
 
-class Leader:
-    """Keeps up to `plans_in_flight` plans submitted and collects them in order."""
+def _no_stages() -> list[float]:
+    return []
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, inbox: Inbox, plans_in_flight: int) -> None:
+
+class Leader:
+    """Keeps up to `plans_in_flight` plans submitted and collects them in order.
+
+    `stage_busy_seconds` reads how long each stage of a pipeline has computed, first to last.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        inbox: Inbox,
+        plans_in_flight: int,
+        stage_busy_seconds: Callable[[], list[float]] = _no_stages,
+    ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._inbox = inbox
         self._plans_in_flight = plans_in_flight
+        self._stage_busy_seconds = stage_busy_seconds
         self._num_steps = 0
+        self._active_seconds = 0.0
 
     def run(self) -> None:
         """Until the gateway is gone."""
@@ -55,15 +75,24 @@ class Leader:
 
     def step(self) -> None:
         """One round: submit what can be submitted, collect one plan, or sleep a while."""
+        started = perf_counter()
         self._take_requests()
         self._submit_plans()
         if self._runner.num_in_flight:
             plan, result = self._runner.collect()
             self._emit(self._scheduler.update(plan, result))
+            self._active_seconds += perf_counter() - started
         else:
             self._inbox.wait(IDLE_WAIT_SECONDS)
         self._num_steps += 1
-        self._inbox.publish(self._scheduler.stats(self._num_steps))
+        self._inbox.publish(self._stats())
+
+    def _stats(self) -> Stats:
+        return msgspec.structs.replace(
+            self._scheduler.stats(self._num_steps),
+            active_seconds=self._active_seconds,
+            stage_busy_seconds=self._stage_busy_seconds(),
+        )
 
     def _take_requests(self) -> None:
         for message in self._inbox.poll():

@@ -6,11 +6,13 @@ process, and logits travel only inside one tensor-parallel group. So stage = pp_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from engines.runtime.stage_clock import StageClock
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Mesh:
     pp_size: int
     device: torch.device
     tp_group: dist.ProcessGroup | None = None
+    clock: StageClock = field(default_factory=StageClock)
 
     @property
     def world_size(self) -> int:

@@ -64,6 +64,10 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult | None:
         """This rank's part of `plan`. The result on the leader, None elsewhere."""
+        with self._mesh.clock.busy():
+            return self._execute(plan)
+
+    def _execute(self, plan: StepPlan) -> StepResult | None:
         batch = self._to_batch(plan)
         with forward_context(ForwardContext(batch, self._caches)):
             hidden = self._engine.forward(batch)

@@ -44,7 +44,15 @@ class Layout:
         return 2 * layers * kv_heads * GQA.head_dim * 4 * BLOCK_SIZE
 
 
-LAYOUTS = [Layout("native"), Layout("native", tp=2), Layout("native", tp=4), Layout("two-stage", pp=2)]
+LAYOUTS = [
+    Layout("native"),
+    Layout("native", tp=2),
+    Layout("native", tp=4),
+    Layout("two-stage", pp=2),
+    Layout("pipeline", pp=2),
+    Layout("pipeline", pp=3),
+    Layout("pipeline", tp=2, pp=2),
+]
 
 
 @pytest.fixture(scope="module")
