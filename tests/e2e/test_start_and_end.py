@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import socket
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from gateway.model_source import demo_directory
 from tests.e2e.server import Server, events, serving, wait_until
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -107,3 +109,16 @@ def test_nothing_is_left_when_the_gateway_is_killed() -> None:
         assert set(SHARED_MEMORY.iterdir()) <= shared
         with socket.create_server(("127.0.0.1", server.port)):
             pass  # the port is free again
+
+
+def test_a_checkpoint_that_cannot_be_served_ends_the_server_with_its_name(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(demo_directory(), broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with serving(str(broken), wait=False) as server:
+        assert server.process.wait(60) == 1
+        *_, last = server.output().splitlines()
+        assert last.startswith("sluice: error: broken/0: ")
+        assert str(weights) in last
+        assert server.run_dirs() == []

@@ -1,0 +1,52 @@
+"""What is shown while groups load."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from engines.wire import Progress
+from gateway import console
+from gateway.workers.protocol import GroupState
+from tests.fakes import FakeGroup, ready
+
+
+def group(state: GroupState, progress: Progress | None = None, failure: str | None = None) -> FakeGroup:
+    return FakeGroup(says=[], info=ready(10), state=state, progress=progress, failure=failure)
+
+
+def test_the_bar_never_goes_back_over_a_start() -> None:
+    steps = [
+        None,
+        *(Progress(phase, f) for phase in ("connect", "load", "allocate", "warmup") for f in (0, 0.5, 1)),
+    ]
+    percents = [console.overall_percent(group(GroupState.STARTING, step)) for step in steps]
+    assert percents == sorted(percents)
+    assert percents[0] == 0
+    assert console.overall_percent(group(GroupState.READY)) == 100
+
+
+def test_a_group_that_died_says_why() -> None:
+    assert console.note(group(GroupState.RESTARTING, failure="out of memory")) == "restarting: out of memory"
+    assert console.note(group(GroupState.STARTING, Progress("load", 0.2))) == "load"
+
+
+def test_plain_lines_come_only_when_something_changes(capsys: pytest.CaptureFixture[str]) -> None:
+    display = console.PlainDisplay()
+    for fraction in (0.0, 0.5, 1.0):
+        loading = group(GroupState.STARTING, Progress("load", fraction))
+        display.show(loading, console.overall_percent(loading), console.note(loading))
+    display.show(group(GroupState.READY), 100, "ready")
+    assert capsys.readouterr().out.splitlines() == ["fake/0: load (10 %)", "fake/0: ready (100 %)"]
+
+
+@pytest.mark.anyio
+async def test_watching_ends_when_every_group_is_settled(capsys: pytest.CaptureFixture[str]) -> None:
+    slow, failed = group(GroupState.STARTING), group(GroupState.FAILED, failure="no such file")
+    watching = asyncio.create_task(console.watch([slow, failed], console.PlainDisplay()))
+    await asyncio.sleep(0.1)
+    assert not watching.done()
+    slow.state = GroupState.READY
+    await asyncio.wait_for(watching, 5)
+    assert "failed: no such file" in capsys.readouterr().out
