@@ -87,9 +87,9 @@ class Server:
     def metric(self, name: str, **labels: str) -> float:
         """The sum over all series of that name that have these labels."""
         wanted = [f'{key}="{value}"' for key, value in labels.items()]
-        lines = self.client.get("/metrics").text.splitlines()
-        series = [line for line in lines if line.startswith((f"{name}{{", f"{name} "))]
-        assert series, f"no metric {name}"
+        text = self.client.get("/metrics").text
+        series = [line for line in text.splitlines() if line.startswith((f"{name}{{", f"{name} "))]
+        assert f"# HELP {name} " in text  # a series itself comes with the first heartbeat
         found = [line for line in series if all(label in line for label in wanted)]
         return sum(float(line.rsplit(" ", 1)[1]) for line in found)
 
