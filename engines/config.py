@@ -21,6 +21,8 @@ ParallelType = Literal["tp", "pp", "pptp", "custom"]
 Device = Literal["cpu", "cuda"]
 StageSplit = Literal["work", "layers", "bytes"] | tuple[int, ...]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+DeviceMap = str | tuple[tuple[str, str], ...]
+MaxMemory = tuple[tuple[str, int], ...]
 
 
 class DeepSpeedSection(BaseModel):
@@ -66,6 +68,8 @@ class ModelConfig(BaseModel):
     max_batch_delay: float = 0.1  # static batching only
     pipeline_chunks: int | None = None  # micro-batches in flight; None: one for each stage
     stage_split: StageSplit = "work"  # how a pipeline's layers are divided, or how many each stage holds
+    device_map: DeviceMap = "auto"  # engine accelerate: a policy, or (module, device) pairs
+    max_memory: MaxMemory = ()  # engine accelerate: (device, bytes of weights) pairs
 
     job_queue_size: int = 100  # requests that may wait beyond max_num_seqs running ones; 0: none
     response_timeout: float = 120.0

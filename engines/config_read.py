@@ -221,6 +221,14 @@ def _bytes(key: Key, node: Value) -> int:
     return int(_within(key, node, float(match[1]) * (_UNITS | _BINARY_UNITS)[unit]))
 
 
+def parse_bytes(node: Value) -> int | None:
+    """A size above 0, or None if the node is not one."""
+    try:
+        return _bytes(Key(Kind.BYTES, 1, 1 << 50), node)
+    except _Wrong:
+        return None
+
+
 def _items(node: Value) -> Iterator[Value]:
     for item in node.value if isinstance(node.value, list) else [node]:
         if not isinstance(item, Value):

@@ -11,6 +11,7 @@ from typing import cast
 
 from engines import config_devices
 from engines.config import DeepSpeedSection, Device, DType, ModelConfig, ParallelType, StageSplit
+from engines.config_accelerate import read_device_map, read_max_memory
 from engines.config_deepspeed import DeepSpeedFile, read_deepspeed_file
 from engines.config_errors import nearest
 from engines.config_overrides import COMMAND_LINE, apply_flags
@@ -91,6 +92,8 @@ def _resolve(s: Settings, base: Path, source: str, num_gpus: int | None) -> Mode
         max_batch_delay=_or(s.integer("maxBatchDelay"), 100) / 1000,
         pipeline_chunks=s.integer("pippy.chunks"),
         stage_split=cast(StageSplit, s.values.get("stageSplit", "work")),
+        device_map=read_device_map(s, _key(s, "deviceMap", "handler.device_map")),
+        max_memory=read_max_memory(s, _key(s, "maxMemory", "handler.max_memory")),
         job_queue_size=queue,
         response_timeout=_or(s.number("responseTimeout"), 120.0),
         startup_timeout=_or(s.number("startupTimeout"), 120.0),
@@ -108,11 +111,16 @@ def _or(value: float | None, default: float) -> float:
 
 
 def _first(s: Settings, *keys: str) -> object:
-    """The value of the first key that has one; the others are listed as without effect."""
+    """The value of the first key that has one."""
+    return s.values.get(_key(s, *keys))
+
+
+def _key(s: Settings, *keys: str) -> str:
+    """The first key that has a value; the others that have one are listed as without effect."""
     given = [key for key in keys if key in s.values]
     for key in given[1:]:
         s.warn(key, f"has no effect: {given[0]} says the same and comes first")
-    return s.values[given[0]] if given else None
+    return given[0] if given else keys[0]
 
 
 def _path(base: Path, text: str) -> str:
@@ -236,6 +244,9 @@ def _warn_without_effect(s: Settings, device: Device, engine: str, kind: Paralle
         idle += [("deepspeed", f"engine is {engine}")]
     if engine in _ENGINE_SPLITS and engine != "pipeline":
         idle += [("pippy", f"engine is {engine}"), ("stageSplit", f"engine is {engine}")]
+    if engine in _ENGINE_SPLITS and engine != "accelerate":
+        placing = ("deviceMap", "maxMemory", "handler.device_map", "handler.max_memory")
+        idle += [(key, f"engine is {engine}; accelerate places modules") for key in placing]
     if kind == "custom":
         idle += [("torchrun.monitor-interval", "custom is one process, without torchrun")]
         idle += [("tensorParallel", reasons["parallel"]), ("pipelineParallel", reasons["parallel"])]

@@ -138,6 +138,8 @@ OURS = {
     "prefixCache": Key(Kind.BOOL),
     "shareDevices": Key(Kind.BOOL),
     "chatTemplate": Key(Kind.TEXT),
+    "deviceMap": Key(Kind.ANY),  # read by config_accelerate
+    "maxMemory": Key(Kind.ANY),
 }
 
 _RENDEZVOUS = "the ranks of a group meet in a file of a private directory, not over the network"
@@ -188,6 +190,12 @@ HANDLER = {
     "max_seq_len": Key(Kind.INT, 1, MAX_INT),
     "max_batch_size": Key(Kind.INT, 1, 65536),
     "chat_template": Key(Kind.TEXT),
+    "device_map": Key(Kind.ANY),
+    "max_memory": Key(Kind.ANY),
+    "low_cpu_mem_usage": Key(Kind.BOOL, ignored="weights are always read one tensor at a time"),
+    "offload_folder": Key(
+        Kind.TEXT, ignored="offloaded weights are read from the checkpoint itself; nothing is written"
+    ),
     "max_length": Key(
         Kind.INT,
         1,

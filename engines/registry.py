@@ -16,6 +16,7 @@ GROUP = "sluice.engines"
 ENGINES = {
     "native": "engines.native:NativeEngine",
     "pipeline": "engines.pipeline:PipelineEngine",
+    "accelerate": "engines.accelerate_map:AccelerateEngine",
 }
 
 

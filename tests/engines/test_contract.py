@@ -37,6 +37,10 @@ class Layout:
         return f"{self.engine}-tp{self.tp}-pp{self.pp}"
 
     @property
+    def parallel_type(self) -> str:
+        return "custom" if self.engine == "accelerate" else "tp" if self.pp == 1 else "pp"
+
+    @property
     def bytes_per_block(self) -> int:
         """What one block of K/V takes on the rank that holds most of it, from the model's shape."""
         kv_heads = max(1, GQA.kv_heads // self.tp)
@@ -52,6 +56,7 @@ LAYOUTS = [
     Layout("pipeline", pp=2),
     Layout("pipeline", pp=3),
     Layout("pipeline", tp=2, pp=2),
+    Layout("accelerate"),
 ]
 
 
@@ -70,7 +75,7 @@ def config_for(layout: Layout, model: Path) -> ModelConfig:
         model_name="contract",
         served_model_names=("contract",),
         model_path=str(model),
-        parallel_type="tp" if layout.pp == 1 else "pp",
+        parallel_type=layout.parallel_type,
         engine=layout.engine,
         tp_size=layout.tp,
         pp_size=layout.pp,
