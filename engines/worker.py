@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from engines import modeldir, registry
-from engines.base import BadCheckpoint, Engine, ReportProgress, UnsupportedModel
+from engines.base import BadCheckpoint, Engine, KVSpec, ReportProgress, UnsupportedModel
 from engines.config import ConfigError, ModelConfig
 from engines.runtime import kv_cache, warmup
 from engines.runtime.channel import LoadReport, Pipe, PlanSender, connect
@@ -90,7 +91,7 @@ def _prepare_leader(config: ModelConfig, run_dir: Path, inbox: Inbox) -> Leader:
         sender.accept(config.startup_timeout)
     reports = _reports(sender)
     inbox.send(Progress("allocate", 0.0))
-    num_blocks = min([_num_blocks(config, engine, mesh), *(report.num_blocks for report in reports)])
+    num_blocks = min([_num_blocks(config, engine), *(report.num_blocks for report in reports)])
     if sender is not None:
         sender.send(num_blocks.to_bytes(8, "little"))
     runner = _runner(config, engine, mesh, num_blocks, sender)
@@ -118,7 +119,7 @@ def _follow(config: ModelConfig, run_dir: Path, rank: int) -> None:
     try:
         mesh = _join_mesh(config, run_dir, rank)
         engine = _load(config, mesh, lambda fraction: None)
-        num_blocks = _num_blocks(config, engine, mesh)
+        num_blocks = _num_blocks(config, engine)
     except Exception as error:
         log.exception("loading failed")
         permanent = isinstance(error, PERMANENT)
@@ -170,7 +171,7 @@ def _tp_group(tp_size: int, pp_size: int, rank: int) -> dist.ProcessGroup | None
     if tp_size == 1:
         return None
     stages = [range(s * tp_size, (s + 1) * tp_size) for s in range(pp_size)]
-    groups = [dist.new_group(list(ranks)) for ranks in stages]
+    groups: list[dist.ProcessGroup] = [dist.new_group(list(ranks)) for ranks in stages]
     return groups[rank // tp_size]
 
 
@@ -193,16 +194,20 @@ def _load(config: ModelConfig, mesh: Mesh, report: ReportProgress) -> Engine:
     return engine
 
 
-def _num_blocks(config: ModelConfig, engine: Engine, mesh: Mesh) -> int:
-    """K/V blocks for this rank's memory, and no more than every slot could fill."""
+def _num_blocks(config: ModelConfig, engine: Engine) -> int:
+    """K/V blocks for the memory of this rank's devices, and no more than every slot could fill."""
     spec = engine.kv_spec
     assert spec is not None, "engines that own their K/V run under the static scheduler"
-    is_cuda = mesh.device.type == "cuda"
-    budget = (
-        kv_cache.cuda_budget_of(mesh.device, config.gpu_memory_share) if is_cuda else config.kv_cache_memory
-    )
     most = config.max_num_seqs * -(-_max_model_len(config, engine) // config.kv_block_size)
-    return min(kv_cache.num_blocks_for(spec, budget, config.kv_block_size), most)
+    return min(most, *(_num_blocks_on(device, config, spec) for device in set(spec.devices)))
+
+
+def _num_blocks_on(device: torch.device, config: ModelConfig, spec: KVSpec) -> int:
+    """As many as one device holds of the layers that are on it."""
+    layers = tuple(each for each in spec.devices if each == device)
+    is_cuda = device.type == "cuda"
+    budget = kv_cache.cuda_budget_of(device, config.gpu_memory_share) if is_cuda else config.kv_cache_memory
+    return kv_cache.num_blocks_for(replace(spec, devices=layers), budget, config.kv_block_size)
 
 
 def _max_model_len(config: ModelConfig, engine: Engine) -> int:

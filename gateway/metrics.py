@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -167,7 +167,7 @@ def _kv_usage(stats: Stats) -> float:
     return stats.num_blocks_used / total if total else 0.0
 
 
-_STATS = (
+_STATS: tuple[tuple[str, str, str, Callable[[Stats], float]], ...] = (
     ("num_requests_running", "gauge", "Sequences in the batch.", lambda s: float(s.num_running)),
     ("num_requests_waiting", "gauge", "Sequences that wait.", lambda s: float(s.num_waiting)),
     ("kv_cache_usage_perc", "gauge", "Share of the K/V blocks in use, 0 to 1.", _kv_usage),
