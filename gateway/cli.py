@@ -1,4 +1,4 @@
-"""The command line: `sluice serve | chat | check | bench | version`. Each command imports what it needs."""
+"""The command line: `sluice serve | chat | check | convert | bench | ...`. Commands import what they need."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
+
+from gateway import cli_conversion
 
 app = typer.Typer(
     name="sluice",
@@ -293,6 +295,9 @@ def version() -> None:
     typer.echo(
         "  ".join([*(f"{name} {version_of(name)}" for name in names), f"python {platform.python_version()}"])
     )
+
+
+cli_conversion.register(app)
 
 
 def main() -> None:

@@ -45,6 +45,22 @@ class StoredTensor:
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file. Raises BadCheckpoint: missing, pickled, corrupt, truncated."""
+    return read_header_and_metadata(path)[0]
+
+
+def read_header_and_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """As read_header, and the texts that the file's writer left in it."""
+    header, data_start = _header(path)
+    data_bytes = path.stat().st_size - data_start
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise BadCheckpoint(f"{path}: corrupt header: __metadata__ must be an object")
+    tensors = {name: _entry(path, name, entry, data_start, data_bytes) for name, entry in header.items()}
+    return tensors, metadata
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON object at the start of a file, and where its data starts."""
     try:
         with path.open("rb") as file:
             start = file.read(_LENGTH.size)
@@ -52,8 +68,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             if len(start) < _LENGTH.size:
                 raise BadCheckpoint(f"{path}: truncated: {len(start)} bytes are not even a header")
             (length,) = _LENGTH.unpack(start)
-            data_bytes = path.stat().st_size - _LENGTH.size - length
-            if length > _MAX_HEADER_BYTES or data_bytes < 0:
+            if length > min(_MAX_HEADER_BYTES, path.stat().st_size - _LENGTH.size):
                 raise BadCheckpoint(f"{path}: corrupt or truncated: its header claims {length} bytes")
             header = json.loads(file.read(length))
     except FileNotFoundError:
@@ -64,9 +79,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise BadCheckpoint(f"{path}: corrupt header: {error}") from None
     if not isinstance(header, dict):
         raise BadCheckpoint(f"{path}: corrupt header: expected a JSON object")
-    header.pop("__metadata__", None)
-    data_start = _LENGTH.size + length
-    return {name: _entry(path, name, entry, data_start, data_bytes) for name, entry in header.items()}
+    return header, _LENGTH.size + length
 
 
 def _refuse_pickle(path: Path, start: bytes) -> None:

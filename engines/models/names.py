@@ -190,13 +190,6 @@ def _share(dim: int, size: int, rank: int, tp: int) -> Slice:
     return Slice(dim, rank * share, (rank + 1) * share)
 
 
-def stage_layers(num_layers: int, stage: int, pp: int) -> range:
-    """The layers of a pipeline stage; where they do not divide, the first stages have one more."""
-    share, rest = divmod(num_layers, pp)
-    start = stage * share + min(stage, rest)
-    return range(start, start + share + (stage < rest))
-
-
 def indivisible(config: LlamaConfig, tp: int) -> str | None:
     """Why the model cannot be split `tp` ways, or None."""
     if config.num_heads % tp:

@@ -1,0 +1,199 @@
+"""One conversion from start to end: plan, files, manifest, rename. Crash-safe at every point.
+
+Everything is written into a directory beside the target, the manifest last, and that directory is
+renamed: the target is complete or it is not there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from threading import Event, Lock
+
+import msgspec
+import numpy as np
+
+from conversion.journal import Journal, digest, locked, partial_dir
+from conversion.plan import OutputFile, Plan
+from conversion.progress import Progress
+from conversion.sidecar import SideFile, side_files
+from conversion.source import Source
+from conversion.tensors import CannotConvert, LogicalTensor, windows
+from conversion.write import write_file
+from engines.base import BadCheckpoint
+from engines.models.manifest import MANIFEST_NAME, Manifest, WrittenFile
+
+_BUFFERS = 8  # windows that a file may hold at once: as read, put in order, converted, written
+
+
+class Stopped(Exception):  # noqa: N818
+    """Another file has failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to work; what to make is in the plan. `max_memory`: bytes of buffers, all jobs together."""
+
+    max_memory: int = 512 << 20
+    jobs: int = 0  # files at once; 0: as many as there are cores
+    resume: bool = False
+
+
+def run(source: Source, plan: Plan, target: Path, options: Options, progress: Progress) -> Manifest:
+    """Raises CannotConvert, BadCheckpoint; an OSError becomes one of them, with file and tensor."""
+    check_target(source, target)
+    _check_replicas(source)
+    partial = partial_dir(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with locked(partial):
+            manifest = _convert(source, plan, target, options, progress, partial)
+            shutil.rmtree(partial)
+            return manifest
+    except OSError as error:
+        raise CannotConvert(_os_error(error, target)) from None
+
+
+def check_target(source: Source, target: Path) -> None:
+    """Raises CannotConvert unless the target is absent, or an empty directory, outside the source."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CannotConvert(f"{target}: is there already: name another target, or remove it")
+    if target.resolve() == source.root.resolve() or source.root.resolve() in target.resolve().parents:
+        raise CannotConvert(f"{target}: lies in the source, which is left as it is: name another target")
+
+
+def _os_error(error: OSError, target: Path) -> str:
+    where = "; ".join(getattr(error, "__notes__", [])) or str(error.filename or target)
+    remedy = ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        remedy = ": make room and go on with --resume; the target is not there yet"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        remedy = ": choose a target that you may write to"
+    return f"{target}: {where}: {error.strerror or error}{remedy}"
+
+
+def _convert(
+    source: Source, plan: Plan, target: Path, options: Options, progress: Progress, partial: Path
+) -> Manifest:
+    journal = Journal(partial, _digest(source, plan), options.resume)
+    try:
+        todo = [file for file in plan.files if file.name not in journal.finished]
+        _check_room(partial, todo)
+        _write_all(todo, journal, options, progress)
+        sides = side_files(source, plan)
+        for side in sides:
+            _write_side(journal.out / side.name, side)
+        manifest = _manifest(source, plan, journal, sides)
+        content = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+        _write_side(journal.out / MANIFEST_NAME, SideFile(MANIFEST_NAME, content))
+        _sync_directories(journal.out)
+    finally:
+        journal.close()
+    os.rename(journal.out, target)
+    _sync_directory(target.parent)
+    return manifest
+
+
+def _digest(source: Source, plan: Plan) -> str:
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in source.files]
+    return digest(version("sluice"), stats, sorted(source.config_json.items()), plan.target)
+
+
+def _check_room(partial: Path, todo: Sequence[OutputFile]) -> None:
+    needed, free = sum(file.num_bytes for file in todo), shutil.disk_usage(partial).free
+    if needed > free:
+        raise CannotConvert(
+            f"{partial.parent}: the target needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+        )
+
+
+def _write_all(todo: Sequence[OutputFile], journal: Journal, options: Options, progress: Progress) -> None:
+    """A thread for each file that is open: copying, hashing and writing all let go of the GIL."""
+    jobs = max(1, min(options.jobs or len(os.sched_getaffinity(0)), len(todo)))
+    window_bytes = max(1 << 16, options.max_memory // (jobs * _BUFFERS))
+    stop, lock = Event(), Lock()
+
+    def write(file: OutputFile) -> None:
+        def advance(num_bytes: int) -> None:
+            progress.advance(file.name, num_bytes)
+            if stop.is_set():
+                raise Stopped
+
+        progress.start(file.name, file.num_bytes)
+        written = write_file(journal.out / file.name, file, window_bytes, advance)
+        with lock:
+            journal.add(file.name, written)
+        progress.finish(file.name, written.sha256)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(write, file) for file in todo]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        stop.set() if any(future.exception() for future in done) else None
+        for future in futures:
+            future.cancel()
+    errors = [future.exception() for future in futures if not future.cancelled()]
+    for error in errors:
+        if error is not None and not isinstance(error, Stopped):
+            raise error
+
+
+def _check_replicas(source: Source) -> None:
+    """What several shards hold must be the same in all of them. Raises BadCheckpoint."""
+    for first, second in source.replicas:
+        if not same_values(first, second):
+            path = second.parts[0].path
+            raise BadCheckpoint(
+                f"{path}: tensor {first.name}: is not what {first.parts[0].path.name} holds, and must be: "
+                "the shards do not belong together"
+            )
+
+
+def same_values(first: LogicalTensor, second: LogicalTensor) -> bool:
+    """Bit by bit, a window at a time."""
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    row_bytes = first.num_bytes // max(1, first.num_rows)
+    for start, stop in windows(first.num_rows, row_bytes, 4 << 20):
+        rows = np.arange(start, stop, dtype=np.int64)
+        if not np.array_equal(first.read(rows), second.read(rows)):
+            return False
+    return True
+
+
+def _write_side(path: Path, side: SideFile) -> None:
+    with path.open("wb") as file:
+        file.write(side.content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _manifest(source: Source, plan: Plan, journal: Journal, sides: Sequence[SideFile]) -> Manifest:
+    files = {file.name: journal.finished[file.name] for file in plan.files}
+    files |= {side.name: WrittenFile(len(side.content), side.sha256) for side in sides}
+    return Manifest(
+        tool=f"sluice {version('sluice')}",
+        format=plan.target.format,
+        config=next(side.config for side in sides if side.config is not None),
+        files=files,
+        layout=plan.layout,
+        source={"format": source.format, "layout": source.layout, "name": source.root.name},
+    )
+
+
+def _sync_directories(root: Path) -> None:
+    for path in [root, *(p for p in root.rglob("*") if p.is_dir())]:
+        _sync_directory(path)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

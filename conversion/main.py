@@ -1,0 +1,143 @@
+"""The commands `convert`, `inspect` and `verify`, without their flags: called by the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+from conversion.inspect import describe, ready_config
+from conversion.job import Options, check_target, run
+from conversion.open import open_checkpoint
+from conversion.plan import Plan, Target, make_plan
+from conversion.progress import shown
+from conversion.source import Choices, Source
+from conversion.tensors import CannotConvert
+from conversion.verify import check_manifest, differences
+from engines.base import BadCheckpoint, UnsupportedModel
+from engines.modeldir import BadModelDir
+from engines.models.manifest import Manifest
+
+USER_ERRORS = (CannotConvert, BadCheckpoint, UnsupportedModel, BadModelDir)
+"""What these functions raise for what is wrong with a checkpoint or a request; the message says it all."""
+
+_UNITS = {"": 1, "k": 10, "m": 20, "g": 30, "t": 40}
+
+
+def parse_bytes(text: str) -> int:
+    """512M, 1GiB, 4096. Raises CannotConvert."""
+    match = re.fullmatch(r"(\d+)\s*([kmgt]?)i?b?", text.strip().lower())
+    if match is None:
+        raise CannotConvert(f"{text!r} is not a size: write 512M, 2GiB, or bytes")
+    shift = _UNITS[match[2]]
+    return int(match[1]) if shift == 1 else int(match[1]) << shift
+
+
+def convert(
+    source_dir: Path,
+    target_dir: Path,
+    target: Target,
+    choices: Choices,
+    options: Options,
+    *,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Raises USER_ERRORS."""
+    source = open_checkpoint(source_dir, choices)
+    plan = make_plan(source, target)
+    if not as_json:
+        _show_notes(source)
+    if dry_run:
+        check_target(source, target_dir)
+        _show_plan(plan, target_dir, as_json)
+        return
+    start = time.perf_counter()
+    with shown(plan.num_bytes, as_json) as progress:
+        manifest = run(source, plan, target_dir, options, progress)
+    _show_result(plan, manifest, target_dir, time.perf_counter() - start, as_json)
+
+
+def _show_notes(source: Source) -> None:
+    print(f"{source.root}: {source.format}, {source.layout}")
+    for note in source.notes:
+        print(f"  concluded: {note}")
+    if source.ignored:
+        print(f"  left out: {', '.join(source.ignored)}")
+
+
+def _show_plan(plan: Plan, target: Path, as_json: bool) -> None:
+    if as_json:
+        files = {file.name: file.num_bytes for file in plan.files}
+        print(json.dumps({"event": "plan", "files": files, "bytes": plan.num_bytes}))
+        return
+    for file in plan.files:
+        print(f"  {file.num_bytes:>16,} bytes  {len(file.entries):>5} tensors  {target / file.name}")
+    print(f"  {plan.num_bytes:>16,} bytes  in all")
+
+
+def _show_result(plan: Plan, manifest: Manifest, target: Path, seconds: float, as_json: bool) -> None:
+    odd = [
+        f"{file}: {name}"
+        for file, written in manifest.files.items()
+        for name, tensor in written.tensors.items()
+        if not tensor.is_finite
+    ]
+    if as_json:
+        result = {"event": "done", "bytes": plan.num_bytes, "seconds": round(seconds, 3), "not_finite": odd}
+        print(json.dumps(result), flush=True)
+        return
+    for name in odd:
+        print(f"  warning: {name}: has values that are infinite or not numbers")
+    speed = plan.num_bytes / 1e9 / max(seconds, 1e-9)
+    print(f"{target}: {plan.num_bytes / 1e9:.2f} GB in {seconds:.1f} s, {speed:.2f} GB/s")
+
+
+def inspect(directory: Path, choices: Choices, *, as_json: bool) -> None:
+    """Raises USER_ERRORS: what is missing, unknown or oddly shaped is among them."""
+    source = open_checkpoint(directory, choices)
+    if as_json:
+        print(json.dumps(list(describe(source))))
+        return
+    for label, value in describe(source):
+        print(f"{label:>14}  {value}")
+    print(f"\nmodel-config.yaml:\n{ready_config(source)}", end="")
+
+
+def verify(first_dir: Path, second_dir: Path | None, choices: Choices, *, numeric: bool, layers: int) -> int:
+    """The number of differences, each printed. Raises USER_ERRORS."""
+    first = open_checkpoint(first_dir, choices)
+    second = None if second_dir is None else open_checkpoint(second_dir, choices)
+    if second is None and first.manifest is None:
+        raise CannotConvert(
+            f"{first_dir}: has no manifest.json to verify it against: name a second checkpoint"
+        )
+    num_differences = 0
+    for source in (first, second):
+        if source is not None and source.manifest is not None:
+            num_bytes = check_manifest(source.root, source.manifest)
+            print(f"{source.root}: {num_bytes / 1e9:.2f} GB are what manifest.json says")
+    if second is None:
+        return 0
+    for difference in differences(first, second):
+        print(f"differs: {difference.what}: {difference.why}")
+        num_differences += 1
+    if num_differences == 0:
+        print(f"all {len(first.tensors)} tensors are equal, bit by bit")
+    if numeric:
+        num_differences += not _numerically_equal(first, second, layers)
+    return num_differences
+
+
+def _numerically_equal(first: Source, second: Source, layers: int) -> bool:
+    from conversion.numeric import logits
+
+    one, two = logits(first, layers), logits(second, layers)
+    largest, scale = float((one - two).abs().max()), float(one.abs().max())
+    equal = largest <= 1e-4 * max(scale, 1.0)
+    verdict = "agree" if equal else "differs: logits"
+    print(
+        f"{verdict}: {layers} layers in float32 differ by {largest:.2g} at most, logits are up to {scale:.3g}"
+    )
+    return equal

@@ -1,0 +1,244 @@
+"""Opens Meta's checkpoints: consolidated.NN.pth for each model-parallel rank, and params.json."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from conversion.params import Measured, Params, to_config
+from conversion.pickled import read_pickled
+from conversion.source import Choices, Json, Source
+from conversion.tensors import TORCH_DTYPES, Bytes, LogicalTensor, Part
+from engines.base import BadCheckpoint
+from engines.models.checkpoint import StoredTensor
+from engines.models.config import LlamaConfig
+from engines.models.manifest import Manifest, read_manifest
+from engines.models.names import IGNORED_SUFFIXES, Placement, TensorSpec, expected_tensors
+
+_SHARD = re.compile(r"consolidated(?:\.(\d+))?\.pth")
+_BIASES = {"attention_bias": "layers.0.attention.wq.bias", "mlp_bias": "layers.0.feed_forward.w1.bias"}
+
+Shard = dict[str, tuple[StoredTensor, Bytes]]
+
+
+def is_meta(root: Path) -> bool:
+    return any(_SHARD.fullmatch(path.name) for path in root.glob("consolidated*"))
+
+
+def open_meta(root: Path, choices: Choices) -> Source:
+    """Raises BadCheckpoint, BadModelDir, UnsupportedModel, CannotConvert."""
+    paths = _shard_paths(root)
+    shards = _Shards(paths, [read_pickled(path) for path in paths])
+    manifest = read_manifest(root)
+    config_json, notes = _config(root, shards, manifest, choices)
+    config = LlamaConfig.parse(config_json, str(root / "params.json"))
+    stated = manifest is not None and manifest.layout is not None
+    if not stated and "output.weight" in shards.content[0]:
+        tied = _is_tied(shards, config)
+        config_json["tie_word_embeddings"] = tied
+        config = LlamaConfig.parse(config_json, str(root / "params.json"))
+        if tied:
+            notes.append("output.weight equals tok_embeddings.weight: converted as tied")
+    expected = expected_tensors(config)
+    ignored = shards.extra({spec.meta_name for spec in expected.values()}, choices.allow_extra)
+    tensors = {spec.name: shards.tensor(spec, config) for spec in expected.values()}
+    return Source(
+        root,
+        "meta",
+        f"{len(paths)} consolidated shard(s)",
+        config,
+        config_json,
+        tensors,
+        tuple(paths),
+        ignored=tuple(ignored),
+        notes=tuple(notes),
+        manifest=manifest,
+        replicas=tuple(shards.replicas),
+    )
+
+
+def _shard_paths(root: Path) -> list[Path]:
+    """consolidated.00.pth and so on, none missing."""
+    found: dict[int, Path] = {}
+    for path in sorted(root.glob("consolidated*")):
+        match = _SHARD.fullmatch(path.name)
+        number = int(match[1] or 0) if match else -1
+        if number in found:
+            raise BadCheckpoint(f"{path}: duplicate: {found[number].name} is shard {number} too")
+        if match:
+            found[number] = path
+    missing = sorted(set(range(max(found) + 1)) - set(found))
+    if missing:
+        raise BadCheckpoint(
+            f"{root / f'consolidated.{missing[0]:02}.pth'}: missing: the shards go up to {max(found)}"
+        )
+    return [found[number] for number in sorted(found)]
+
+
+def _config(
+    root: Path, shards: _Shards, manifest: Manifest | None, choices: Choices
+) -> tuple[Json, list[str]]:
+    params = Params.load(root / "params.json")
+    if manifest is None or manifest.layout is None:
+        config, notes = to_config(params, shards.measure(params), choices)
+        config.update({key: True for key, name in _BIASES.items() if name in shards.content[0]})
+        return config, notes
+    config = dict(manifest.config)
+    for key, mine in (
+        ("dim", "hidden_size"),
+        ("n_layers", "num_hidden_layers"),
+        ("n_heads", "num_attention_heads"),
+    ):
+        if params.count(key) != config.get(mine):
+            raise BadCheckpoint(
+                f"{params.path}: {key} ({params.count(key)}): manifest.json's {mine} is {config.get(mine)}"
+            )
+    return config, []
+
+
+def _is_tied(shards: _Shards, config: LlamaConfig) -> bool:
+    specs = expected_tensors(config)
+    head = shards.tensor(specs["lm_head.weight"], config)
+    embedding = shards.tensor(specs["model.embed_tokens.weight"], config)
+    if head.dtype != embedding.dtype:
+        return False
+    step = max(1, (1 << 20) // max(1, head.num_columns))
+    for start in range(0, head.num_rows, step):
+        rows = np.arange(start, min(start + step, head.num_rows))
+        if not np.array_equal(head.read(rows), embedding.read(rows)):
+            return False
+    return True
+
+
+@dataclass
+class _Shards:
+    """The shards side by side. `replicas` collects what several of them hold, for a check of equality."""
+
+    paths: list[Path]
+    content: list[Shard]
+    replicas: list[tuple[LogicalTensor, LogicalTensor]] = field(default_factory=list)
+
+    @property
+    def num(self) -> int:
+        return len(self.paths)
+
+    def measure(self, params: Params) -> Measured:
+        """Sizes over all shards."""
+        hidden = self.shape("norm.weight")[0]
+        rows, columns = self.shape("tok_embeddings.weight")
+        heads, kv_heads = params.count("n_heads"), params.count("n_kv_heads", params.count("n_heads"))
+        query = self.shape("layers.0.attention.wq.weight")[0] * self.num
+        key = self.shape("layers.0.attention.wk.weight")[0]
+        is_replicated = kv_heads < self.num and key * heads == query
+        return Measured(
+            vocab=rows if columns * self.num == hidden and self.num > 1 else rows * self.num,
+            hidden=hidden,
+            query=query,
+            key=key * kv_heads if is_replicated else key * self.num,
+            ffn=self.shape("layers.0.feed_forward.w1.weight")[0] * self.num,
+            dtype=str(TORCH_DTYPES[self._get(0, "tok_embeddings.weight")[0].dtype]).removeprefix("torch."),
+        )
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the first shard; a matrix unless it is the norm or a bias."""
+        shape = self._get(0, name)[0].shape
+        if len(shape) != 1 + (not name.endswith(("norm.weight", "bias"))):
+            raise BadCheckpoint(f"{self.paths[0]}: tensor {name}: has the shape {list(shape)}")
+        return shape
+
+    def _get(self, shard: int, name: str) -> tuple[StoredTensor, Bytes]:
+        if name not in self.content[shard]:
+            raise BadCheckpoint(f"{self.paths[shard]}: tensor {name}: missing")
+        return self.content[shard][name]
+
+    def extra(self, known: set[str], allow: bool) -> list[str]:
+        ignored: set[str] = set()
+        for path, content in zip(self.paths, self.content, strict=True):
+            extra = [
+                n for n in content if n not in known | {"output.weight"} and not n.endswith(IGNORED_SUFFIXES)
+            ]
+            if extra and not allow:
+                raise BadCheckpoint(
+                    f"{path}: tensor {extra[0]}: unknown: a Llama of params.json has no place for it "
+                    f"({len(extra)} such); --allow-extra leaves them out"
+                )
+            ignored.update(name for name in content if name not in known)
+        return sorted(ignored)
+
+    def tensor(self, spec: TensorSpec, config: LlamaConfig) -> LogicalTensor:
+        """All shards of one tensor. Raises BadCheckpoint if their shapes do not make it up."""
+        pieces = [self._get(shard, spec.meta_name) for shard in range(self.num)]
+        dim, starts = self._division(spec, pieces, config)
+        dtypes = {stored.dtype for stored, _ in pieces}
+        if len(dtypes) > 1:
+            raise BadCheckpoint(
+                f"{self.paths[0]}: tensor {spec.meta_name}: is {sorted(dtypes)} over the shards"
+            )
+        parts: list[Part] = []
+        head_dim = config.head_dim if spec.rule.is_rotated else 0
+        for (stored, data), start in zip(pieces, starts, strict=True):
+            part = Part(start, start + stored.shape[dim], data, stored.path)
+            if parts and parts[-1].start == start:
+                self._replica(spec, stored.dtype, parts[-1], part)
+            else:
+                parts.append(part)
+        return LogicalTensor(spec.name, spec.shape, pieces[0][0].dtype, dim, tuple(parts), head_dim)
+
+    def _replica(self, spec: TensorSpec, dtype: str, first: Part, second: Part) -> None:
+        shape = (first.stop - first.start, *spec.shape[1:])
+        pair = (
+            LogicalTensor(spec.meta_name, shape, dtype, 0, (Part(0, shape[0], p.data, p.path),))
+            for p in (first, second)
+        )
+        self.replicas.append((next(pair), next(pair)))
+
+    def _division(
+        self, spec: TensorSpec, pieces: list[tuple[StoredTensor, Bytes]], config: LlamaConfig
+    ) -> tuple[int, list[int]]:
+        """The split dimension, and where each shard's piece starts in it; decided from the shapes."""
+        shapes = [stored.shape for stored, _ in pieces]
+        for dim, starts, size in self._candidates(spec, config):
+            wanted = list(spec.shape)
+            wanted[dim] = size
+            padded = spec.rule.placement is Placement.VOCAB and dim == 0
+            if all(s == tuple(wanted) for s in shapes) or (padded and _covers(shapes, spec.shape)):
+                if padded:
+                    starts = [shard * shapes[0][0] for shard in range(self.num)]
+                return dim, starts
+        shard = next((i for i, s in enumerate(shapes) if s != shapes[0]), 0)
+        raise BadCheckpoint(
+            f"{self.paths[shard]}: tensor {spec.meta_name}: its shape is {list(shapes[shard])}; "
+            f"no split of {list(spec.shape)} over {self.num} shards gives that"
+        )
+
+    def _candidates(self, spec: TensorSpec, config: LlamaConfig) -> list[tuple[int, list[int], int]]:
+        """(dim, starts, size of a shard) of every way in which Meta splits such a tensor."""
+        rows, n = spec.shape[0], self.num
+        even = (0, [i * (rows // n) for i in range(n)], rows // n)
+        match spec.rule.placement:
+            case Placement.REPLICATED:
+                return [(0, [0] * n, rows)]
+            case Placement.COLUMN:
+                return [even]
+            case Placement.KV_COLUMN if config.num_kv_heads < n:
+                heads = [i * config.num_kv_heads // n * config.head_dim for i in range(n)]
+                return [(0, heads, config.head_dim)]
+            case Placement.KV_COLUMN:
+                return [even]
+            case Placement.ROW:
+                columns = spec.shape[1] // n
+                return [(1, [i * columns for i in range(n)], columns)]
+            case Placement.VOCAB:
+                columns = spec.shape[1] // n
+                by_columns = (1, [i * columns for i in range(n)], columns)
+                return [even, by_columns] if n > 1 else [even]
+        return []
+
+
+def _covers(shapes: list[tuple[int, ...]], shape: tuple[int, ...]) -> bool:
+    """Whether equal shards of rows hold all of the tensor and less than one more row each."""
+    rows = shapes[0][0]
+    return all(s == (rows, *shape[1:]) for s in shapes) and rows == -(-shape[0] // len(shapes))

@@ -1,0 +1,28 @@
+"""Opens a checkpoint, whatever its format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from conversion.hf import is_hf, open_hf
+from conversion.meta import is_meta, open_meta
+from conversion.ranks import is_ranks, open_ranks
+from conversion.source import Choices, Source
+from engines.base import BadCheckpoint
+
+
+def open_checkpoint(root: Path, choices: Choices | None = None) -> Source:
+    """Raises BadCheckpoint, BadModelDir, UnsupportedModel, CannotConvert; each names the file."""
+    choices = choices or Choices()
+    if not root.is_dir():
+        raise BadCheckpoint(f"{root}: no such directory")
+    if is_ranks(root):
+        return open_ranks(root, choices)
+    if is_hf(root):
+        return open_hf(root, choices)
+    if is_meta(root):
+        return open_meta(root, choices)
+    raise BadCheckpoint(
+        f"{root}: holds no checkpoint that is known: model.safetensors, pytorch_model.bin (or an index), "
+        "consolidated.NN.pth, or manifest.json of sluice convert"
+    )

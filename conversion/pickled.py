@@ -1,0 +1,92 @@
+"""Reads .pth and .bin files: torch's own restricted unpickler over a mapped file, and no other way.
+
+This is the one place of ours that unpickles. `weights_only` builds tensors and plain containers only;
+whatever a file needs beyond that is refused by name, and there is no switch that would allow it.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+
+from conversion.tensors import DTYPE_NAMES, Bytes
+from engines.base import BadCheckpoint
+from engines.models.checkpoint import StoredTensor
+
+_FORBIDDEN = re.compile(r"GLOBAL (\S+) was not an allowed global")
+
+
+def read_pickled(path: Path) -> dict[str, tuple[StoredTensor, Bytes]]:
+    """The tensors of one file, mapped: what is stored, and its bytes [rows, bytes].
+
+    Raises BadCheckpoint: missing, not a zip file, corrupt, something else than tensors in it.
+    """
+    _check_zip(path)
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # the unpickler raises nearly anything on a damaged file
+        raise BadCheckpoint(f"{path}: {_reason(error)}") from None
+    if not isinstance(content, dict):
+        raise BadCheckpoint(f"{path}: holds a {type(content).__name__}, not tensors by name")
+    return {_name(path, name): _entry(path, name, value) for name, value in content.items()}
+
+
+def _check_zip(path: Path) -> None:
+    """Every record stored as it is, inside the file, and none twice: what mapping relies on."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+    except FileNotFoundError:
+        raise BadCheckpoint(f"{path}: no such file") from None
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise BadCheckpoint(
+            f"{path}: truncated, corrupt, or in the format before torch 1.6: {error}; load and save it "
+            "again with a current torch if it is yours"
+        ) from None
+    size = path.stat().st_size
+    for info in infos:
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise BadCheckpoint(f"{path}: record {info.filename}: is compressed, and cannot be mapped")
+        if info.header_offset + info.file_size > size or info.compress_size != info.file_size:
+            raise BadCheckpoint(f"{path}: record {info.filename}: truncated or corrupt")
+    if len({info.filename for info in infos}) != len(infos):
+        raise BadCheckpoint(f"{path}: corrupt: a record is there twice")
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    forbidden = _FORBIDDEN.search(text)
+    if forbidden is not None:
+        return f"its pickle needs {forbidden[1]}, more than tensors: refused, nothing of it has run"
+    if "eights only" in text or "weights_only" in text:
+        found = re.search(r"(Unsupported \w+[^.\n]*|Trying to [^.\n]*)", text)
+        what = f" ({found[1].strip()})" if found else ""
+        return f"its pickle holds more than tensors{what}: refused, nothing of it has run"
+    return f"cannot be read: {type(error).__name__}: {(text.splitlines() or ['?'])[0][:200]}"
+
+
+def _name(path: Path, name: object) -> str:
+    if not isinstance(name, str):
+        raise BadCheckpoint(f"{path}: a tensor's name is {type(name).__name__}, not text")
+    return name
+
+
+def _entry(path: Path, name: str, value: object) -> tuple[StoredTensor, Bytes]:
+    if not isinstance(value, torch.Tensor):
+        raise BadCheckpoint(f"{path}: {name}: is a {type(value).__name__}, not a tensor")
+    value = value.detach()
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+        raise BadCheckpoint(f"{path}: tensor {name}: is not a plain dense tensor")
+    if value.dtype not in DTYPE_NAMES:
+        raise BadCheckpoint(f"{path}: tensor {name}: is {value.dtype}, which cannot be converted")
+    if not value.is_contiguous():
+        raise BadCheckpoint(f"{path}: tensor {name}: is not contiguous: save it again with .contiguous()")
+    if value.untyped_storage().nbytes() < (value.storage_offset() + value.numel()) * value.itemsize:
+        raise BadCheckpoint(f"{path}: tensor {name}: truncated: its storage is smaller than its shape")
+    rows = value.shape[0] if value.dim() else 1
+    data: Bytes = value.reshape(rows, -1 if value.numel() else 0).view(torch.uint8).numpy()
+    stored = StoredTensor(path, DTYPE_NAMES[value.dtype], tuple(value.shape), 0, value.nbytes)
+    return stored, data

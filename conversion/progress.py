@@ -1,0 +1,103 @@
+"""What a conversion tells while it runs: bars for people, JSON lines for programs, or nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+from typing import Protocol, TextIO
+
+
+class Progress(Protocol):
+    """Called from several threads."""
+
+    def start(self, file: str, num_bytes: int) -> None: ...
+
+    def advance(self, file: str, num_bytes: int) -> None: ...
+
+    def finish(self, file: str, sha256: str) -> None: ...
+
+
+class Silent:
+    """Says nothing."""
+
+    def start(self, file: str, num_bytes: int) -> None:
+        """Nothing."""
+
+    def advance(self, file: str, num_bytes: int) -> None:
+        """Nothing."""
+
+    def finish(self, file: str, sha256: str) -> None:
+        """Nothing."""
+
+
+class JsonLines:
+    """An object a line: file started, file finished. A file's progress at most once a second."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._lock = stream, Lock()
+        self._begin, self._done, self._last = time.monotonic(), 0, 0.0
+
+    def start(self, file: str, num_bytes: int) -> None:
+        self._say(event="start", file=file, bytes=num_bytes)
+
+    def advance(self, file: str, num_bytes: int) -> None:
+        with self._lock:
+            self._done += num_bytes
+            now = time.monotonic()
+            if now - self._last < 1:
+                return
+            self._last = now
+            seconds = now - self._begin
+        self._say(event="progress", bytes=self._done, seconds=round(seconds, 3))
+
+    def finish(self, file: str, sha256: str) -> None:
+        self._say(event="finish", file=file, sha256=sha256)
+
+    def _say(self, **what: object) -> None:
+        with self._lock:
+            print(json.dumps(what), file=self._stream, flush=True)
+
+
+class Bars:
+    """A bar for each file that is being written and one for all, with time left and speed."""
+
+    def __init__(self, total: int) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.bars = Progress(*columns, transient=True)
+        self._all = self.bars.add_task("all", total=total)
+        self._tasks = {"": self._all}
+
+    def start(self, file: str, num_bytes: int) -> None:
+        self._tasks[file] = self.bars.add_task(file, total=num_bytes)
+
+    def advance(self, file: str, num_bytes: int) -> None:
+        self.bars.advance(self._tasks[file], num_bytes)
+        self.bars.advance(self._all, num_bytes)
+
+    def finish(self, file: str, sha256: str) -> None:
+        self.bars.remove_task(self._tasks.pop(file))
+
+
+@contextmanager
+def shown(total: int, as_json: bool) -> Iterator[Progress]:
+    """The progress that fits: JSON where asked for, bars on a terminal, else nothing."""
+    if as_json:
+        yield JsonLines(sys.stdout)
+    elif sys.stderr.isatty():
+        bars = Bars(total)
+        with bars.bars:
+            yield bars
+    else:
+        yield Silent()

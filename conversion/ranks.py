@@ -1,0 +1,100 @@
+"""Opens the per-rank layout that engines/models/manifest.py describes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from conversion.mapped import MappedFiles
+from conversion.source import Choices, Source
+from conversion.tensors import LogicalTensor, Part
+from engines.base import BadCheckpoint
+from engines.models.checkpoint import StoredTensor
+from engines.models.config import LlamaConfig
+from engines.models.manifest import FORMAT, Layout, rank_file, read_manifest, read_rank
+from engines.models.names import TensorSpec, expected_tensors, slice_of
+
+
+def is_ranks(root: Path) -> bool:
+    manifest = read_manifest(root)
+    return manifest is not None and manifest.format == FORMAT
+
+
+def open_ranks(root: Path, choices: Choices) -> Source:
+    """Raises BadCheckpoint, UnsupportedModel."""
+    manifest = read_manifest(root)
+    assert manifest is not None
+    if manifest.layout is None:
+        raise BadCheckpoint(f"{root / 'manifest.json'}: layout: missing")
+    config = LlamaConfig.parse(dict(manifest.config), str(root / "manifest.json"))
+    layout = manifest.layout
+    ranks = _Ranks(root, layout, config)
+    tensors = {spec.name: ranks.tensor(spec) for spec in expected_tensors(config).values()}
+    files = [rank_file(t, layout.tp, p, layout.pp) for t in range(layout.tp) for p in range(layout.pp)]
+    return Source(
+        root,
+        "sluice",
+        f"tp={layout.tp} pp={layout.pp}",
+        config,
+        dict(manifest.config),
+        tensors,
+        tuple(root / name for name in files),
+        manifest=manifest,
+        replicas=tuple(ranks.replicas),
+    )
+
+
+class _Ranks:
+    """All ranks' files, opened."""
+
+    def __init__(self, root: Path, layout: Layout, config: LlamaConfig) -> None:
+        self._root, self._layout, self._config = root, layout, config
+        self._maps = MappedFiles()
+        self._headers = {
+            (t, p): read_rank(root, layout, t, p) for t in range(layout.tp) for p in range(layout.pp)
+        }
+        self.replicas: list[tuple[LogicalTensor, LogicalTensor]] = []
+
+    def tensor(self, spec: TensorSpec) -> LogicalTensor:
+        stages = [p for p in range(self._layout.pp) if spec.name in self._headers[0, p]]
+        if not stages:
+            path = self._root / rank_file(0, self._layout.tp, 0, self._layout.pp)
+            raise BadCheckpoint(f"{path}: tensor {spec.name}: missing from this rank's files")
+        first, *others = [self._on_stage(spec, stage) for stage in stages]
+        self.replicas += [(first, other) for other in others]
+        return first
+
+    def _on_stage(self, spec: TensorSpec, stage: int) -> LogicalTensor:
+        parts: list[Part] = []
+        dtype, dim = "", 0
+        for rank in range(self._layout.tp):
+            piece = slice_of(spec.rule.placement, spec.shape, self._config, rank, self._layout.tp)
+            stored = self._stored(spec, rank, stage)
+            wanted = list(spec.shape)
+            wanted[piece.dim] = piece.length
+            if stored.shape != tuple(wanted) or (dtype and stored.dtype != dtype):
+                raise BadCheckpoint(
+                    f"{stored.path}: tensor {spec.name}: is {stored.dtype} {list(stored.shape)}, "
+                    f"the manifest makes it {dtype or stored.dtype} {wanted}"
+                )
+            dtype, dim = stored.dtype, piece.dim
+            part = Part(piece.start, piece.stop, self._maps.tensor(spec.name, stored), stored.path)
+            if not parts or parts[-1].start != part.start or parts[-1].stop != part.stop:
+                parts.append(part)
+            elif part.stop > part.start:
+                self._replica(spec, dtype, parts[-1], part)
+        return LogicalTensor(spec.name, spec.shape, dtype, dim, tuple(parts))
+
+    def _stored(self, spec: TensorSpec, rank: int, stage: int) -> StoredTensor:
+        stored = self._headers[rank, stage].get(spec.name)
+        if stored is None:
+            path = self._root / rank_file(rank, self._layout.tp, stage, self._layout.pp)
+            raise BadCheckpoint(f"{path}: tensor {spec.name}: missing")
+        return stored
+
+    def _replica(self, spec: TensorSpec, dtype: str, first: Part, second: Part) -> None:
+        shape = (first.stop - first.start, *spec.shape[1:])
+        one, two = (
+            LogicalTensor(spec.name, shape, dtype, 0, (Part(0, shape[0], p.data, p.path),))
+            for p in (first, second)
+        )
+        self.replicas.append((one, two))

@@ -1,0 +1,100 @@
+"""The small files beside the weights: configuration, index, tokenizer, a model-config.yaml to serve with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from conversion.params import to_params
+from conversion.plan import Plan
+from conversion.source import Json, Source
+from conversion.tensors import TORCH_DTYPES, CannotConvert
+
+_COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "README.md",
+    "LICENSE",
+    "LICENSE.txt",
+    "USE_POLICY.md",
+)
+_MAX_COPIED = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A small file, whole. `config` is set on the one that describes the model."""
+
+    name: str
+    content: bytes
+    config: Json | None = None
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+
+def side_files(source: Source, plan: Plan) -> list[SideFile]:
+    """Everything but weights and manifest."""
+    config = _config(source, plan)
+    sides = [*_configuration(source, plan, config), *_copied(source.root)]
+    if plan.target.format == "sluice":
+        text = model_config_yaml(plan.target.tp, plan.target.pp)
+        sides.append(SideFile("model-config.yaml", text.encode()))
+    return sides
+
+
+def _config(source: Source, plan: Plan) -> Json:
+    """config.json of the result: the source's, with the dtype that was written."""
+    config = dict(source.config_json)
+    if plan.target.dtype is not None:
+        name = str(TORCH_DTYPES[plan.target.dtype]).removeprefix("torch.")
+        keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+        config.update(dict.fromkeys(keys, name))
+    return config
+
+
+def _configuration(source: Source, plan: Plan, config: Json) -> Iterator[SideFile]:
+    if plan.target.format == "meta":
+        assert plan.layout is not None
+        params = to_params(source.config, plan.layout.padded_vocab_size)
+        yield SideFile("params.json", _json(params), config)
+        return
+    yield SideFile("config.json", _json(config), config)
+    if plan.target.format == "hf" and len(plan.files) > 1:
+        weight_map = {entry.name: file.name for file in plan.files for entry in file.entries}
+        index = {"metadata": {"total_size": plan.num_bytes}, "weight_map": weight_map}
+        yield SideFile("model.safetensors.index.json", _json(index))
+
+
+def _copied(root: Path) -> Iterator[SideFile]:
+    for name in _COPIED:
+        path = root / name
+        if not path.is_file():
+            continue
+        if path.stat().st_size > _MAX_COPIED:
+            raise CannotConvert(f"{path}: is {path.stat().st_size} bytes, no file of that name is so large")
+        yield SideFile(name, path.read_bytes())
+
+
+def _json(value: Json) -> bytes:
+    return json.dumps(value, indent=2).encode() + b"\n"
+
+
+def model_config_yaml(tp: int, pp: int) -> str:
+    """A model-config.yaml that serves such a layout."""
+    lines = ["modelPath: ."]
+    if tp * pp == 1:
+        return "\n".join([*lines, "parallelType: tp", "parallelLevel: 1", ""])
+    kind = "pptp" if tp > 1 and pp > 1 else "pp" if pp > 1 else "tp"
+    lines += [f"parallelType: {kind}", f"parallelLevel: {tp * pp}"]
+    if kind == "pptp":
+        lines += [f"tensorParallel: {tp}", f"pipelineParallel: {pp}"]
+    return "\n".join([*lines, ""])

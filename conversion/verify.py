@@ -1,0 +1,93 @@
+"""Whether two checkpoints hold the same model, and whether one still holds what its manifest says."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from conversion.job import same_values
+from conversion.source import Source
+from conversion.tensors import CannotConvert
+from engines.base import BadCheckpoint
+from engines.models.checkpoint import read_header
+from engines.models.manifest import Manifest, WrittenFile, WrittenTensor
+
+_CHUNK = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One thing in which two checkpoints differ."""
+
+    what: str
+    why: str
+
+
+def differences(first: Source, second: Source) -> Iterator[Difference]:
+    """All of them: configuration first, then every tensor, streamed. Nothing is written."""
+    if first.config != second.config:
+        yield Difference("config", _config_difference(first, second))
+    for name in first.tensors.keys() | second.tensors.keys():
+        one, two = first.tensors.get(name), second.tensors.get(name)
+        if one is None or two is None:
+            missing = first.root if one is None else second.root
+            yield Difference(name, f"missing from {missing}")
+        elif one.shape != two.shape or one.dtype != two.dtype:
+            yield Difference(name, f"{one.dtype} {list(one.shape)} and {two.dtype} {list(two.shape)}")
+        elif not same_values(one, two):
+            yield Difference(name, "values differ")
+    for source in (first, second):
+        for one, two in source.replicas:
+            if not same_values(one, two):
+                yield Difference(one.name, f"{two.parts[0].path} differs from {one.parts[0].path}")
+
+
+def _config_difference(first: Source, second: Source) -> str:
+    pairs = [
+        (name, getattr(first.config, name), getattr(second.config, name)) for name in first.config.__slots__
+    ]
+    return "; ".join(f"{name}: {one} and {two}" for name, one, two in pairs if one != two)
+
+
+def check_manifest(root: Path, manifest: Manifest) -> int:
+    """Hash every file and tensor that the manifest lists. Returns bytes read. Raises BadCheckpoint."""
+    return sum(_check_file(root, name, written) for name, written in manifest.files.items())
+
+
+def _check_file(root: Path, name: str, written: WrittenFile) -> int:
+    if name.startswith("/") or ".." in Path(name).parts:
+        raise CannotConvert(f"{root / 'manifest.json'}: names the file {name!r}, outside the directory")
+    path = root / name
+    if not path.is_file():
+        raise BadCheckpoint(f"{path}: missing, though manifest.json names it")
+    if path.stat().st_size != written.num_bytes:
+        raise BadCheckpoint(
+            f"{path}: has {path.stat().st_size} bytes, manifest.json says {written.num_bytes}"
+        )
+    if _sha256(path, 0, written.num_bytes) != written.sha256:
+        raise BadCheckpoint(f"{path}: {_damaged(path, written.tensors)}its sha256 is not manifest.json's")
+    return written.num_bytes
+
+
+def _damaged(path: Path, tensors: dict[str, WrittenTensor]) -> str:
+    """Which tensors, where the format tells where they lie."""
+    if path.suffix != ".safetensors":
+        return ""
+    header = read_header(path)
+    for name, written in tensors.items():
+        stored = header.get(name)
+        if stored is None or _sha256(path, stored.offset, stored.num_bytes) != written.sha256:
+            return f"tensor {name}: is damaged: "
+    return ""
+
+
+def _sha256(path: Path, offset: int, num_bytes: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(offset)
+        while num_bytes > 0 and (data := file.read(min(_CHUNK, num_bytes))):
+            digest.update(data)
+            num_bytes -= len(data)
+    return digest.hexdigest()
