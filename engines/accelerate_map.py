@@ -49,13 +49,13 @@ class AccelerateEngine:
         self._found = inspect_model(config.model_path, config.max_model_len)
         checkpoint = hf.open_checkpoint(self._found)
         self._dtype = hf.dtype_of(self._found, checkpoint, config.dtype)
-        model = hf.build_empty(self._found, self._dtype)
-        device_map = place(model, config)
-        hf.fill(model, checkpoint, lambda name: _home(device_map, name), report)
-        _dispatch(model, device_map, checkpoint)
-        self._decoder = hf.HFDecoder(model, self._found.shape.attention_names)
+        self.model = hf.build_empty(self._found, self._dtype)
+        device_map = place(self.model, config)
+        hf.fill(self.model, checkpoint, lambda name: _home(device_map, name), report)
+        _dispatch(self.model, device_map, checkpoint)
+        self._decoder = hf.HFDecoder(self.model, self._found.shape.attention_names)
         if set(device_map.values()) == {"cpu"}:
-            hf.pack_linears(model)
+            hf.pack_linears(self.model)
 
     @property
     def kv_spec(self) -> KVSpec:

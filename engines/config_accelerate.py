@@ -30,7 +30,13 @@ def read_device_map(s: Settings, key: str) -> DeviceMap:
         return (("", given),)
     allowed = f"{', '.join(POLICIES)}, one of {_DEVICES}, or a mapping of module names to these"
     near = nearest(given, POLICIES) if isinstance(given, str) else ""
-    s.problem(key, f"is {given!r}", allowed=allowed, near=near, remedy=f"write `{near or 'auto'}`")
+    s.problem(
+        key,
+        f"is {describe(Value(given, ''))}",
+        allowed=allowed,
+        near=near,
+        remedy=f"write `{near or 'auto'}`",
+    )
     return "auto"
 
 
@@ -42,7 +48,7 @@ def read_max_memory(s: Settings, key: str) -> MaxMemory:
     if key in s.values:
         s.problem(
             key,
-            f"is {given!r}",
+            f"is {describe(Value(given, ''))}",
             allowed=f"a mapping of {_HOLDERS} to sizes",
             remedy='write `cpu: "8GiB"` indented under it',
         )

@@ -6,6 +6,8 @@ what its layers ask of the attention function: head counts, scale, window, soft-
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,16 +31,9 @@ def inspect_model(model_dir: str | Path, max_model_len: int | None) -> HFModel:
     """
     path = Path(model_dir) / "config.json"
     data = read_config(model_dir)
-    try:
+    with _explained(path):
         config = CONFIG_MAPPING[data["model_type"]].from_dict(data)
         model, calls = _probe(config)
-    except UnsupportedModel:
-        raise
-    except Exception as error:  # transformers raises whatever its configurations' checks raise
-        text = " ".join(str(error).split())
-        raise UnsupportedModel(
-            f"{path}: transformers cannot make a model of it: {type(error).__name__}: {text}: fix config.json"
-        ) from error
     max_positions = getattr(config, "max_position_embeddings", None)
     if type(max_positions) is not int or max_positions < 1:
         raise refuse(
@@ -47,8 +42,24 @@ def inspect_model(model_dir: str | Path, max_model_len: int | None) -> HFModel:
     served = min(max_model_len or max_positions, max_positions)
     _check_rope(path, config, served)
     _check_calls(path, config, calls, served)
+    with _explained(path):
+        _check_head(path, model)
     _check_model(path, model)
     return HFModel(Path(model_dir), config, _shape(model, calls, max_positions))
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """transformers raises whatever its configurations' and models' code raises."""
+    try:
+        yield
+    except UnsupportedModel:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise UnsupportedModel(
+            f"{path}: transformers cannot make a model of it: {type(error).__name__}: {text}: fix config.json"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,17 +98,10 @@ def _probe(config: PreTrainedConfig) -> tuple[PreTrainedModel, list[_Call]]:
     AttentionInterface.register(_PROBE, record)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, attn_implementation=_PROBE, dtype=torch.float32
+            config, attn_implementation=_PROBE, dtype=torch.bfloat16
         )
-        decoder = HFDecoder(model.eval(), ())
         ids = torch.zeros(2, dtype=torch.int64)
-        with torch.inference_mode():
-            logits = decoder.logits(decoder.forward(ids, ids))
-    if tuple(logits.shape) != (2, config.vocab_size):
-        raise UnsupportedModel(
-            f"model_type {config.model_type}: its head gives {tuple(logits.shape)} for 2 tokens and a "
-            f"vocabulary of {config.vocab_size}: use another model"
-        )
+        HFDecoder(model.eval(), ()).forward(ids, ids)
     return model, calls
 
 
@@ -156,6 +160,17 @@ def _check_call(path: Path, config: PreTrainedConfig, call: _Call, first: _Call)
         raise refuse(path, "model_type", kind, "has keys and values of different sizes", remedy)
     if (call.query, call.key) != (first.query, first.key) or call.query[1] % call.key[1]:
         raise refuse(path, "model_type", kind, "has layers of different head counts", remedy)
+
+
+def _check_head(path: Path, model: PreTrainedModel) -> None:
+    """Does the head work behind given hidden states?"""
+    hidden = torch.zeros(2, model.config.hidden_size, dtype=model.dtype, device="meta")
+    shape, vocab = tuple(HFDecoder(model, ()).logits(hidden).shape), model.config.vocab_size
+    if shape != (2, vocab):
+        why = f"gives logits {shape} for 2 tokens and a vocabulary of {vocab}"
+        raise refuse(
+            path, "model_type", model.config.model_type, why, "fix config.json, or use another model"
+        )
 
 
 def _check_model(path: Path, model: PreTrainedModel) -> None:
