@@ -183,10 +183,17 @@ def _rank_plan(source: Source, target: Target) -> Plan:
     for tp_rank in range(tp):
         for stage, layers in enumerate(stages):
             specs = [s for s in expected_tensors(config).values() if _is_on(s, stage, layers, pp, config)]
-            entries = [entry for spec in specs for entry in _rank_entries(source, spec, target, tp_rank)]
+            pairs = [(s, entry) for s in specs for entry in _rank_entries(source, s, target, tp_rank)]
+            entries = [entry for _, entry in sorted(pairs, key=_file_order)]
             name = rank_file(tp_rank, tp, stage, pp)
             files.append(OutputFile(name, tuple(entries), {"format": "pt", "sluice_rank": name}))
     return Plan(tuple(files), _layout(source, tp, stages, target.quantize), target)
+
+
+def _file_order(pair: tuple[TensorSpec, Entry]) -> tuple[int, int]:
+    """Weights of a layer, then its biases, then its scales: what an engine fuses lies side by side."""
+    spec, entry = pair
+    return spec.layer or 0, 2 * entry.encoding.is_scale + entry.name.endswith("bias")
 
 
 def _is_on(spec: TensorSpec, stage: int, layers: range, pp: int, config: LlamaConfig) -> bool:

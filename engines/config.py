@@ -65,6 +65,7 @@ class ModelConfig(BaseModel):
     gpu_memory_share: float = 0.9  # of each device's total
     prefix_cache: bool = True
     batch_size: int = 1  # static batching only
+    reshard: bool = False  # divide per-rank files of another layout anew at each start
     max_batch_delay: float = 0.1  # static batching only
     pipeline_chunks: int | None = None  # micro-batches in flight; None: one for each stage
     stage_split: StageSplit = "work"  # how a pipeline's layers are divided, or how many each stage holds

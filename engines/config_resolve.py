@@ -88,6 +88,7 @@ def _resolve(s: Settings, base: Path, source: str, num_gpus: int | None) -> Mode
         kv_cache_memory=s.integer("kvCacheMemory") or 1 << 30,
         gpu_memory_share=_or(s.number("gpuMemoryShare"), 0.9),
         prefix_cache=s.flag("prefixCache") or "prefixCache" not in s.values,
+        reshard=s.flag("reshard"),
         batch_size=s.integer("batchSize") or 1,
         max_batch_delay=_or(s.integer("maxBatchDelay"), 100) / 1000,
         pipeline_chunks=s.integer("pippy.chunks"),

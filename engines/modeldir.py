@@ -57,7 +57,9 @@ def fingerprint(model_dir: str | Path, layout: str) -> str:
     """
     digest = sha256(layout.encode())
     root = Path(model_dir)
-    for path in [root / "config.json", *sorted(root.glob("*.safetensors"))]:
+    manifest = root / "manifest.json"  # of sluice convert: it has the hashes of all files
+    written = [manifest] if manifest.exists() else []
+    for path in [root / "config.json", *written, *sorted(root.glob("*.safetensors"))]:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}:".encode())
         with path.open("rb") as file:

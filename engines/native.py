@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from engines.base import Batch, KVSpec, ReportProgress, UnsupportedModel
-from engines.models.checkpoint import Checkpoint
 from engines.models.config import LlamaConfig
 from engines.models.llama import Llama, WeightLoader
 from engines.models.names import indivisible, kv_heads_of
+from engines.models.rank_weights import open_weights
 from engines.runtime.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ class NativeEngine:
     def __init__(self, config: ModelConfig, mesh: Mesh, report: ReportProgress) -> None:
         self._config = LlamaConfig.load(config.model_path)
         _check_split(self._config, mesh)
-        checkpoint = Checkpoint(config.model_path)
+        layers = range(self._config.num_layers)
+        checkpoint = open_weights(config.model_path, self._config, mesh, layers, reshard=config.reshard)
         self._mesh = mesh
         self._dtype = checkpoint.dtype if config.dtype == "auto" else _DTYPES[config.dtype]
         loader = WeightLoader(checkpoint, self._config, mesh, self._dtype, report)

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engines.base import Batch, KVSpec, ReportProgress, UnsupportedModel
-from engines.models.checkpoint import Checkpoint
 from engines.models.config import LlamaConfig
 from engines.models.llama import Llama, WeightLoader
 from engines.models.names import indivisible, kv_heads_of
+from engines.models.rank_weights import open_weights
 from engines.models.stages import BadSplit, sizes_of, split_layers
 from engines.runtime.mesh import Mesh
 
@@ -35,7 +35,7 @@ class PipelineEngine:
     def __init__(self, config: ModelConfig, mesh: Mesh, report: ReportProgress) -> None:
         self._config = LlamaConfig.load(config.model_path)
         self._layers = _layers_of(self._config, config, mesh)
-        checkpoint = Checkpoint(config.model_path)
+        checkpoint = open_weights(config.model_path, self._config, mesh, self._layers, reshard=config.reshard)
         self._mesh = mesh
         self._dtype = checkpoint.dtype if config.dtype == "auto" else _DTYPES[config.dtype]
         self._plans_in_flight = config.pipeline_chunks or mesh.pp_size

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -192,6 +192,12 @@ class Checkpoint:
                 f"{stored.path}: tensor {spec.name}: its shape is {list(stored.shape)}, "
                 f"config.json makes it {list(spec.shape)}"
             )
+
+    def mapped(self, names: Sequence[str], dtype: torch.dtype) -> Tensor | None:
+        """This rank's slices of the tensors, one below the other, as they lie in a file of its own.
+
+        None where they must be read: here always, for the files are the whole model's."""
+        return None
 
     def read_into(self, out: Tensor, name: str, part: Slice) -> None:
         """Fill `out` with a slice of the tensor `name` and its padding, in `out`'s dtype.

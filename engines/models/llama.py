@@ -46,6 +46,14 @@ class WeightLoader:
 
     def load(self, *names: str) -> Tensor:
         """This rank's slices of the tensors, one below the other."""
+        out = self._checkpoint.mapped(names, self._dtype)
+        if out is None:
+            out = self._read(names)
+        self._num_read += len(names)
+        self._report(min(1.0, self._num_read / self._num_tensors))
+        return out.to(self._mesh.device)
+
+    def _read(self, names: tuple[str, ...]) -> Tensor:
         parts = [self._slice(name) for name in names]
         shape = list(self._specs[names[0]].shape)
         shape[parts[0].dim] = parts[0].length
@@ -53,9 +61,7 @@ class WeightLoader:
         out = torch.empty((sum(rows), *shape[1:]), dtype=self._dtype)
         for name, part, view in zip(names, parts, torch.split(out, rows), strict=True):
             self._checkpoint.read_into(view, name, part)
-            self._num_read += 1
-            self._report(min(1.0, self._num_read / self._num_tensors))
-        return out.to(self._mesh.device)
+        return out
 
     def linear(self, *names: str) -> LinearOp:
         """The column-parallel projections `names`, fused into one."""

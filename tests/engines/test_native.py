@@ -23,7 +23,12 @@ NUM_TOKENS = 24
 
 
 def native(directory: Path, mesh: Mesh | None = None, **settings: Any) -> NativeEngine:
-    values = {"model_path": str(directory), "dtype": "auto", "max_model_len": None, **settings}
+    values = {
+        "model_path": str(directory),
+        "dtype": "auto",
+        "max_model_len": None,
+        "reshard": False,
+    } | settings
     config = cast(ModelConfig, SimpleNamespace(**values))  # all that the engine reads of it
     return NativeEngine(config, mesh or single(), lambda fraction: None)
 
@@ -99,7 +104,9 @@ def test_the_dtype_is_that_of_the_weights_unless_said(tmp_path: Path) -> None:
 
 def test_progress_ends_at_one(tmp_path: Path) -> None:
     fractions: list[float] = []
-    settings = SimpleNamespace(model_path=str(make_llama(tmp_path, ODD)), dtype="auto", max_model_len=None)
+    settings = SimpleNamespace(
+        model_path=str(make_llama(tmp_path, ODD)), dtype="auto", max_model_len=None, reshard=False
+    )
     NativeEngine(cast(ModelConfig, settings), single(), fractions.append)
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0

@@ -1,0 +1,171 @@
+"""A rank's weights from the per-rank layout: mapped where it fits the group, else divided anew on request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engines.base import BadCheckpoint, UnsupportedModel
+from engines.models.checkpoint import DTYPES, Checkpoint, StoredTensor
+from engines.models.config import LlamaConfig
+from engines.models.manifest import FORMAT, MANIFEST_NAME, Layout, rank_file, read_manifest, read_rank
+from engines.models.names import Slice, TensorSpec, expected_tensors, slice_of
+from engines.runtime.mesh import Mesh
+
+
+def open_weights(
+    directory: str | Path, model: LlamaConfig, mesh: Mesh, layers: range, *, reshard: bool = False
+) -> Checkpoint:
+    """The checkpoint of a directory, in whichever of our formats, for the rank that holds `layers`.
+
+    Raises BadCheckpoint, and UnsupportedModel if it is divided otherwise than the group and must not be
+    divided anew; with the command that converts it.
+    """
+    root = Path(directory)
+    manifest = read_manifest(root)
+    if manifest is None or manifest.format != FORMAT:
+        return Checkpoint(root)
+    layout = manifest.layout
+    if layout is None:
+        raise BadCheckpoint(f"{root / MANIFEST_NAME}: layout: missing")
+    if _fits(layout, mesh, layers):
+        return MappedRank(root, model, layout, mesh, layers)
+    if reshard:
+        return ReshardingCheckpoint(root, model, layout)
+    raise UnsupportedModel(_misfit(root, layout, mesh))
+
+
+def _fits(layout: Layout, mesh: Mesh, layers: range) -> bool:
+    is_split = (layout.tp, layout.pp) == (mesh.tp_size, mesh.pp_size)
+    return is_split and tuple(layout.stages[mesh.stage]) == (layers.start, layers.stop)
+
+
+def _misfit(root: Path, layout: Layout, mesh: Mesh) -> str:
+    tp, pp = mesh.tp_size, mesh.pp_size
+    target = f"{root}-tp{tp}-pp{pp}"
+    same = (layout.tp, layout.pp) == (tp, pp)
+    how = f"cut into the stages {layout.stages}" if same else f"for tp={layout.tp} pp={layout.pp}"
+    advice = (
+        "remove stageSplit"
+        if same
+        else f"run `sluice convert {root} {target} --to sluice --tp {tp} --pp {pp}`"
+    )
+    return (
+        f"{root}: its files are {how}, and the group has tp={tp} pp={pp}: {advice}, "
+        "or set reshard: true, which divides them anew at each start"
+    )
+
+
+def _is_on(spec: TensorSpec, layers: range, model: LlamaConfig) -> bool:
+    if spec.layer is not None:
+        return spec.layer in layers
+    is_first, is_last = layers.start == 0, layers.stop == model.num_layers
+    if spec.name == "model.embed_tokens.weight":
+        return is_first or (is_last and model.tie_word_embeddings)
+    return is_last
+
+
+class MappedRank(Checkpoint):
+    """One rank's file. Nothing is sliced; tensors that lie side by side are one view of the mapping."""
+
+    def __init__(self, root: Path, model: LlamaConfig, layout: Layout, mesh: Mesh, layers: range) -> None:
+        self._model, self._layout, self._mesh, self._layers = model, layout, mesh, layers
+        self._path = root / rank_file(mesh.tp_rank, layout.tp, mesh.stage, layout.pp)
+        super().__init__(root)
+        size = self._path.stat().st_size
+        self._bytes = torch.from_file(str(self._path), shared=False, size=size, dtype=torch.uint8)
+
+    def _locate(self) -> dict[str, StoredTensor]:
+        return read_rank(self.root, self._layout, self._mesh.tp_rank, self._mesh.stage)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the first tensor: a stage need not have the embedding."""
+        return DTYPES[self._stored(next(iter(self.tensors), "")).dtype]
+
+    def check(self, expected: Iterable[TensorSpec], optional: frozenset[str] = frozenset()) -> None:
+        here = [self._local(spec) for spec in expected if _is_on(spec, self._layers, self._model)]
+        super().check(here, optional)
+
+    def _local(self, spec: TensorSpec) -> TensorSpec:
+        """The shape that this rank holds."""
+        part = slice_of(spec.rule.placement, spec.shape, self._model, self._mesh.tp_rank, self._layout.tp)
+        shape = list(spec.shape)
+        shape[part.dim] = part.length
+        return TensorSpec(spec.name, spec.rule, tuple(shape), spec.layer)
+
+    def mapped(self, names: Sequence[str], dtype: torch.dtype) -> Tensor | None:
+        stored = [self.tensors[name] for name in names]
+        first = stored[0]
+        ends = [s.offset + s.num_bytes for s in stored]
+        side_by_side = all(s.offset == end for s, end in zip(stored[1:], ends[:-1], strict=True))
+        if not side_by_side or any(DTYPES[s.dtype] != dtype for s in stored) or first.offset % dtype.itemsize:
+            return None
+        shape = (sum(s.shape[0] for s in stored), *first.shape[1:])
+        num_bytes = sum(s.num_bytes for s in stored)
+        return self._bytes[first.offset : first.offset + num_bytes].view(dtype).view(shape)
+
+    def read_into(self, out: Tensor, name: str, part: Slice) -> None:
+        """All of what this rank holds, padding included: `part` is what that is of the whole tensor."""
+        whole = self.mapped((name,), DTYPES[self.tensors[name].dtype])
+        if whole is None:
+            stored = self.tensors[name]
+            super().read_into(out, name, Slice(0, 0, stored.shape[0]))
+        else:
+            out.copy_(whole)
+
+
+class ReshardingCheckpoint(Checkpoint):
+    """All ranks' files as one checkpoint: slices are put together from those of the layout."""
+
+    def __init__(self, root: Path, model: LlamaConfig, layout: Layout) -> None:
+        self._model, self._layout, self._specs = model, layout, expected_tensors(model)
+        super().__init__(root)
+
+    def _locate(self) -> dict[str, StoredTensor]:
+        """Every tensor under its global shape; where it lies is found when it is read."""
+        self._ranks = [self._files_of(rank) for rank in range(self._layout.tp)]
+        tensors = {}
+        for name, stored in self._ranks[0].items():
+            spec = self._specs.get(name)
+            shape = spec.shape if spec is not None else stored.shape
+            tensors[name] = StoredTensor(stored.path, stored.dtype, shape, stored.offset, stored.num_bytes)
+        return tensors
+
+    def _files_of(self, rank: int) -> dict[str, StoredTensor]:
+        found: dict[str, StoredTensor] = {}
+        for stage in range(self._layout.pp):
+            found = {**read_rank(self.root, self._layout, rank, stage), **found}
+        return found
+
+    def read_into(self, out: Tensor, name: str, part: Slice) -> None:
+        length = part.stop - part.start
+        out.narrow(part.dim, length, out.shape[part.dim] - length).zero_()
+        for path, theirs in self._pieces(name):
+            start, stop = max(part.start, theirs.start), min(part.stop, theirs.stop)
+            if start < stop:
+                ours = out.narrow(part.dim, start - part.start, stop - start)
+                self._copy(ours, name, path, part.dim, start - theirs.start, stop - theirs.start)
+
+    def _pieces(self, name: str) -> Iterator[tuple[Path, Slice]]:
+        """What each rank's file holds of a tensor, replicas once."""
+        spec, last = self._specs[name], None
+        for rank, tensors in enumerate(self._ranks):
+            piece = slice_of(spec.rule.placement, spec.shape, self._model, rank, self._layout.tp)
+            if name not in tensors:
+                raise BadCheckpoint(f"{self.root}: tensor {name}: missing from the files of rank {rank}")
+            if piece != last:
+                yield tensors[name].path, piece
+            last = piece
+
+    def _copy(self, out: Tensor, name: str, path: Path, dim: int, start: int, stop: int) -> None:
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                view = file.get_slice(name)
+                out.copy_(view[:, start:stop] if dim == 1 else view[start:stop])
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise BadCheckpoint(f"{path}: tensor {name}: cannot be read: {error}") from error
