@@ -79,7 +79,7 @@ def environment(config: ModelConfig, devices: Sequence[str], parent: Mapping[str
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     return {
         # A thread that waits for the others of a parallel region soon sleeps: by default it spins for
-        # milliseconds, which on cores that are shared (with the gateway, at least) takes them from the others.
+        # milliseconds, which takes cores that are shared (with the gateway, at least) from the others.
         "GOMP_SPINCOUNT": "1000",
         **kept,
         "OMP_NUM_THREADS": str(config.omp_threads),

@@ -76,6 +76,7 @@ def test_the_guard_stands_before_the_command() -> None:
 def test_environment() -> None:
     env = launcher.environment(config(tp_size=2, device="cuda"), ("4", "5"), {"PATH": "/bin"})
     assert env == {
+        "GOMP_SPINCOUNT": "1000",
         "PATH": "/bin",
         "OMP_NUM_THREADS": "3",
         "CUDA_VISIBLE_DEVICES": "4,5",
