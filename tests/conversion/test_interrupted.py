@@ -1,0 +1,154 @@
+"""Killed or out of room, a conversion leaves the target absent or complete, and can be resumed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conversion.job import Options
+from conversion.journal import locked, partial_dir
+from conversion.open import open_checkpoint
+from conversion.plan import OutputFile, Target
+from conversion.tensors import CannotConvert
+from tests.conversion import interrupted
+from tests.conversion.helpers import convert
+from tests.models import GQA, MHA, make_llama
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_killed_and_full_at_random_points(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "tests.conversion.interrupted", "--kills", "24", "--full", "12"]
+    argv += ["--directory", str(tmp_path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(argv, capture_output=True, text=True, timeout=240, cwd=ROOT, env=env)
+    assert result.returncode == 0, result.stdout + result.stderr
+    words = result.stdout.split()
+    assert int(words[0]) > 5, result.stdout
+    assert int(words[5]) > 2, result.stdout
+
+
+class Interruption(Exception):  # noqa: N818
+    pass
+
+
+class FakeProgress:
+    """Stops the conversion when it has begun a number of files."""
+
+    def __init__(self, num_files: int) -> None:
+        self.left, self.started = num_files, list[str]()
+
+    def start(self, file: str, num_bytes: int) -> None:
+        if self.left == 0:
+            raise Interruption
+        self.left -= 1
+        self.started.append(file)
+
+    def advance(self, file: str, num_bytes: int) -> None:
+        """Nothing."""
+
+    def finish(self, file: str, sha256: str) -> None:
+        """Nothing."""
+
+
+def test_resuming_writes_only_what_is_missing(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", GQA)
+    target, how = tmp_path / "out", Target("sluice", tp=4)
+    first = FakeProgress(2)
+    with pytest.raises(Interruption):
+        convert(hf, target, how, Options(jobs=1), progress=first)
+    assert not target.exists()
+    assert len(first.started) == 2
+    second = FakeProgress(9)
+    convert(hf, target, how, Options(jobs=1, resume=True), progress=second)
+    assert len(second.started) == 2
+    assert not set(first.started) & set(second.started)
+    assert interrupted.is_same(hf, target)
+    assert not partial_dir(target).exists()
+
+
+def interrupted_once(hf: Path, target: Path, how: Target) -> None:
+    with pytest.raises(Interruption):
+        convert(hf, target, how, Options(jobs=1), progress=FakeProgress(1))
+
+
+def test_resuming_another_conversion_is_refused(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", GQA)
+    interrupted_once(hf, tmp_path / "out", Target("sluice", tp=2))
+    with pytest.raises(CannotConvert, match="left by another conversion than this one"):
+        convert(hf, tmp_path / "out", Target("sluice", tp=4), Options(resume=True))
+
+
+def test_resuming_after_the_source_changed_is_refused(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", MHA)
+    interrupted_once(hf, tmp_path / "out", Target("sluice", tp=2))
+    make_llama(hf, MHA, seed=1)
+    with pytest.raises(CannotConvert, match="left by another conversion than this one"):
+        convert(hf, tmp_path / "out", Target("sluice", tp=2), Options(resume=True))
+
+
+def test_a_torn_journal_costs_one_file(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", GQA)
+    target, how = tmp_path / "out", Target("sluice", tp=2)
+    interrupted_once(hf, target, how)
+    journal = partial_dir(target) / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-30])
+    progress = FakeProgress(9)
+    convert(hf, target, how, Options(jobs=1, resume=True), progress=progress)
+    assert len(progress.started) == 2
+    assert interrupted.is_same(hf, target)
+
+
+def test_a_file_that_vanished_is_written_again(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", GQA)
+    target, how = tmp_path / "out", Target("sluice", tp=2)
+    interrupted_once(hf, target, how)
+    next((partial_dir(target) / "out").rglob("*.safetensors")).unlink()
+    convert(hf, target, how, Options(jobs=1, resume=True))
+    assert interrupted.is_same(hf, target)
+
+
+def test_two_conversions_into_one_target_do_not_mix(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", GQA)
+    with locked(partial_dir(tmp_path / "out")), pytest.raises(CannotConvert, match="another conversion"):
+        convert(hf, tmp_path / "out", Target("hf"))
+
+
+def test_a_target_that_is_there_is_left_alone(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", GQA)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    with pytest.raises(CannotConvert, match="is there already"):
+        convert(hf, tmp_path / "out", Target("hf"))
+    with pytest.raises(CannotConvert, match="lies in the source"):
+        convert(hf, hf / "inside", Target("hf"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf = make_llama(tmp_path / "hf", GQA)
+    monkeypatch.setattr(OutputFile, "num_bytes", property(lambda self: 1 << 60))
+    with pytest.raises(CannotConvert, match=r"needs .* GB, .* GB are free"):
+        convert(hf, tmp_path / "out", Target("hf"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_that_may_not_be_written_is_named(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", GQA)
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(CannotConvert, match="choose a target that you may write to"):
+        convert(hf, tmp_path / "locked" / "out", Target("hf"))
+
+
+def test_the_source_is_only_read(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", GQA)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in hf.iterdir()}
+    convert(hf, tmp_path / "meta", Target("meta", shards=2))
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in hf.iterdir()} == before
+    assert open_checkpoint(tmp_path / "meta").files
