@@ -11,7 +11,7 @@ from engines.base import BadCheckpoint
 from engines.models.checkpoint import StoredTensor
 from engines.models.config import LlamaConfig
 from engines.models.manifest import FORMAT, Layout, rank_file, read_manifest, read_rank
-from engines.models.names import TensorSpec, expected_tensors, slice_of
+from engines.models.names import TensorSpec, expected_tensors, indivisible, slice_of
 
 
 def is_ranks(root: Path) -> bool:
@@ -27,6 +27,14 @@ def open_ranks(root: Path, choices: Choices) -> Source:
         raise BadCheckpoint(f"{root / 'manifest.json'}: layout: missing")
     config = LlamaConfig.parse(dict(manifest.config), str(root / "manifest.json"))
     layout = manifest.layout
+    reason = indivisible(config, layout.tp)
+    if reason is not None or layout.quantization is not None:
+        what = (
+            f"tp {layout.tp}: {reason}"
+            if reason
+            else f"quantised ({layout.quantization}), which loses values"
+        )
+        raise BadCheckpoint(f"{root / 'manifest.json'}: {what}: cannot be converted from")
     ranks = _Ranks(root, layout, config)
     tensors = {spec.name: ranks.tensor(spec) for spec in expected_tensors(config).values()}
     files = [rank_file(t, layout.tp, p, layout.pp) for t in range(layout.tp) for p in range(layout.pp)]

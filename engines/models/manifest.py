@@ -14,6 +14,7 @@ from engines.models.checkpoint import StoredTensor, read_header_and_metadata
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "sluice"
+_MAX_RANKS = 1024
 
 
 class WrittenTensor(msgspec.Struct, frozen=True):
@@ -45,6 +46,13 @@ class Layout(msgspec.Struct, frozen=True):
     is_tied: bool
     quantization: str | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ValueError: the file is not to be trusted."""
+        if not (1 <= self.tp <= _MAX_RANKS and 1 <= self.pp <= _MAX_RANKS):
+            raise ValueError(f"tp and pp must be 1 to {_MAX_RANKS}")
+        if len(self.stages) != self.pp:
+            raise ValueError(f"stages must be {self.pp}")
+
 
 class Manifest(msgspec.Struct, frozen=True):
     """manifest.json. `config` is Hugging Face's config.json, `layout` that of format sluice and meta."""
@@ -64,7 +72,7 @@ def read_manifest(directory: Path) -> Manifest | None:
         return msgspec.json.decode(path.read_bytes(), type=Manifest)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.MsgspecError, RecursionError) as error:
+    except (OSError, ValueError, msgspec.MsgspecError, RecursionError) as error:
         raise BadCheckpoint(f"{path}: is not a manifest of sluice convert: {error}") from None
 
 
