@@ -2,6 +2,19 @@
 
 Ranks form a mesh of stages x tensor-parallel ranks, tp inner; each reads its own slices of its own
 layers, and hands hidden states [T, H] to the same tensor-parallel rank one stage on.
+
+Plans are the micro-batches: as many are in flight as there are stages, each of other sequences, and every
+rank executes them in the leader's order. A rank sends without waiting and goes on with the next plan.
+
+Why the p2p is not that of torch.distributed.pipelining (PiPPy's successor), as tried with torch 2.13:
+
+- A PipelineStage's shapes are fixed when it is built or by its first chunk. Here T differs from step to step;
+  a chunk of 17 rows sent to a stage built for 16 ends the receiving process (gloo's own check). A stage for
+  each T, or padding to buckets, would compute rows that nobody asked for to save one `send`.
+- Without static shapes stages agree on them by pickled objects over the wire, which nothing here reads.
+- A schedule's `step` takes all micro-batches at once and returns when all are done: the pipe drains at each
+  step. Decoding makes the next micro-batch from the tokens of the last, while the others are under way.
+- A stage keeps each chunk's inputs and outputs for a backward pass until all are done, and knows of no K/V.
 """
 
 from __future__ import annotations

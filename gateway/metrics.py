@@ -43,6 +43,7 @@ ITL_BUCKETS = (
 )
 E2E_BUCKETS = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 240.0, 480.0)
 _GROUP_LABELS = ("model_name", "engine")
+_STAGE_LABELS = (*_GROUP_LABELS, "stage")
 
 
 class Histogram:
@@ -121,6 +122,7 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from self._request_metrics()
         yield from self._group_metrics()
+        yield from self._pipeline_metrics()
         errors = CounterMetricFamily("sluice:request_errors", "Requests refused or failed.", labels=("code",))
         for code, count in sorted(self.errors.items()):
             errors.add_metric((code,), count)
@@ -160,6 +162,36 @@ class Metrics(Collector):
                     if stats is not None:
                         family.add_metric(labels, read(stats))
         yield from (up, restarts, *families)
+
+    def _pipeline_metrics(self) -> Iterator[Metric]:
+        """Of groups with stages. For the shares of a window, divide the rates of the two counters."""
+        busy = CounterMetricFamily(
+            "sluice:pipeline_stage_busy_seconds", "Time that a stage computed.", labels=_STAGE_LABELS
+        )
+        active = CounterMetricFamily(
+            "sluice:pipeline_active_seconds", "Time with steps under way.", labels=_GROUP_LABELS
+        )
+        share = GaugeMetricFamily(
+            "sluice:pipeline_stage_busy_share", "Busy over active seconds since start.", labels=_STAGE_LABELS
+        )
+        bubble = GaugeMetricFamily(
+            "sluice:pipeline_bubble", "Share of the stages' active time without work.", labels=_GROUP_LABELS
+        )
+        for labels, stats in self._staged_groups():
+            active.add_metric(labels, stats.active_seconds)
+            shares = [seconds / stats.active_seconds for seconds in stats.stage_busy_seconds]
+            bubble.add_metric(labels, 1 - sum(shares) / len(shares))
+            for stage, seconds in enumerate(stats.stage_busy_seconds):
+                busy.add_metric((*labels, str(stage)), seconds)
+                share.add_metric((*labels, str(stage)), shares[stage])
+        yield from (busy, active, share, bubble)
+
+    def _staged_groups(self) -> Iterator[tuple[tuple[str, str], Stats]]:
+        """Pipelines that have done a step."""
+        for model in self._models:
+            for engine, stats, *_ in model.stats():
+                if stats is not None and stats.stage_busy_seconds and stats.active_seconds:
+                    yield (model.name, engine), stats
 
 
 def _kv_usage(stats: Stats) -> float:

@@ -3,8 +3,9 @@
 A stage holds consecutive layers; the first one holds the embedding too, the last one norm and head. A
 tied embedding is on both. Three ways to cut:
 
-- `work` (the default): equal weights read a step, for equal time. The embedding counts as nothing, for a
-  step looks up a few of its rows; the head counts whole.
+- `work` (the default): equal time of a step. That of head and layers goes by the weights that it reads, a
+  layer's attention and the small operations between count as half of its weights again; the embedding
+  counts as nothing, for a step looks up a few of its rows.
 - `bytes`: equal memory. Both count whole.
 - `layers`: equal numbers of layers, whatever else the first and the last stage hold.
 
@@ -66,7 +67,7 @@ def split_layers(sizes: Sizes, num_stages: int, how: StageSplit = "work") -> lis
             f"set pipelineParallel (parallelLevel, nproc-per-node) to {num_layers} or less"
         )
     if how == "work":
-        return _balanced(sizes.layers, 0, sizes.head, num_stages)
+        return _balanced([3 * size for size in sizes.layers], 0, 2 * sizes.head, num_stages)
     if how == "bytes":
         return _balanced(sizes.layers, sizes.embedding, sizes.head, num_stages)
     counts = _even(num_layers, num_stages) if how == "layers" else _checked(how, num_layers, num_stages)

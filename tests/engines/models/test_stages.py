@@ -29,8 +29,8 @@ def test_by_count_the_earlier_stages_take_what_is_left_over() -> None:
     assert counts(EQUAL, 5, "layers") == [3, 3, 2, 2, 2]
 
 
-def test_by_work_the_head_counts_and_the_embedding_does_not() -> None:
-    sizes = Sizes(embedding=100, layers=(10,) * 12, head=40)
+def test_by_work_a_layer_counts_half_as_much_again_and_the_embedding_nothing() -> None:
+    sizes = Sizes(embedding=100, layers=(10,) * 12, head=60)
     assert counts(sizes, 2, "work") == [8, 4]
 
 
