@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import mmap
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -57,7 +59,15 @@ def _allocate_layer(spec: KVSpec, device: torch.device, num_blocks: int, block_s
         shape = (num_blocks, 2, heads, block_size, head_dim)
     else:
         shape = (2, num_blocks, block_size, heads, head_dim)
-    return LayerCache(torch.zeros(shape, dtype=spec.dtype, device=device), layout)
+    return LayerCache(_zeros(shape, spec.dtype, device), layout)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that, on a CPU, take memory only once they are written: a fresh mapping, page by page."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def layout_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Layout:
