@@ -32,6 +32,7 @@ class DeepSpeedSection(BaseModel):
 
     config: str
     checkpoint: str | None = None
+    fallback: str | None = None  # "autotp": the engine that serves where kernel injection cannot
 
 
 class ModelConfig(BaseModel):
@@ -64,8 +65,8 @@ class ModelConfig(BaseModel):
     kv_cache_memory: int = 1 << 30  # per rank; CPU only
     gpu_memory_share: float = 0.9  # of each device's total
     prefix_cache: bool = True
-    batch_size: int = 1  # static batching only
     reshard: bool = False  # divide per-rank files of another layout anew at each start
+    batch_size: int = 1  # static batching only
     max_batch_delay: float = 0.1  # static batching only
     pipeline_chunks: int | None = None  # micro-batches in flight; None: one for each stage
     stage_split: StageSplit = "work"  # how a pipeline's layers are divided, or how many each stage holds

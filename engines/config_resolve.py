@@ -80,7 +80,7 @@ def _resolve(s: Settings, base: Path, source: str, num_gpus: int | None) -> Mode
         omp_threads=s.integer("torchrun.OMP_NUMBER_THREADS") or _cores_each(world * replicas),
         is_omp_stated="torchrun.OMP_NUMBER_THREADS" in s.values,
         monitor_interval=_or(s.number("torchrun.monitor-interval"), 0.1),
-        dtype=cast(DType, s.text("dtype") or "auto"),
+        dtype=cast(DType, s.text("dtype") or (deepspeed_file and deepspeed_file.dtype) or "auto"),
         max_model_len=cast("int | None", _first(s, "maxModelLen", "handler.max_seq_len")),
         max_num_seqs=cast("int | None", _first(s, "maxNumSeqs", "handler.max_batch_size")) or 256,
         max_num_batched_tokens=s.integer("maxNumBatchedTokens") or 2048,
@@ -167,8 +167,15 @@ def _deepspeed(s: Settings, base: Path, world: int) -> tuple[DeepSpeedSection | 
             s.problem("deepspeed", "needs the key config, a DeepSpeed JSON file", remedy=remedy)
         return None, None
     path, checkpoint = _path(base, name), s.text("deepspeed.checkpoint")
-    section = DeepSpeedSection(config=path, checkpoint=_path(base, checkpoint) if checkpoint else None)
-    return section, read_deepspeed_file(s, Path(path), world)
+    section = DeepSpeedSection(
+        config=path,
+        checkpoint=_path(base, checkpoint) if checkpoint else None,
+        fallback=s.text("deepspeed.fallback"),
+    )
+    if checkpoint:
+        why = "weights are read from the model's safetensors, on each rank its own; no list of .bin files"
+        s.warn("deepspeed.checkpoint", f"has no effect: {why} is made")
+    return section, read_deepspeed_file(s, Path(path), world, s.text("dtype"))
 
 
 def _engine(s: Settings, kind: ParallelType, deepspeed: DeepSpeedFile | None) -> str:

@@ -183,7 +183,11 @@ PIPPY = {
     ),
 }
 
-DEEPSPEED = {"config": Key(Kind.TEXT), "checkpoint": Key(Kind.TEXT)}
+DEEPSPEED = {
+    "config": Key(Kind.TEXT),
+    "checkpoint": Key(Kind.TEXT),
+    "fallback": Key(Kind.TEXT, choices={"autotp": "autotp"}),
+}
 
 _DIRECTORY = "it is read from the model's directory"
 HANDLER = {

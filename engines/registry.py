@@ -17,6 +17,7 @@ ENGINES = {
     "native": "engines.native:NativeEngine",
     "pipeline": "engines.pipeline:PipelineEngine",
     "accelerate": "engines.accelerate_map:AccelerateEngine",
+    "deepspeed_tp": "engines.deepspeed_tp:DeepSpeedTPEngine",
 }
 
 

@@ -57,6 +57,8 @@ LAYOUTS = [
     Layout("pipeline", pp=3),
     Layout("pipeline", tp=2, pp=2),
     Layout("accelerate"),
+    Layout("deepspeed_tp"),
+    Layout("deepspeed_tp", tp=2),
 ]
 
 

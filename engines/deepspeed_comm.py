@@ -1,0 +1,141 @@
+"""DeepSpeed on one rank: its import, its process group, and its all-reduce on CPU.
+
+DeepSpeed's all-reduce for CPUs goes through shared memory: 66 MB a rank under /dev/shm, waits by spinning,
+built with g++ and ninja when first used. Where it cannot be had, or would hurt, gloo does the work; the log
+says which and why. Nothing of it outlives the group: its names contain that of the run directory, which the
+guard removes, and go as soon as every rank has its mapping.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+
+from engines.base import UnsupportedModel
+from engines.runtime.mesh import Mesh
+
+log = logging.getLogger("sluice.deepspeed")
+
+SHARED_MEMORY = Path("/dev/shm")
+WORKSPACE_BYTES = 68 << 20
+"""What a rank's all-reduce takes of SHARED_MEMORY (struct allreduce_workspace of shm.cpp, rounded up)."""
+
+_OP = "deepspeed_shm_comm"
+_BUILDER = "ShareMemCommBuilder"
+
+
+def require_deepspeed() -> None:
+    """Raises UnsupportedModel where the package is not installed. Imports nothing."""
+    if find_spec("deepspeed") is None:
+        raise UnsupportedModel(
+            "engines deepspeed_tp and deepspeed_inject need the package deepspeed: "
+            "pip install 'sluice[deepspeed]'"
+        )
+
+
+def connect(mesh: Mesh) -> ModuleType:
+    """Import DeepSpeed and have it use the process group that this rank is in. Returns the package.
+
+    Call it on every rank, after `torch.distributed` was initialised. Raises UnsupportedModel.
+    """
+    require_deepspeed()
+    os.environ["DS_ACCELERATOR"] = mesh.device.type
+    deepspeed = importlib.import_module("deepspeed")
+    if mesh.world_size > 1:
+        reason = _agreed(_prepare_shared_memory(deepspeed, mesh))
+        deepspeed.ops.__compatible_ops__ = {_OP: not reason}
+        with _names_of_the_group():
+            deepspeed.init_distributed(dist_init_required=False, verbose=False)
+        dist.barrier()  # from here on every rank has mapped the workspaces of all
+        _unlink(mesh.rank)
+        log.info("all-reduce: %s", f"{dist.get_backend()}: {reason}" if reason else "shared memory")
+    return deepspeed
+
+
+def reason_for_the_backend(world_size: int, device: str, num_cores: int) -> str:
+    """Why the group's own backend shall reduce, or "" where shared memory may."""
+    if device != "cpu":
+        return "shared memory is for CPUs"
+    if world_size > num_cores:
+        return f"{world_size} ranks would spin on {num_cores} cores"
+    if shutil.disk_usage(SHARED_MEMORY).free < world_size * WORKSPACE_BYTES:
+        return f"{SHARED_MEMORY} has less than {world_size} x {WORKSPACE_BYTES >> 20} MiB free"
+    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
+    return f"{' and '.join(missing)} not found, which build the shared-memory one" if missing else ""
+
+
+def _prepare_shared_memory(deepspeed: ModuleType, mesh: Mesh) -> str:
+    """Build and load the operator, unless there is a reason not to, which is returned."""
+    reason = reason_for_the_backend(mesh.world_size, mesh.device.type, len(os.sched_getaffinity(0)))
+    if reason:
+        return reason
+    os.environ["LOCAL_SIZE"] = str(mesh.world_size)  # without it the operator crashes
+    builder = deepspeed.accelerator.get_accelerator().create_op_builder(_BUILDER)
+    with _alone_in(build_root()) as root:
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(root)
+        try:
+            builder.load(verbose=False)
+        except Exception as error:  # whatever compilers and loaders raise
+            log.exception("DeepSpeed's shared-memory all-reduce could not be built")
+            return f"the shared-memory one could not be built: {type(error).__name__}"
+    return ""
+
+
+def _agreed(reason: str) -> str:
+    """All ranks reduce the same way: "" only where it is "" on all of them."""
+    flag = torch.tensor(1 if reason else 0, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(flag)
+    return reason or ("another rank cannot use shared memory" if int(flag) else "")
+
+
+def build_root() -> Path:
+    """Where what DeepSpeed builds is kept: one directory a torch version, the user's own."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "sluice" / f"torch_extensions-{torch.__version__}"
+
+
+@contextmanager
+def _alone_in(root: Path) -> Iterator[Path]:
+    """One process at a time. A lock that torch left there when it was killed would stop all later ones."""
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with (root / "sluice.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for stale in root.glob(f"**/{_OP}/lock"):
+            stale.unlink()
+        yield root
+
+
+@contextmanager
+def _names_of_the_group() -> Iterator[None]:
+    """DeepSpeed names its shared memory after MASTER_ADDR and MASTER_PORT: let that be the run directory."""
+    before = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")}
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _group_name(), "0"
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+
+
+def _group_name() -> str:
+    """torchrun's run id, which the launcher makes the run directory's name."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", f"pid{os.getppid()}")
+
+
+def _unlink(rank: int) -> None:
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{_group_name()}_0_{rank}"
+    (SHARED_MEMORY / name).unlink(missing_ok=True)

@@ -1,0 +1,162 @@
+"""AutoTP over real ranks: every type of model that is served at all is exact, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from engines import deepspeed_comm
+from engines.base import UnsupportedModel
+from engines.config import ModelConfig
+from engines.deepspeed_tp import DeepSpeedTPEngine, check_split
+from engines.models.hf_inspect import inspect_model
+from engines.models.hf_support import EXACT_TYPES
+from engines.runtime.mesh import Mesh
+from tests.engines.driver import generate
+from tests.engines.models.hf_models import make_hf
+from tests.engines.models.test_hf import CHANGES, hf_tokens, prompts
+
+SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "three_kv_heads": ("llama", {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}),
+    "tied": ("llama", {"tie_word_embeddings": True}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "norms_of_heads": ("stablelm", {"qk_layernorm": True}),
+    "phi_norms": ("phi", {"qk_layernorm": True}),
+    "cohere_norms": ("cohere", {"use_qk_norm": True}),
+    "four_kv_heads": ("llama", {"num_key_value_heads": 4}),
+}
+FOUR_RANKS = {"four_kv_heads", "mistral"}
+REFUSED = {
+    "glm": "packed projection",
+    "glm4": "packed projection",
+    "phi3": "packed projection",
+    "olmo2": "belongs to all attention heads together",
+    "norms_of_heads": "belongs to all attention heads together",
+    "cohere_norms": "belongs to all attention heads together",
+}
+
+
+def config_of(model: Path, tp: int, **changes: Any) -> ModelConfig:
+    settings = {"model_name": "m", "served_model_names": ("m",), "model_path": str(model), "tp_size": tp}
+    return ModelConfig(**settings | {"engine": "deepspeed_tp", "dtype": "float32"} | changes)
+
+
+def run_rank(rank: int, world: int, root: Path, names: list[str]) -> None:
+    """The tokens of every model, or why it is refused."""
+    torch.set_num_threads(1)
+    init, timeout = f"file://{root}/init{world}", timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world, timeout=timeout)
+    group = dist.new_group(list(range(world)))
+    mesh = Mesh(rank=rank, tp_size=world, pp_size=1, device=torch.device("cpu"), tp_group=group)
+    results: dict[str, Any] = {}
+    for name in names:
+        try:
+            engine = DeepSpeedTPEngine(config_of(root / name, world), mesh, lambda fraction: None)
+        except UnsupportedModel as refusal:
+            results[name] = str(refusal)
+            continue
+        results[name] = generate(engine, prompts(), 12, stagger=2, group=group)
+    results["shared memory"] = [entry.name for entry in Path("/dev/shm").glob(f"*pid{os.getppid()}*")]
+    (root / f"tp{world}-rank{rank}.json").write_text(json.dumps(results))
+    dist.barrier()
+    os._exit(0)  # as a worker ends
+
+
+def run_ranks(world: int, root: Path, names: list[str]) -> dict[str, Any]:
+    """What rank 0 found. All ranks to their end; none outlives the test."""
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=run_rank, args=(rank, world, root, names)) for rank in range(world)]
+    try:
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(timeout=240)
+        assert [process.exitcode for process in ranks] == [0] * world
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+    results: dict[str, Any] = json.loads((root / f"tp{world}-rank0.json").read_text())
+    return results
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    wanted = {kind: (kind, CHANGES.get(kind, {})) for kind in EXACT_TYPES} | SPECIAL
+    for name, (kind, changes) in wanted.items():
+        make_hf(root / name, kind, **changes)
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(models: Path) -> dict[str, list[list[int]]]:
+    return {name: hf_tokens(models / name, prompts(), 12) for name in (*EXACT_TYPES, *SPECIAL)}
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(models: Path) -> dict[str, Any]:
+    return run_ranks(2, models, sorted({*EXACT_TYPES, *SPECIAL}))
+
+
+@pytest.mark.parametrize("name", sorted({*EXACT_TYPES, *SPECIAL} - set(REFUSED)))
+def test_two_ranks_give_the_tokens_of_generate(
+    name: str, on_two_ranks: dict[str, Any], expected: dict[str, list[list[int]]]
+) -> None:
+    assert on_two_ranks[name] == expected[name]
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_deepspeed_would_split_wrongly_is_refused(name: str, on_two_ranks: dict[str, Any]) -> None:
+    assert REFUSED[name] in on_two_ranks[name]
+    assert "use engine: accelerate" in on_two_ranks[name]
+
+
+def test_no_name_is_left_in_shared_memory(on_two_ranks: dict[str, Any]) -> None:
+    assert on_two_ranks["shared memory"] == []
+
+
+def test_four_ranks(models: Path, expected: dict[str, list[list[int]]]) -> None:
+    found = run_ranks(4, models, sorted(FOUR_RANKS))
+    assert found["four_kv_heads"] == expected["four_kv_heads"]
+    assert "num_key_value_heads (2) is less than 4 ranks" in found["mistral"]
+
+
+def test_more_ranks_than_kv_heads_are_refused_before_weights_are_read(models: Path) -> None:
+    mesh = Mesh(rank=0, tp_size=3, pp_size=1, device=torch.device("cpu"))
+    with pytest.raises(UnsupportedModel, match=r"num_key_value_heads \(2\) .* to 2 or less"):
+        check_split(inspect_model(models / "llama", None), mesh)
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
+    monkeypatch.setattr(deepspeed_comm, "find_spec", lambda name: None)
+    mesh = Mesh(rank=0, tp_size=1, pp_size=1, device=torch.device("cpu"))
+    with pytest.raises(UnsupportedModel, match=r"pip install 'sluice\[deepspeed\]'"):
+        DeepSpeedTPEngine(config_of(models / "llama", 1), mesh, lambda fraction: None)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "device", "num_cores", "reason"),
+    [
+        (2, "cuda", 8, "shared memory is for CPUs"),
+        (4, "cpu", 2, "4 ranks would spin on 2 cores"),
+        (1 << 20, "cpu", 1 << 20, "MiB free"),
+    ],
+)
+def test_why_the_groups_own_backend_reduces(
+    world_size: int, device: str, num_cores: int, reason: str
+) -> None:
+    assert reason in deepspeed_comm.reason_for_the_backend(world_size, device, num_cores)
+
+
+def test_a_missing_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed_comm.shutil, "which", lambda tool: None)
+    assert "g++ and ninja not found" in deepspeed_comm.reason_for_the_backend(2, "cpu", 2)
