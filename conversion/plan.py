@@ -67,6 +67,7 @@ class Target:
     embedding_by_rows: bool | None = None  # Meta's Llama 3 splits the vocabulary, 1 and 2 the columns
     max_file_bytes: int = 5 << 30  # of Hugging Face's format
     quantize: Literal["int8", "fp8"] | None = None
+    tokenizer: str | None = None  # a tokenizer.model that lies elsewhere
 
 
 @dataclass(frozen=True, slots=True)

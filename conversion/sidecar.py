@@ -12,6 +12,7 @@ from conversion.params import to_params
 from conversion.plan import Plan
 from conversion.source import Json, Source
 from conversion.tensors import TORCH_DTYPES, CannotConvert
+from conversion.tokenizer import MadeTokenizer, make_tokenizer
 
 _COPIED = (
     "generation_config.json",
@@ -43,17 +44,38 @@ class SideFile:
 
 def side_files(source: Source, plan: Plan) -> list[SideFile]:
     """Everything but weights and manifest."""
-    config = _config(source, plan)
-    sides = [*_configuration(source, plan, config), *_copied(source.root)]
+    made = _tokenizer(source, plan)
+    config = _config(source, plan, made)
+    copied = {side.name: side for side in _copied(source.root)}
+    if made is not None:
+        copied |= {side.name: side for side in _made(made)}
+    sides = [*_configuration(source, plan, config), *copied.values()]
     if plan.target.format == "sluice":
         text = model_config_yaml(plan.target.tp, plan.target.pp)
         sides.append(SideFile("model-config.yaml", text.encode()))
     return sides
 
 
-def _config(source: Source, plan: Plan) -> Json:
-    """config.json of the result: the source's, with the dtype that was written."""
+def _tokenizer(source: Source, plan: Plan) -> MadeTokenizer | None:
+    """A tokenizer.json for a source that has Meta's tokenizer.model only. Meta's format keeps that."""
+    stated = plan.target.tokenizer
+    path = Path(stated) if stated is not None else source.root / "tokenizer.model"
+    if plan.target.format == "meta" or (source.root / "tokenizer.json").exists():
+        return None
+    return make_tokenizer(path, source.config) if stated is not None or path.is_file() else None
+
+
+def _made(made: MadeTokenizer) -> Iterator[SideFile]:
+    yield SideFile("tokenizer.json", made.tokenizer_json.encode())
+    yield SideFile("tokenizer_config.json", _json(made.tokenizer_config))
+    yield SideFile("generation_config.json", _json(made.generation_config))
+
+
+def _config(source: Source, plan: Plan, made: MadeTokenizer | None) -> Json:
+    """config.json of the result: the source's, with what is new in it."""
     config = dict(source.config_json)
+    if made is not None:
+        config.update(made.generation_config)
     if plan.target.dtype is not None:
         name = str(TORCH_DTYPES[plan.target.dtype]).removeprefix("torch.")
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]

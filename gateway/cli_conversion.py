@@ -72,6 +72,9 @@ def convert(
     ] = None,
     dtype: Annotated[StoredDType | None, typer.Option(help="Default: as it is.")] = None,
     quantize: Annotated[Quantize | None, typer.Option(help="Weights of the layers (sluice).")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A tokenizer.model that does not lie beside the weights.")
+    ] = None,
     max_file_size: Annotated[str, typer.Option(help="Of Hugging Face's files.")] = "5GiB",
     max_memory: Annotated[str, typer.Option(help="Buffers, beyond the interpreter itself.")] = "512MiB",
     jobs: Annotated[int, typer.Option(min=0, help="Files written at once; 0: one a core.")] = 0,
@@ -94,6 +97,7 @@ def convert(
             embedding_by_rows=None if embedding is None else embedding is Embedding.ROWS,
             max_file_bytes=main.parse_bytes(max_file_size),
             quantize=quantize and quantize.value,
+            tokenizer=tokenizer and str(tokenizer),
         )
         options = main.Options(main.parse_bytes(max_memory), jobs, resume)
         choices = _choices(rope_theta, rope_scaling_factor, max_positions, allow_extra)
