@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from engines import deepspeed_comm
 from engines.base import Batch, KVSpec, ReportProgress, UnsupportedModel
 from engines.config_deepspeed import DeepSpeedFile, load_settings
-from engines.models import hf
+from engines.models import deepspeed_comm, hf
 from engines.models.checkpoint import Checkpoint
 from engines.models.hf_inspect import inspect_model
 from engines.models.names import Slice

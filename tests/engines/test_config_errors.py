@@ -197,7 +197,7 @@ def test_wrong_flag_names_the_command_line(tmp_path: Path) -> None:
     ("content", "expected"),
     [
         ('{"tensor_parallel": {"tp_size": 4}}', "tp_size is 4, but the group has 2 ranks"),
-        ('{"mp_size": 4}', "tp_size is 4"),
+        ('{"mp_size": 4}', "mp_size is 4"),
         ('{"tensor_parallel": {"tp_size": true}}', "tp_size is True"),
         ('{"enable_cuda_graph": true}', "enable_cuda_graph does not work with 2 ranks"),
         ('{"replace_with_kernel_inject": "yes"}', "replace_with_kernel_inject is 'yes'"),

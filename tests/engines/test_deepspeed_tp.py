@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engines import deepspeed_comm
 from engines.base import UnsupportedModel
 from engines.config import ModelConfig
 from engines.deepspeed_tp import DeepSpeedTPEngine, check_split
+from engines.models import deepspeed_comm
 from engines.models.hf_inspect import inspect_model
 from engines.models.hf_support import EXACT_TYPES
 from engines.runtime.mesh import Mesh
