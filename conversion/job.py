@@ -81,12 +81,12 @@ def _os_error(error: OSError, target: Path) -> str:
 def _convert(
     source: Source, plan: Plan, target: Path, options: Options, progress: Progress, partial: Path
 ) -> Manifest:
+    sides = side_files(source, plan)
     journal = Journal(partial, _digest(source, plan), options.resume)
     try:
         todo = [file for file in plan.files if file.name not in journal.finished]
         _check_room(partial, todo)
         _write_all(todo, journal, options, progress)
-        sides = side_files(source, plan)
         for side in sides:
             _write_side(journal.out / side.name, side)
         manifest = _manifest(source, plan, journal, sides)

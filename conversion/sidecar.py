@@ -60,7 +60,11 @@ def _tokenizer(source: Source, plan: Plan) -> MadeTokenizer | None:
     """A tokenizer.json for a source that has Meta's tokenizer.model only. Meta's format keeps that."""
     stated = plan.target.tokenizer
     path = Path(stated) if stated is not None else source.root / "tokenizer.model"
-    if plan.target.format == "meta" or (source.root / "tokenizer.json").exists():
+    if stated is not None and plan.target.format == "meta":
+        raise CannotConvert(
+            "--tokenizer: Meta's format keeps tokenizer.model as it is: put it there yourself"
+        )
+    if stated is None and ((source.root / "tokenizer.json").exists() or plan.target.format == "meta"):
         return None
     return make_tokenizer(path, source.config) if stated is not None or path.is_file() else None
 

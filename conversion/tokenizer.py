@@ -41,7 +41,9 @@ def make_tokenizer(path: Path, config: LlamaConfig) -> MadeTokenizer:
             raise ValueError(f"has {path.stat().st_size} bytes, no tokenizer is so large")
         data = path.read_bytes()
         made = _tiktoken(data, config) if _is_tiktoken(data) else _sentencepiece(read_pieces(data), config)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CannotConvert(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise CannotConvert(f"{path}: {error}") from None
     return made
 

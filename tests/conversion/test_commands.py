@@ -1,0 +1,171 @@
+"""The commands: what they print, what they exit with, and that verify sees what shapes cannot show."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from conversion.numeric import logits
+from conversion.open import open_checkpoint
+from conversion.plan import Target
+from engines.config import load
+from gateway.cli import app
+from tests.conversion.helpers import convert
+from tests.models import GQA, MHA, ODD, Shape, make_llama
+
+
+def sluice(*arguments: object, code: int = 0) -> str:
+    """What the command prints; errors too."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_convert_verify_inspect(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", ODD)
+    printed = sluice("convert", hf, tmp_path / "meta", "--to", "meta", "--shards", 2)
+    assert "GB/s" in printed
+    sluice("convert", tmp_path / "meta", tmp_path / "s", "--to", "sluice", "--tp", 2, "--pp", 2)
+    printed = sluice("verify", hf, tmp_path / "s")
+    assert "all 34 tensors are equal, bit by bit" in printed
+    assert "agree: 2 layers in float32" in printed
+    printed = sluice("inspect", tmp_path / "s")
+    assert "tp=2 pp=2" in printed
+    assert "1, 2, 4 (key/value heads are replicated at 2, 4)" in printed
+    assert "100,504" in printed
+
+
+def test_the_model_config_that_comes_with_it_is_valid(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", GQA)
+    for tp, pp, kind in ((1, 1, "tp"), (4, 1, "tp"), (1, 3, "pp"), (2, 2, "pptp")):
+        out = tmp_path / f"{tp}-{pp}"
+        sluice("convert", hf, out, "--to", "sluice", "--tp", tp, "--pp", pp)
+        config = load(out / "model-config.yaml", num_gpus=0)
+        assert (config.parallel_type, config.tp_size, config.pp_size) == (kind, tp, pp)
+        assert config.model_path == str(out)
+        shown = sluice("inspect", out).split("model-config.yaml:\n")[1]
+        assert yaml.safe_load(shown) == yaml.safe_load((out / "model-config.yaml").read_text())
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", GQA)
+    printed = sluice("convert", hf, tmp_path / "out", "--to", "sluice", "--tp", 2, "--dry-run")
+    assert "tp1-of-2/pp0-of-1.safetensors" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+    plan = json.loads(sluice("convert", hf, tmp_path / "o", "--to", "hf", "--dry-run", "--json"))
+    convert(hf, tmp_path / "real", Target("hf"))
+    header = 8 + int.from_bytes((tmp_path / "real" / "model.safetensors").read_bytes()[:8], "little")
+    assert plan["bytes"] + header == (tmp_path / "real" / "model.safetensors").stat().st_size
+
+
+def test_the_json_log(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", GQA)
+    lines = sluice("convert", hf, tmp_path / "out", "--to", "sluice", "--tp", 2, "--json").splitlines()
+    events = [json.loads(line) for line in lines]
+    assert [event["event"] for event in events].count("finish") == 2
+    assert events[-1]["event"] == "done"
+    assert events[-1]["not_finite"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "sluice", "--tp", 3], "--tp 3: its 8 attention heads"),
+        (["--to", "sluice", "--pp", 4], "--pp 4: a pipeline of 4 stages needs as many layers"),
+        (["--to", "meta", "--shards", 5], "--shards 5: its 8 attention heads"),
+        (["--to", "hf", "--quantize", "int8"], "--quantize: only --to sluice"),
+        (["--to", "hf", "--max-memory", "much"], "'much' is not a size"),
+        (["--to", "hf", "--tokenizer", "/nonexistent/tokenizer.model"], "tokenizer.model"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(tmp_path: Path, arguments: list[Any], message: str) -> None:
+    hf = make_llama(tmp_path / "hf", GQA)
+    printed = sluice("convert", hf, tmp_path / "out", *arguments, code=1)
+    errors = [line for line in printed.splitlines() if line.startswith("sluice: error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_verify_finds_one_changed_value(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", GQA, dtype=torch.bfloat16)
+    convert(hf, tmp_path / "s", Target("sluice", tp=2))
+    file = hf / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.down_proj.weight"][5, 99] += 1
+    save_file(tensors, file)
+    printed = sluice("verify", hf, tmp_path / "s", "--no-numeric", code=1)
+    assert printed.splitlines()[1:] == ["differs: model.layers.1.mlp.down_proj.weight: values differ"]
+
+
+def test_verify_finds_a_damaged_file_by_its_hash(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", GQA)
+    convert(hf, tmp_path / "s", Target("sluice", tp=2))
+    assert "are what manifest.json says" in sluice("verify", tmp_path / "s")
+    path = tmp_path / "s" / "tp1-of-2" / "pp0-of-1.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    printed = sluice("verify", tmp_path / "s", code=1)
+    assert "tp1-of-2/pp0-of-1.safetensors: tensor model.layers.2.mlp.down_proj.weight: is damaged" in printed
+
+
+@pytest.mark.parametrize("shape", [MHA, GQA, ODD])
+def test_the_numeric_check_sees_a_wrong_order_of_rows(tmp_path: Path, shape: Shape) -> None:
+    """A missing permutation keeps every shape, and the text that comes out is plausible for a while."""
+    hf = make_llama(tmp_path / "hf", shape)
+    convert(hf, tmp_path / "meta", Target("meta"))
+    right = logits(open_checkpoint(hf), 2)
+    assert torch.allclose(logits(open_checkpoint(tmp_path / "meta"), 2), right, atol=1e-5)
+    path = tmp_path / "meta" / "consolidated.00.pth"
+    tensors = torch.load(path, weights_only=True)
+    key = tensors["layers.0.attention.wk.weight"]
+    half = key.view(shape.kv_heads, shape.head_dim // 2, 2, -1).transpose(1, 2)
+    tensors["layers.0.attention.wk.weight"] = half.reshape(key.shape)
+    torch.save(tensors, path)
+    wrong = logits(open_checkpoint(tmp_path / "meta"), 2)
+    assert not torch.allclose(wrong, right, atol=1e-3)
+
+
+def test_private_memory_is_bounded_by_the_flag(tmp_path: Path) -> None:
+    """A model of 150 MB through 8 MB of buffers: the peak beyond what starting took is a fraction of it."""
+    shape = Shape(hidden=512, layers=2, heads=8, kv_heads=8, head_dim=64, ffn=2048, vocab=32000)
+    make_llama(tmp_path / "hf", shape)
+    make_llama(tmp_path / "small", MHA)
+    program = (
+        "import sys, resource, re\n"
+        "from pathlib import Path\n"
+        "from conversion.plan import Target\n"
+        "from conversion.job import Options\n"
+        "from tests.conversion.helpers import convert\n"
+        "def private():\n"
+        "    text = Path('/proc/self/status').read_text()\n"
+        "    return int(re.search(r'RssAnon:\\s+(\\d+)', text)[1]) // 1024\n"
+        "class Watch:\n"
+        "    peak = 0\n"
+        "    def start(self, *_): pass\n"
+        "    def finish(self, *_): pass\n"
+        "    def advance(self, *_): self.peak = max(self.peak, private())\n"
+        "root = Path(sys.argv[1])\n"
+        "for how in ('sluice', 'meta'):\n"
+        "    options = Options(max_memory=8 << 20, jobs=2)\n"
+        "    convert(root / 'small', root / f'warm-{how}', Target(how, tp=2, shards=2), options)\n"
+        "    before, watch = private(), Watch()\n"
+        "    convert(root / 'hf', root / how, Target(how, tp=2, shards=2), options, progress=watch)\n"
+        "    print(watch.peak - before)\n"
+    )
+    run = [sys.executable, "-c", program, str(tmp_path)]
+    result = subprocess.run(run, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    assert result.returncode == 0, result.stderr
+    grown = [int(line) for line in result.stdout.split()]
+    assert len(grown) == 2
+    assert max(grown) < 32, f"MB of private memory: {grown}"
