@@ -83,7 +83,7 @@ def _resolve(s: Settings, base: Path, source: str, num_gpus: int | None) -> Mode
         dtype=cast(DType, s.text("dtype") or (deepspeed_file and deepspeed_file.dtype) or "auto"),
         max_model_len=cast("int | None", _first(s, "maxModelLen", "handler.max_seq_len")),
         max_num_seqs=cast("int | None", _first(s, "maxNumSeqs", "handler.max_batch_size")) or 256,
-        max_num_batched_tokens=s.integer("maxNumBatchedTokens") or 2048,
+        max_num_batched_tokens=s.integer("maxNumBatchedTokens") or _batched_tokens(s, engine, split, device),
         kv_block_size=s.integer("kvBlockSize") or (256 if device == "cuda" else 16),
         kv_cache_memory=s.integer("kvCacheMemory") or 1 << 30,
         gpu_memory_share=_or(s.number("gpuMemoryShare"), 0.9),
@@ -221,6 +221,15 @@ def _check_device_ids(s: Settings, split: Split, replicas: int) -> None:
         return
     sums = f"{replicas} workers x {size} devices = {size * replicas}, but deviceIds names {len(ids)}"
     s.problem("deviceIds", sums, remedy="name more devices, or lower minWorkers or the devices of a worker")
+
+
+def _batched_tokens(s: Settings, engine: str, split: Split, device: Device) -> int:
+    """The default. In a pipeline a long step of one micro-batch leaves all other stages without work, so
+    prompts come in smaller pieces there; yet one step holds a token of each sequence of a micro-batch."""
+    if engine != "pipeline":
+        return 2048
+    max_num_seqs = s.integer("maxNumSeqs") or s.integer("handler.max_batch_size") or 256
+    return max(256 if device == "cpu" else 512, 128 + -(-max_num_seqs // split.pp_size))
 
 
 def _check_stage_split(s: Settings, split: Split) -> None:

@@ -80,6 +80,10 @@ class Group:
         _until(lambda: not self.stats().num_running + self.stats().num_waiting, "an idle group")
         return self.stats()
 
+    def wait_until_failed(self) -> None:
+        """Once nothing of it is left, where the configuration allows no restart."""
+        _until(lambda: self._group.state is GroupState.FAILED, "the end of the group")
+
     def _submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 

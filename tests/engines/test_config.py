@@ -255,3 +255,17 @@ def test_an_alias_stands_for_its_value(tmp_path: Path) -> None:
 def test_frozen(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
         loaded(tmp_path, "modelName: m\n").model_name = "n"  # type: ignore[misc]
+
+
+def test_a_pipeline_divides_its_layers_as_told_and_takes_prompts_in_smaller_pieces(tmp_path: Path) -> None:
+    by_default = loaded(tmp_path, "parallelType: pp\nparallelLevel: 2\ndeviceType: cpu\n")
+    assert (by_default.stage_split, by_default.max_num_batched_tokens) == ("work", 256)
+    told = loaded(
+        tmp_path, "parallelType: pp\nparallelLevel: 2\nstageSplit: [7, 7]\nmaxNumBatchedTokens: 9\n"
+    )
+    assert (told.stage_split, told.max_num_batched_tokens) == ((7, 7), 9)
+    assert loaded(tmp_path, "parallelType: pp\nparallelLevel: 2\nstageSplit: BYTES\n").stage_split == "bytes"
+    many = loaded(tmp_path, "parallelType: pp\nparallelLevel: 2\nmaxNumSeqs: 1000\ndeviceType: cpu\n")
+    assert many.max_num_batched_tokens == 628
+    (warning,) = loaded(tmp_path, "parallelType: tp\nparallelLevel: 2\nstageSplit: work\n").warnings
+    assert "stageSplit: has no effect" in warning

@@ -291,3 +291,8 @@ def test_any_damage_to_a_document_is_refused_or_harmless(
     text = DOCUMENTED[name]
     start %= len(text)
     load_or_refuse(tmp_path, text[:start] + replacement + text[start + length :])
+
+
+def test_stages_are_counted(tmp_path: Path) -> None:
+    (message,) = refused(tmp_path, "parallelType: pp\nparallelLevel: 2\nstageSplit: [4, 4, 4]\n")
+    assert "stageSplit: names the layers of 3 stages, but the group has 2" in message

@@ -1,0 +1,74 @@
+"""Memory of a group right after loading, beside its weights.
+
+    python -m tests.bench.bench_load --shape small
+
+Proportional set size (PSS: a page that n processes share counts as 1/n in each) of all ranks together, above
+that of as many idle processes, which have imported and joined the same but hold no model. K/V is a few
+blocks, so that weights are what is measured. The bound is 1.25 times the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import cast
+
+import psutil
+import torch
+
+from engines.config import ModelConfig, ParallelType
+from tests.engines.harness import running
+from tests.models import B1, SMALL, Shape, make_llama
+
+SHAPES = {"small": SMALL, "b1": B1}
+IDLE = Shape(hidden=64, layers=4, heads=4, kv_heads=4, head_dim=16, ffn=64, vocab=64)
+"""A model of next to nothing, that divides like the real one."""
+LAYOUTS = {"tp=4": ("tp", 4, 1), "pp=2": ("pp", 1, 2), "pptp 2x2": ("pptp", 2, 2)}
+BOUND = 1.25
+
+
+def group_pss(model: Path, kind: str, tp: int, pp: int) -> int:
+    """Bytes of all ranks, ready and idle."""
+    config = ModelConfig(
+        model_name="load",
+        served_model_names=("load",),
+        model_path=str(model),
+        parallel_type=cast(ParallelType, kind),
+        engine="native" if pp == 1 else "pipeline",
+        tp_size=tp,
+        pp_size=pp,
+        kv_cache_memory=1 << 20,
+        max_model_len=64,
+        max_num_batched_tokens=64,
+    )
+    with running(config) as group:
+        return sum(int(psutil.Process(pid).memory_full_info().pss) for pid in group.info.pids)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--layouts", default=",".join(LAYOUTS))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as work:
+        idle = make_llama(Path(work) / "idle", IDLE, dtype=torch.bfloat16)
+        model = make_llama(Path(work) / "model", SHAPES[args.shape], dtype=torch.bfloat16)
+        weights = (model / "model.safetensors").stat().st_size
+        for name in args.layouts.split(","):
+            above = group_pss(model, *LAYOUTS[name]) - group_pss(idle, *LAYOUTS[name])
+            found[name] = above / weights
+            sizes = f"{above / 2**20:8.1f} MiB, weights {weights / 2**20:.1f} MiB"
+            print(f"{name:10} {sizes}: {found[name]:.3f}")
+    if args.json:
+        args.json.write_text(
+            json.dumps({"shape": args.shape, "weights_bytes": weights, "ratio": found}, indent=2)
+        )
+    raise SystemExit(any(ratio > BOUND for ratio in found.values()))
+
+
+if __name__ == "__main__":
+    main()
