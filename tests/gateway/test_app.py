@@ -630,3 +630,20 @@ def test_importing_the_application_loads_no_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.strip() == "[]"
+
+
+async def test_metrics_show_how_busy_the_stages_of_a_pipeline_are(model_dir: Path, group: FakeGroup) -> None:
+    from engines.wire import Stats
+
+    group.stats = Stats(num_steps=9, active_seconds=8.0, stage_busy_seconds=[6.0, 4.0])
+    async with client_of(make_app(model_dir, group)) as client:
+        text = (await client.get("/metrics")).text
+    labels = 'engine="0",model_name="demo"'
+    for sample in (
+        f'sluice:pipeline_stage_busy_share{{{labels},stage="0"}} 0.75',
+        f'sluice:pipeline_stage_busy_share{{{labels},stage="1"}} 0.5',
+        f'sluice:pipeline_stage_busy_seconds_total{{{labels},stage="1"}} 4.0',
+        f"sluice:pipeline_active_seconds_total{{{labels}}} 8.0",
+        f"sluice:pipeline_bubble{{{labels}}} 0.375",
+    ):
+        assert sample in text
