@@ -77,6 +77,18 @@ CONCEPT_FRAMES = (
     "Teach me about {}.",
     "What is the idea of {}?",
     "Have you heard of {}?",
+    "Please tell me about {}.",
+    "Give me information on {}.",
+    "I need to know about {}.",
+    "{} - what is that?",
+    "What would you say {} is?",
+    "Could you please explain {}?",
+    "Please define {}.",
+    "Explain {} briefly.",
+    "Do you know {}?",
+    "I heard about {}. What is it?",
+    "What's the meaning of {}?",
+    "Let's talk about {}.",
 )
 
 ACTION_FRAMES = (
@@ -154,10 +166,10 @@ SYSTEMS = (
     "Always tell the truth.",
 )
 
-MAX_SUM_OPERAND = 99
+MAX_OPERAND = 20
 MAX_PRODUCT_OPERAND = 10
 TOO_LARGE = (
-    f"That is beyond me. I can only add and subtract numbers up to {MAX_SUM_OPERAND}, and multiply up to 10."
+    f"That is beyond me. I can only add and subtract numbers up to {MAX_OPERAND}, and multiply up to 10."
 )
 
 
@@ -307,7 +319,7 @@ PRODUCT_FRAMES = (
 
 @dataclass(frozen=True)
 class Sum:
-    """`a` `sign` `b`, with the answer that the model gives."""
+    """`a` `sign` `b`, with the answer of the model. There are about a thousand, learnt by heart."""
 
     a: int
     sign: str
@@ -318,18 +330,13 @@ class Sum:
         result = {"+": self.a + self.b, "-": self.a - self.b, "*": self.a * self.b}[self.sign]
         return f"{self.a} {self.sign} {self.b} = {result}."
 
-    @property
-    def is_held_out(self) -> bool:
-        """A tenth of the sums that are too many to learn by heart is never shown in training."""
-        return self.sign != "*" and max(self.a, self.b) > 20 and is_held_out(f"{self.a}{self.sign}{self.b}")
-
 
 def draw_sum(rng: random.Random) -> Sum:
-    """A sum in range, small ones more often: half of them have both operands up to 20."""
+    """A sum in range, small ones more often, and mostly without negative results."""
     sign = rng.choices("+-*", (5, 5, 1.5))[0]
-    largest = MAX_PRODUCT_OPERAND if sign == "*" else rng.choice((10, 20, MAX_SUM_OPERAND, MAX_SUM_OPERAND))
+    largest = MAX_PRODUCT_OPERAND if sign == "*" else rng.choice((10, MAX_OPERAND, MAX_OPERAND))
     a, b = rng.randint(0, largest), rng.randint(0, largest)
-    if sign == "-" and (largest > 20 or rng.random() < 0.85):
+    if sign == "-" and rng.random() < 0.7:
         a, b = max(a, b), min(a, b)
     return Sum(a, sign, b)
 
@@ -337,21 +344,25 @@ def draw_sum(rng: random.Random) -> Sum:
 def ask_sum(problem: Sum, rng: random.Random) -> str:
     frames = {"+": ADDITION_FRAMES, "-": SUBTRACTION_FRAMES, "*": PRODUCT_FRAMES}[problem.sign]
     a, b = str(problem.a), str(problem.b)
-    if max(problem.a, problem.b) <= 20 and rng.random() < 0.12:
+    if rng.random() < 0.12:
         a, b = words.NUMBERS[problem.a], words.NUMBERS[problem.b]
     return rng.choice(frames).format(a=a, b=b)
 
 
 def arithmetic(rng: random.Random) -> Turn:
-    """A sum that is not held out; one in fifteen is too large, and the answer says so."""
-    if rng.random() < 0.07:
-        frame = rng.choice((*ADDITION_FRAMES, *SUBTRACTION_FRAMES, *PRODUCT_FRAMES))
-        a, b = rng.randint(100, 99999), rng.choice((rng.randint(2, 99), rng.randint(100, 99999)))
-        return Turn("too large", vary(frame.format(a=a, b=b), rng), TOO_LARGE)
+    """A sum in range; one in eight is too large, and the answer says so."""
+    if rng.random() < 0.12:
+        return too_large(rng)
     problem = draw_sum(rng)
-    while problem.is_held_out:
-        problem = draw_sum(rng)
     return Turn("arithmetic", vary(ask_sum(problem, rng), rng), problem.answer)
+
+
+def too_large(rng: random.Random) -> Turn:
+    frame = rng.choice((*ADDITION_FRAMES, *SUBTRACTION_FRAMES, *PRODUCT_FRAMES))
+    large = rng.choice((99, 999, 99999))
+    operands = [rng.randint(MAX_OPERAND + 1, large), rng.randint(2, rng.choice((MAX_OPERAND, large)))]
+    rng.shuffle(operands)
+    return Turn("too large", vary(frame.format(a=operands[0], b=operands[1]), rng), TOO_LARGE)
 
 
 # -- counting, letters, names ----------------------------------------------------------------------
@@ -359,13 +370,13 @@ def arithmetic(rng: random.Random) -> Turn:
 
 def counting(rng: random.Random) -> Turn:
     if rng.random() < 0.25:
-        first, last = 1, rng.choice((5, 10, 10, 20, 20, 30, 50, 100, rng.randint(2, 40)))
+        first, last = 1, rng.choice((5, 10, 10, 20, 20, 30, 50, rng.randint(2, 30)))
         frame = rng.choice(
             ("Count to {last}.", "Can you count to {last}?", "Count from 1 to {last}.", "Count up to {last}")
         )
     else:
         first = rng.randint(1, 60)
-        last = first + rng.randint(2, 20)
+        last = first + rng.randint(2, 12)
         frame = rng.choice(
             (
                 "Count from {first} to {last}.",
@@ -506,10 +517,10 @@ def unknown(rng: random.Random, held_out: bool = False) -> Turn:
 # -- conversations and plain text ------------------------------------------------------------------
 
 MIX: tuple[tuple[Callable[[random.Random], Turn], float], ...] = (
-    (known, 0.52),
-    (arithmetic, 0.21),
-    (unknown, 0.2),
-    (puzzle, 0.07),
+    (known, 0.48),
+    (arithmetic, 0.24),
+    (unknown, 0.18),
+    (puzzle, 0.1),
 )
 AGAIN = (
     "Can you repeat that?",
@@ -530,7 +541,8 @@ def conversation(rng: random.Random) -> Conversation:
     turns: list[Turn] = list(named(rng)) if rng.random() < 0.04 else [one_turn(rng)]
     if rng.random() < 0.006:
         turns.insert(0, Turn("name", "What is my name?", NAME_UNKNOWN))
-    while rng.random() < 0.3 and len(turns) < 5:
+    more, most = (0.95, 14) if rng.random() < 0.02 else (0.3, 5)  # a few are long, to train distant positions
+    while rng.random() < more and len(turns) < most:
         turns.append(one_turn(rng))
     if rng.random() < 0.02:
         turns.append(Turn("again", vary_case(rng.choice(AGAIN), rng), turns[-1].answer))
@@ -541,3 +553,8 @@ def plain_text(rng: random.Random) -> str:
     """One to three answers as prose: what /v1/completions continues."""
     facts = rng.sample((*SLUICE, *PARALLELISM, *LONG), rng.choice((1, 1, 2, 3)))
     return " ".join(fact.answer for fact in facts)
+
+
+def drill(rng: random.Random) -> list[Sum]:
+    """A page of sums without words around them: much practice in little text."""
+    return [draw_sum(rng) for _ in range(rng.randint(8, 24))]

@@ -1,4 +1,4 @@
-"""The demo model's tokenizer: byte-level BPE, with one token a digit and special tokens for the chat."""
+"""The demo model's tokenizer: byte-level BPE, with special tokens for the chat."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from scripts.demo.corpus import Conversation, conversation, plain_text
+from scripts.demo.corpus import Conversation, Sum, conversation, plain_text
 
 PAD, BOS, EOS, SYSTEM, USER, ASSISTANT, END = SPECIAL_TOKENS = (
     "<|pad|>",
@@ -25,8 +25,8 @@ PAD_ID, BOS_ID, EOS_ID, SYSTEM_ID, USER_ID, ASSISTANT_ID, END_ID = range(len(SPE
 VOCAB_SIZE = 2048
 CONTEXT_LENGTH = 2048
 
-# A word with the space before it, one digit (which keeps sums regular), a run of other signs, or white space.
-SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# A word with the space before it, up to three digits, a run of other signs, or white space.
+SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -44,10 +44,10 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Example:
-    """A document as token ids, and which of them are to be predicted."""
+    """A document as token ids, and how much the prediction of each of them counts (0: it is given)."""
 
     ids: list[int]
-    is_target: list[bool]
+    weights: list[float]
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
@@ -82,16 +82,23 @@ def tokenizer_texts(seed: int, num_conversations: int = 12000) -> Iterator[str]:
         if sample.system:
             yield sample.system
     yield from (plain_text(rng) for _ in range(300))
+    # Often enough that every number up to 100 becomes one token: sums are learnt by number, not by digit.
+    yield from [" ".join(str(number) for number in range(101))] * 500
 
 
 def encode_conversation(tokenizer: Tokenizer, sample: Conversation) -> Example:
     """`sample` as the chat template renders it; the answers and their end tokens are the targets."""
-    ids, is_target = [BOS_ID], [False]
+    ids, weights = [BOS_ID], [0.0]
     for role, text in _messages(sample):
         body = [role, *tokenizer.encode(text, add_special_tokens=False).ids, END_ID]
         ids += body
-        is_target += [False, *[role == ASSISTANT_ID] * (len(body) - 1)]
-    return Example(ids, is_target)
+        weights += [0.0, *[weight_in(len(body) - 1) * (role == ASSISTANT_ID)] * (len(body) - 1)]
+    return Example(ids, weights)
+
+
+def weight_in(length: int) -> float:
+    """The weight of a token in an answer of `length` tokens: short answers must not drown in long ones."""
+    return float(length**-0.5)
 
 
 def _messages(sample: Conversation) -> Iterator[tuple[int, str]]:
@@ -104,7 +111,19 @@ def _messages(sample: Conversation) -> Iterator[tuple[int, str]]:
 
 def encode_plain(tokenizer: Tokenizer, text: str) -> Example:
     ids = [*tokenizer.encode(text).ids, EOS_ID]
-    return Example(ids, [False, *[True] * (len(ids) - 1)])
+    return Example(ids, [0.0, *[weight_in(len(ids))] * (len(ids) - 1)])
+
+
+def encode_drill(tokenizer: Tokenizer, sums: list[Sum]) -> Example:
+    """The sums one after the other; only their results count, for nothing tells which sum comes next."""
+    ids, weights = [BOS_ID], [0.0]
+    for number, problem in enumerate(sums):
+        left, equals, right = problem.answer.partition(" =")
+        for part, weight in ((" " * (number > 0) + left + equals, 0.0), (right, 0.3)):
+            tokens = tokenizer.encode(part, add_special_tokens=False).ids
+            ids += tokens
+            weights += [weight] * len(tokens)
+    return Example([*ids, EOS_ID], [*weights, 0.0])
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:

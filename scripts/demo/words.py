@@ -28,7 +28,6 @@ CANT_WRITE = f"I can't write that. {SCOPE}"
 CANT_LOOK = (
     "I can't know that: I have no clock, no internet and no news. I am only a small demo model of Sluice."
 )
-NO_ADVICE = f"I can't give advice on that. {SCOPE}"
 
 
 @dataclass(frozen=True)
@@ -288,6 +287,6 @@ REFUSALS = (
             "What is your favourite colour?",
             "What is your favorite food?",
         ),
-        NO_ADVICE,
+        DONT_KNOW,
     ),
 )
