@@ -54,6 +54,8 @@ class AccelerateEngine:
         hf.fill(self.model, checkpoint, lambda name: _home(device_map, name), report)
         _dispatch(self.model, device_map, checkpoint)
         self._decoder = hf.HFDecoder(self.model, self._found.shape.attention_names)
+        homes = set(device_map.values())
+        self._input_device = _torch_device(homes.pop()) if len(homes) == 1 else mesh.device
         if set(device_map.values()) == {"cpu"}:
             hf.pack_linears(self.model)
 
@@ -76,10 +78,12 @@ class AccelerateEngine:
 
     def forward(self, batch: Batch) -> Tensor:
         """[T, H] on the batch's device, wherever the last layer computed."""
-        return self._decoder.forward(batch.input_ids, batch.positions).to(batch.input_ids.device)
+        device = self._input_device
+        hidden = self._decoder.forward(batch.input_ids.to(device), batch.positions.to(device))
+        return hidden.to(batch.input_ids.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self._decoder.logits(hidden).to(hidden.device)
+        return self._decoder.logits(hidden.to(self._input_device)).to(hidden.device)
 
 
 def place(model: PreTrainedModel, config: ModelConfig) -> DeviceMap:
@@ -104,6 +108,8 @@ def _limits(model: PreTrainedModel, config: ModelConfig, unsplit: list[str]) -> 
     from accelerate.utils import get_balanced_memory, get_max_memory  # type: ignore[import-untyped]
 
     limits: dict[int | str, int | str] = {_device(name): size for name, size in config.max_memory}
+    for device in limits:
+        _check_present("maxMemory", device)
     if config.device == "cuda":
         for number in range(torch.cuda.device_count()):
             total = torch.cuda.get_device_properties(number).total_memory
@@ -123,6 +129,15 @@ def _device(text: str) -> int | str:
     return int(text.removeprefix("cuda:")) if text.startswith("cuda:") else text
 
 
+def _check_present(key: str, device: int | str) -> None:
+    count = torch.cuda.device_count()
+    if isinstance(device, int) and device >= count:
+        raise UnsupportedModel(
+            f"{key}: cuda:{device} is not there: this process sees {count} CUDA devices, counted from "
+            "cuda:0; name one of them, or raise parallelLevel"
+        )
+
+
 def _given(model: PreTrainedModel, device_map: DeviceMap) -> DeviceMap:
     modules = dict(model.named_modules())
     for name, device in device_map.items():
@@ -130,11 +145,7 @@ def _given(model: PreTrainedModel, device_map: DeviceMap) -> DeviceMap:
             raise UnsupportedModel(
                 f"deviceMap: {name}: the model has no such module; it has {', '.join(_top(modules))}"
             )
-        if isinstance(device, int) and device >= torch.cuda.device_count():
-            raise UnsupportedModel(
-                f"deviceMap: {name}: cuda:{device} is not there: this process sees "
-                f"{torch.cuda.device_count()} CUDA devices (cuda:0 is the first)"
-            )
+        _check_present("deviceMap", device)
     for name, _ in model.named_parameters():
         if _lookup(device_map, name) is None:
             raise UnsupportedModel(
@@ -178,9 +189,14 @@ def _home(device_map: DeviceMap, name: str) -> torch.device | None:
     """Where a parameter is kept. None: on disk, where it is already."""
     device = _lookup(device_map, name)
     assert device is not None, name
-    if device == "disk":
-        return None
-    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    return None if device == "disk" else _torch_device(device)
+
+
+def _torch_device(device: int | str) -> torch.device:
+    """Where a module on `device` computes; from disk it is brought to the main memory at least."""
+    if isinstance(device, int):
+        return torch.device("cuda", device)
+    return torch.device("cpu")
 
 
 def _dispatch(model: PreTrainedModel, device_map: DeviceMap, checkpoint: Checkpoint) -> None:

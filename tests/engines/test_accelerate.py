@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from engines.accelerate_map import AccelerateEngine
 from engines.base import UnsupportedModel
 from engines.config import ConfigError, ModelConfig, load
 from engines.models import hf
+from engines.models.hf_inspect import inspect_model
 from engines.runtime.mesh import Mesh
 from engines.wire import Generate, SamplingParams
 from tests.engines.driver import generate
@@ -127,6 +129,46 @@ def test_weights_are_converted_as_they_come_from_disk(model: Path) -> None:
 def test_a_wrong_map_is_refused(device_map: object, message: str, model: Path) -> None:
     with pytest.raises(UnsupportedModel, match=message):
         engine_of(model, device_map=device_map)
+
+
+def test_a_limit_for_a_device_that_is_not_there_is_refused(model: Path) -> None:
+    with pytest.raises(UnsupportedModel, match=r"maxMemory: cuda:99 is not there"):
+        engine_of(model, max_memory=(("cuda:99", 1 << 30),))
+
+
+class FakeCuda:
+    """The part of torch.cuda that placement asks: two devices of so many bytes."""
+
+    def __init__(self, total_memory: int) -> None:
+        self.total_memory = total_memory
+
+    def device_count(self) -> int:
+        return 2
+
+    def get_device_properties(self, _: int) -> FakeCuda:
+        return self
+
+
+def layers_by_device(model: Path, monkeypatch: pytest.MonkeyPatch, **changes: object) -> dict[int | str, int]:
+    """How many layers each of two devices gets."""
+    found = inspect_model(model, None)
+    made = hf.build_empty(found, torch.float32)
+    total = int(size_of(model) / 0.9 / 0.75)  # after both shares, the whole model fits on one
+    monkeypatch.setattr(accelerate_map.torch, "cuda", FakeCuda(total))
+    device_map = accelerate_map.place(made, config_of(model, device="cuda", **changes))
+    names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(NUM_LAYERS)]
+    return Counter(accelerate_map._lookup(device_map, name) for name in names)
+
+
+def test_policies_place_over_several_devices(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    balanced = layers_by_device(model, monkeypatch, device_map="auto")
+    assert set(balanced) == {0, 1}
+    sequential = layers_by_device(model, monkeypatch, device_map="sequential")
+    assert sequential[0] > balanced[0]
+    low = layers_by_device(model, monkeypatch, device_map="balanced_low_0")
+    assert low[0] <= balanced[0]
+    tight = layers_by_device(model, monkeypatch, max_memory=(("cuda:0", 150_000), ("cuda:1", 150_000)))
+    assert tight["cpu"] > 0, "what the devices do not hold stays in main memory"
 
 
 def test_a_missing_package_names_the_extra(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
