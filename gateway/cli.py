@@ -286,6 +286,69 @@ def bench(
 
 
 @app.command()
+def parity(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="As for `sluice serve`; default: the demo model.")
+    ] = None,
+    engines: Annotated[
+        str,
+        typer.Option(help="ENGINE or ENGINE:tpNppN, with commas; default: all. The first is compared with."),
+    ] = "",
+    reference: Annotated[
+        str | None, typer.Option(help="hf: compare with transformers' generate instead of the first engine.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A prompt a line: text, or a JSON list of token ids. Default: random.")
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Random prompts.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each engine goes on with.")] = 32,
+    dtype: Annotated[DType, typer.Option(help="In float32 tokens must be identical.")] = DType.FLOAT32,
+    device: Annotated[Device | None, typer.Option(help="Default: cuda where there are GPUs.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here as well.")] = None,
+) -> None:
+    """Serve the same weights through each engine and layout that fits, and compare tokens and scores.
+
+    Exit code 1: an engine gave wrong tokens, or died; 2: there is nothing to compare with."""
+    import asyncio
+    import logging
+
+    from rich.console import Console
+
+    from engines.config import ConfigError
+    from gateway import model_source, parity_layouts
+    from gateway import parity as comparing
+
+    if dtype is DType.AUTO:
+        fail("--dtype: name one: what rounding explains depends on it")
+    if reference not in (None, comparing.HF):
+        fail(f"--reference: is {reference!r}; allowed: hf (or leave it out, and name an engine first)")
+    logging.getLogger("gateway.workers").setLevel(logging.CRITICAL)  # the table says what died, and why
+    flags = {"dtype": dtype.value, "device_type": device and device.value, "max_model_len": max_model_len}
+    wrong = (ConfigError, parity_layouts.BadLayout)
+    with clear_errors(*wrong, cannot=comparing.CannotCompare):
+        base = model_source.resolve(model, flags)
+        names = [name.strip() for name in engines.split(",") if name.strip()]
+        options = comparing.Options(
+            layouts=parity_layouts.choose(names),
+            reference=reference,
+            prompts=comparing.read_prompts(prompts, base) if prompts else None,
+            num_prompts=num_prompts,
+            max_tokens=max_tokens,
+            seed=seed,
+        )
+        result = asyncio.run(comparing.run(base, options, lambda line: typer.echo(line, err=True)))
+    if json_file is not None:
+        json_file.write_text(comparing.to_json(result))
+    Console().print(comparing.table(result))
+    for note in comparing.notes(result):
+        typer.echo(note)
+    if not result.is_good:
+        raise typer.Exit(WRONG)
+
+
+@app.command()
 def version() -> None:
     """Print the versions of Sluice and of what decides its speed."""
     import platform
