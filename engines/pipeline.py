@@ -1,7 +1,8 @@
-"""The pipeline engine: a Llama cut into stages of consecutive layers (pp), each over its own ranks (pptp).
+"""The pipeline engine: a model cut into stages of consecutive layers (pp), each over its own ranks (pptp).
 
 Ranks form a mesh of stages x tensor-parallel ranks, tp inner; each reads its own slices of its own
-layers, and hands hidden states [T, H] to the same tensor-parallel rank one stage on.
+layers, and hands hidden states [T, H] to the same tensor-parallel rank one stage on. Llamas are the native
+ones; other Hugging Face models are cut by their pp plan, without tensor parallelism.
 
 Plans are the micro-batches: as many are in flight as there are stages, each of other sequences, and every
 rank executes them in the leader's order. A rank sends without waiting and goes on with the next plan.
@@ -20,18 +21,22 @@ Why the p2p is not that of torch.distributed.pipelining (PiPPy's successor), as 
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from engines.base import Batch, KVSpec, ReportProgress, UnsupportedModel
+from engines.modeldir import read_json
 from engines.models.config import LlamaConfig
 from engines.models.llama import Llama, WeightLoader
 from engines.models.names import indivisible, kv_heads_of
 from engines.models.rank_weights import open_weights
-from engines.models.stages import BadSplit, sizes_of, split_layers
+from engines.models.stages import BadSplit, Sizes, sizes_of, split_layers
 from engines.runtime.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -40,40 +45,64 @@ if TYPE_CHECKING:
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+class StageModel(Protocol):
+    """What a stage holds of a model. `embed` is for the first one, `norm` and `logits` for the last."""
+
+    @property
+    def embed(self) -> Callable[[Tensor], Tensor]:
+        """[T] ids to [T, H]."""
+
+    def run_layers(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """[T, H], [T] to [T, H]."""
+
+    @property
+    def norm(self) -> Callable[[Tensor], Tensor]:
+        """[T, H] to [T, H]."""
+
+    @property
+    def logits(self) -> Callable[[Tensor], Tensor | None]:
+        """[L, H] to [L, V] float32 on tensor-parallel rank 0, None on the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """A stage's model, loaded, and what the engine tells of it."""
+
+    model: StageModel
+    kv_spec: KVSpec
+    hidden_size: int
+    vocab_size: int
+    max_model_len: int
+
+
 class PipelineEngine:
     """Implements engines.base.Engine."""
 
     batching: ClassVar[Literal["continuous", "static"]] = "continuous"
 
     def __init__(self, config: ModelConfig, mesh: Mesh, report: ReportProgress) -> None:
-        self._config = LlamaConfig.load(config.model_path)
-        self._layers = _layers_of(self._config, config, mesh)
-        checkpoint = open_weights(config.model_path, self._config, mesh, self._layers, reshard=config.reshard)
+        is_llama = read_json(Path(config.model_path) / "config.json").get("model_type") == "llama"
+        load = _load_llama if is_llama else _load_hugging_face
         self._mesh = mesh
-        self._dtype = checkpoint.dtype if config.dtype == "auto" else _DTYPES[config.dtype]
-        self._plans_in_flight = config.pipeline_chunks or mesh.pp_size
-        self._link = StageLink(mesh, self._config.hidden_size, self._dtype, self._plans_in_flight)
-        loader = WeightLoader(checkpoint, self._config, mesh, self._dtype, report)
-        max_positions = min(config.max_model_len or self._config.max_positions, self._config.max_positions)
         with torch.inference_mode():
-            self._model = Llama(loader, self._config, mesh, max_positions, self._layers)
-
-    @property
-    def kv_spec(self) -> KVSpec:
-        return KVSpec(
-            num_kv_heads=len(kv_heads_of(self._config, self._mesh.tp_rank, self._mesh.tp_size)),
-            head_dim=self._config.head_dim,
-            dtype=self._dtype,
-            devices=(self._mesh.device,) * len(self._layers),
+            self._stage = load(config, mesh, report)
+        self._model = self._stage.model
+        self._plans_in_flight = config.pipeline_chunks or mesh.pp_size
+        self._link = StageLink(
+            mesh, self._stage.hidden_size, self._stage.kv_spec.dtype, self._plans_in_flight
         )
 
     @property
+    def kv_spec(self) -> KVSpec:
+        return self._stage.kv_spec
+
+    @property
     def vocab_size(self) -> int:
-        return self._config.vocab_size
+        return self._stage.vocab_size
 
     @property
     def max_model_len(self) -> int:
-        return self._config.max_positions
+        return self._stage.max_model_len
 
     @property
     def plans_in_flight(self) -> int:
@@ -94,6 +123,64 @@ class PipelineEngine:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor | None:
         return self._model.logits(hidden)
+
+
+def _load_llama(config: ModelConfig, mesh: Mesh, report: ReportProgress) -> _Stage:
+    """Each rank its slices of the layers of its stage."""
+    model = LlamaConfig.load(config.model_path)
+    reason = indivisible(model, mesh.tp_size)
+    if reason is not None:
+        raise UnsupportedModel(
+            f"the stages cannot be split over {mesh.tp_size} ranks each: {reason} cannot be shared evenly; "
+            "choose a tensorParallel that divides them"
+        )
+    layers = _layers_of(sizes_of(model), config, mesh)
+    checkpoint = open_weights(config.model_path, model, mesh, layers, reshard=config.reshard)
+    dtype = checkpoint.dtype if config.dtype == "auto" else _DTYPES[config.dtype]
+    loader = WeightLoader(checkpoint, model, mesh, dtype, report)
+    max_positions = min(config.max_model_len or model.max_positions, model.max_positions)
+    return _Stage(
+        Llama(loader, model, mesh, max_positions, layers),
+        KVSpec(
+            num_kv_heads=len(kv_heads_of(model, mesh.tp_rank, mesh.tp_size)),
+            head_dim=model.head_dim,
+            dtype=dtype,
+            devices=(mesh.device,) * len(layers),
+        ),
+        model.hidden_size,
+        model.vocab_size,
+        model.max_positions,
+    )
+
+
+def _load_hugging_face(config: ModelConfig, mesh: Mesh, report: ReportProgress) -> _Stage:
+    """Whole layers only: a pp plan does not say how they divide over tensor-parallel ranks."""
+    from engines.models import hf, hf_inspect, hf_stage  # they import transformers, which takes seconds
+
+    found = hf_inspect.inspect_model(config.model_path, config.max_model_len)
+    if mesh.tp_size != 1:
+        raise UnsupportedModel(
+            f"{found.path}: stages of model_type {found.config.model_type!r} cannot be split over "
+            f"{mesh.tp_size} ranks each, those of a llama can: write parallelType: pp, or tensorParallel: 1"
+        )
+    checkpoint = hf.open_checkpoint(found)
+    shape, dtype = found.shape, hf.dtype_of(found, checkpoint, config.dtype)
+    layers = _layers_of(hf_stage.sizes_of(found, checkpoint), config, mesh)
+    return _Stage(
+        hf_stage.HFStage(found, checkpoint, dtype, layers, mesh.device, report),
+        KVSpec(shape.num_kv_heads, shape.head_dim, dtype, (mesh.device,) * len(layers)),
+        found.config.hidden_size,
+        shape.vocab_size,
+        shape.max_positions,
+    )
+
+
+def _layers_of(sizes: Sizes, config: ModelConfig, mesh: Mesh) -> range:
+    """The layers of this rank's stage. Raises UnsupportedModel, before any weight is read."""
+    try:
+        return split_layers(sizes, mesh.pp_size, config.stage_split)[mesh.stage]
+    except BadSplit as bad:
+        raise UnsupportedModel(str(bad)) from None
 
 
 class StageLink:
@@ -128,17 +215,3 @@ class StageLink:
             oldest, _ = self._sent.popleft()
             with self._mesh.clock.waiting():
                 oldest.wait()
-
-
-def _layers_of(model: LlamaConfig, config: ModelConfig, mesh: Mesh) -> range:
-    """The layers of this rank's stage. Raises UnsupportedModel, before any weight is read."""
-    reason = indivisible(model, mesh.tp_size)
-    if reason is not None:
-        raise UnsupportedModel(
-            f"the stages cannot be split over {mesh.tp_size} ranks each: {reason} cannot be shared evenly; "
-            "choose a tensorParallel that divides them"
-        )
-    try:
-        return split_layers(sizes_of(model), mesh.pp_size, config.stage_split)[mesh.stage]
-    except BadSplit as bad:
-        raise UnsupportedModel(str(bad)) from None

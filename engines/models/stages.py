@@ -14,7 +14,7 @@ Or the number of layers of each stage, given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -56,6 +56,22 @@ def sizes_of(config: LlamaConfig) -> Sizes:
     if config.tie_word_embeddings:
         head += embedding
     return Sizes(embedding, (layer // config.num_layers,) * config.num_layers, head)
+
+
+def sizes_by_name(
+    shapes: Mapping[str, tuple[int, ...]], layer_prefix: str, num_layers: int, embedding: str, is_tied: bool
+) -> Sizes:
+    """Of a model whose layers' weights are named `layer_prefix` + number + "." and more."""
+    layers = [0] * num_layers
+    rest = 0
+    for name, shape in shapes.items():
+        number = name.removeprefix(layer_prefix).partition(".")[0] if name.startswith(layer_prefix) else ""
+        if number.isdecimal() and int(number) < num_layers:
+            layers[int(number)] += prod(shape)
+        elif name != embedding:
+            rest += prod(shape)
+    size = prod(shapes[embedding])
+    return Sizes(size, tuple(layers), rest + size * is_tied)
 
 
 def split_layers(sizes: Sizes, num_stages: int, how: StageSplit = "work") -> list[range]:
