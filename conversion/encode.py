@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from conversion.plan import Entry
 from conversion.quantize import Encoding, as_bytes, quantized, scales
-from conversion.tensors import Bytes, convert, itemsize, logical_order, to_float, windows
+from conversion.tensors import Bytes, Rows, convert, itemsize, logical_order, to_float, windows
 
 _CACHE_WINDOW = 4 << 20  # larger windows leave the processor's cache between copying and hashing
 
 
-def entry_windows(entry: Entry, max_bytes: int) -> Iterator[Bytes]:
-    """The entry's bytes in order, contiguous, in windows of about `max_bytes` and its padding."""
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Bytes of an entry, contiguous. The sums are over what quantisation changed: zero where nothing."""
+
+    data: Bytes
+    squared_error: float = 0.0
+    squares: float = 0.0
+
+
+def entry_windows(entry: Entry, max_bytes: int) -> Iterator[Window]:
+    """The entry in order, in windows of about `max_bytes`, and its padding."""
     part, tensor = entry.part, entry.tensor
     wide = entry.encoding is not Encoding.PLAIN
     row_bytes = tensor.num_columns * (4 if wide else itemsize(tensor.dtype))
@@ -22,18 +32,28 @@ def entry_windows(entry: Entry, max_bytes: int) -> Iterator[Bytes]:
     for start, stop in windows(count, row_bytes, min(max_bytes, _CACHE_WINDOW)):
         rows = np.arange(first + start, first + stop, dtype=np.int64)
         rows = logical_order(rows, entry.meta_head_dim) if entry.meta_head_dim else rows
-        yield _encoded(entry, rows)
+        yield _plain(entry, rows) if entry.encoding is Encoding.PLAIN else _quantized(entry, rows)
     if part.pad:
-        yield np.zeros((part.pad, tensor.num_columns * itemsize(entry.dtype)), np.uint8)
+        yield Window(np.zeros((part.pad, tensor.num_columns * itemsize(entry.dtype)), np.uint8))
 
 
-def _encoded(entry: Entry, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Bytes:
-    part, tensor = entry.part, entry.tensor
-    columns = (part.start, part.stop) if part.dim == 1 else (0, tensor.num_columns)
-    if entry.encoding is Encoding.PLAIN:
-        data = np.ascontiguousarray(tensor.read(rows, *columns))
-        return convert(data, tensor.dtype, entry.dtype)
-    whole = tensor.read(rows)  # a row's scale is that of all of it
+def _columns(entry: Entry) -> slice:
+    part = entry.part
+    return slice(part.start, part.stop) if part.dim == 1 else slice(0, entry.tensor.num_columns)
+
+
+def _plain(entry: Entry, rows: Rows) -> Window:
+    columns = _columns(entry)
+    data = np.ascontiguousarray(entry.tensor.read(rows, columns.start, columns.stop))
+    return Window(convert(data, entry.tensor.dtype, entry.dtype))
+
+
+def _quantized(entry: Entry, rows: Rows) -> Window:
+    """A row's scale is that of all of it, whatever part of the row the entry holds."""
+    values = to_float(entry.tensor.read(rows), entry.tensor.dtype)
+    scale = scales(values, entry.encoding)[:, None]
     if entry.encoding.is_scale:
-        return as_bytes(scales(to_float(whole, tensor.dtype), entry.encoding)[:, None])
-    return as_bytes(quantized(whole, tensor.dtype, entry.encoding)[:, slice(*columns)])
+        return Window(as_bytes(scale))
+    small, original = quantized(values, entry.encoding)[:, _columns(entry)], values[:, _columns(entry)]
+    error = small.float() * scale - original
+    return Window(as_bytes(small), float(error.square().sum()), float(original.square().sum()))

@@ -90,8 +90,24 @@ def _show_result(plan: Plan, manifest: Manifest, target: Path, seconds: float, a
         return
     for name in odd:
         print(f"  warning: {name}: has values that are infinite or not numbers")
+    _show_errors(manifest)
     speed = plan.num_bytes / 1e9 / max(seconds, 1e-9)
     print(f"{target}: {plan.num_bytes / 1e9:.2f} GB in {seconds:.1f} s, {speed:.2f} GB/s")
+
+
+def _show_errors(manifest: Manifest) -> None:
+    """What quantisation lost, the worst tensors first; all of them are in the manifest."""
+    errors = [
+        (tensor.error, f"{file}: {name}")
+        for file, written in manifest.files.items()
+        for name, tensor in written.tensors.items()
+        if tensor.error is not None
+    ]
+    if errors:
+        mean = sum(error for error, _ in errors) / len(errors)
+        print(f"  quantised: relative error {mean:.3%} in the mean of {len(errors)} tensors; the largest:")
+    for error, name in sorted(errors, reverse=True)[:3]:
+        print(f"    {error:.3%}  {name}")
 
 
 def inspect(directory: Path, choices: Choices, *, as_json: bool) -> None:

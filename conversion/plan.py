@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from conversion.quantize import Encoding, is_quantizable
+from conversion.quantize import Encoding
 from conversion.source import Format, Source
 from conversion.tensors import CannotConvert, LogicalTensor, itemsize
 from engines.models.config import LlamaConfig
@@ -209,7 +209,7 @@ def _is_on(spec: TensorSpec, stage: int, layers: range, pp: int, config: LlamaCo
 def _rank_entries(source: Source, spec: TensorSpec, target: Target, rank: int) -> Iterator[Entry]:
     tensor = source.tensors[spec.name]
     part = slice_of(spec.rule.placement, spec.shape, source.config, rank, target.tp)
-    if target.quantize is None or not is_quantizable(spec):
+    if target.quantize is None or not spec.is_projection:
         yield Entry(spec.name, tensor, part, _dtype(tensor, target))
         return
     encoding = Encoding(target.quantize)

@@ -11,8 +11,7 @@ from enum import Enum
 import numpy as np
 import torch
 
-from conversion.tensors import Bytes, to_float
-from engines.models.names import Placement, TensorSpec
+from conversion.tensors import Bytes
 
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
 
@@ -41,21 +40,14 @@ class Encoding(Enum):
         return {Encoding.INT8: "I8", Encoding.FP8: "F8_E4M3"}.get(self, "F32")
 
 
-def is_quantizable(spec: TensorSpec) -> bool:
-    """Whether a tensor is quantised: the projections of the layers. Embedding, head, norms are not."""
-    is_matrix = len(spec.shape) == 2
-    return is_matrix and spec.layer is not None and spec.rule.placement is not Placement.REPLICATED
-
-
 def scales(values: torch.Tensor, encoding: Encoding) -> torch.Tensor:
     """[rows, columns] float32 to [rows]: what the largest value of a row is divided by."""
     largest = values.abs().amax(dim=1)
     return torch.where(largest > 0, largest / _LARGEST[encoding.value.split()[0]], torch.ones_like(largest))
 
 
-def quantized(data: Bytes, dtype: str, encoding: Encoding) -> torch.Tensor:
-    """[rows, bytes] to int8 or fp8 [rows, columns]."""
-    values = to_float(data, dtype)
+def quantized(values: torch.Tensor, encoding: Encoding) -> torch.Tensor:
+    """[rows, columns] float32 to int8 or fp8."""
     scaled = values / scales(values, encoding)[:, None]
     if encoding is Encoding.INT8:
         return scaled.round().clamp(-127, 127).to(torch.int8)

@@ -70,17 +70,20 @@ def _write_entry(
     file: OutputFile,
 ) -> WrittenTensor:
     digest, finite, num_bytes = hashlib.sha256(), True, 0
+    squared_error = squares = 0.0
     try:
-        for data in entry_windows(entry, window_bytes):
-            view = data.reshape(-1).data
+        for window in entry_windows(entry, window_bytes):
+            view = window.data.reshape(-1).data
             write(view)
             digest.update(view)
-            finite = is_finite(data, entry.dtype) and finite
+            finite = is_finite(window.data, entry.dtype) and finite
             num_bytes += view.nbytes
+            squared_error, squares = squared_error + window.squared_error, squares + window.squares
             advance(view.nbytes)
     except OSError as error:
         error.add_note(f"{file.name}: tensor {entry.name}")
         raise
     if num_bytes != entry.num_bytes:
         raise BadCheckpoint(f"{entry.tensor.name}: gave {num_bytes} bytes, not {entry.num_bytes}")
-    return WrittenTensor(entry.dtype, entry.shape, digest.hexdigest(), finite)
+    lost = (squared_error / squares) ** 0.5 if squares else None
+    return WrittenTensor(entry.dtype, entry.shape, digest.hexdigest(), finite, lost)

@@ -193,6 +193,10 @@ class Checkpoint:
                 f"config.json makes it {list(spec.shape)}"
             )
 
+    def quantized(self, names: Sequence[str]) -> tuple[Tensor, Tensor] | None:
+        """This rank's slices of quantised tensors and their scales; None: these are not quantised."""
+        return None
+
     def mapped(self, names: Sequence[str], dtype: torch.dtype) -> Tensor | None:
         """This rank's slices of the tensors, one below the other, as they lie in a file of its own.
 

@@ -14,6 +14,7 @@ from engines.models.checkpoint import Checkpoint
 from engines.models.config import LlamaConfig
 from engines.models.layers import LinearOp, RMSNorm, Rotary, make_linear, swiglu
 from engines.models.names import Slice, expected_tensors, kv_heads_of, slice_of
+from engines.models.quantized import QuantizedLinear
 from engines.runtime.attention import paged_attention
 from engines.runtime.mesh import Mesh
 
@@ -49,9 +50,12 @@ class WeightLoader:
         out = self._checkpoint.mapped(names, self._dtype)
         if out is None:
             out = self._read(names)
-        self._num_read += len(names)
-        self._report(min(1.0, self._num_read / self._num_tensors))
+        self._count(len(names))
         return out.to(self._mesh.device)
+
+    def _count(self, num_read: int) -> None:
+        self._num_read += num_read
+        self._report(min(1.0, self._num_read / self._num_tensors))
 
     def _read(self, names: tuple[str, ...]) -> Tensor:
         parts = [self._slice(name) for name in names]
@@ -65,13 +69,21 @@ class WeightLoader:
 
     def linear(self, *names: str) -> LinearOp:
         """The column-parallel projections `names`, fused into one."""
-        weight = self.load(*(f"{name}.weight" for name in names))
-        return make_linear(weight, self._bias(names))
+        return self._linear(names, self._bias(names))
 
     def row_linear(self, name: str) -> LinearOp:
         """A row-parallel projection; its partial sums are for all_reduce, so one rank only adds the bias."""
-        weight, bias = self.load(f"{name}.weight"), self._bias((name,))
-        return make_linear(weight, bias if self._mesh.tp_rank == 0 else None)
+        bias = self._bias((name,))
+        return self._linear((name,), bias if self._mesh.tp_rank == 0 else None)
+
+    def _linear(self, names: tuple[str, ...], bias: Tensor | None) -> LinearOp:
+        weights = tuple(f"{name}.weight" for name in names)
+        quantized = self._checkpoint.quantized(weights)
+        if quantized is None:
+            return make_linear(self.load(*weights), bias)
+        self._count(len(weights))
+        weight, scale = (tensor.to(self._mesh.device) for tensor in quantized)
+        return QuantizedLinear(weight, scale, bias, self._dtype)
 
     def norm(self, name: str) -> RMSNorm:
         return RMSNorm(self.load(f"{name}.weight"), self._config.rms_norm_eps)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+
 from engines.base import BadCheckpoint
 from engines.models.checkpoint import StoredTensor, read_header_and_metadata
 
@@ -24,6 +25,7 @@ class WrittenTensor(msgspec.Struct, frozen=True):
     shape: tuple[int, ...]
     sha256: str
     is_finite: bool = True
+    error: float | None = None  # of quantised values: root of the squared error over that of the squares
 
 
 class WrittenFile(msgspec.Struct, frozen=True):

@@ -116,6 +116,11 @@ class TensorSpec:
     layer: int | None = None
 
     @property
+    def is_projection(self) -> bool:
+        """A matrix of a layer: what quantisation makes smaller."""
+        return self.layer is not None and len(self.shape) == 2
+
+    @property
     def meta_name(self) -> str:
         return self.rule.meta_name.format(layer=self.layer)
 

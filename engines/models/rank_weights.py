@@ -14,7 +14,10 @@ from engines.models.checkpoint import DTYPES, Checkpoint, StoredTensor
 from engines.models.config import LlamaConfig
 from engines.models.manifest import FORMAT, MANIFEST_NAME, Layout, rank_file, read_manifest, read_rank
 from engines.models.names import Slice, TensorSpec, expected_tensors, slice_of
+from engines.models.quantized import ENCODINGS
 from engines.runtime.mesh import Mesh
+
+_DTYPES = DTYPES | dict(ENCODINGS.values())
 
 
 def open_weights(
@@ -34,9 +37,19 @@ def open_weights(
         raise BadCheckpoint(f"{root / MANIFEST_NAME}: layout: missing")
     if _fits(layout, mesh, layers):
         return MappedRank(root, model, layout, mesh, layers)
-    if reshard:
+    if reshard and layout.quantization is None:
         return ReshardingCheckpoint(root, model, layout)
     raise UnsupportedModel(_misfit(root, layout, mesh))
+
+
+def _encoding(root: Path, layout: Layout) -> tuple[str, torch.dtype] | None:
+    if layout.quantization is None:
+        return None
+    if layout.quantization not in ENCODINGS:
+        raise BadCheckpoint(
+            f"{root / MANIFEST_NAME}: quantization ({layout.quantization!r}) is unknown"
+        )
+    return ENCODINGS[layout.quantization]
 
 
 def _fits(layout: Layout, mesh: Mesh, layers: range) -> bool:
@@ -49,6 +62,12 @@ def _misfit(root: Path, layout: Layout, mesh: Mesh) -> str:
     target = f"{root}-tp{tp}-pp{pp}"
     same = (layout.tp, layout.pp) == (tp, pp)
     how = f"cut into the stages {layout.stages}" if same else f"for tp={layout.tp} pp={layout.pp}"
+    if layout.quantization is not None:
+        return (
+            f"{root}: its quantised files are {how}, and the group has tp={tp} pp={pp}: "
+            f"run `sluice convert SOURCE {target} --to sluice --tp {tp} --pp {pp} "
+            f"--quantize {layout.quantization}` on what it was made of"
+        )
     advice = (
         "remove stageSplit"
         if same
@@ -74,6 +93,7 @@ class MappedRank(Checkpoint):
 
     def __init__(self, root: Path, model: LlamaConfig, layout: Layout, mesh: Mesh, layers: range) -> None:
         self._model, self._layout, self._mesh, self._layers = model, layout, mesh, layers
+        self._encoding = _encoding(root, layout)
         self._path = root / rank_file(mesh.tp_rank, layout.tp, mesh.stage, layout.pp)
         super().__init__(root)
         size = self._path.stat().st_size
@@ -89,7 +109,23 @@ class MappedRank(Checkpoint):
 
     def check(self, expected: Iterable[TensorSpec], optional: frozenset[str] = frozenset()) -> None:
         here = [self._local(spec) for spec in expected if _is_on(spec, self._layers, self._model)]
-        super().check(here, optional)
+        small = [spec for spec in here if self._encoding is not None and spec.is_projection]
+        names = {spec.name for spec in small}
+        scales = {f"{name}_scale" for name in names}
+        super().check([spec for spec in here if spec.name not in names], optional | names | scales)
+        for spec in small:
+            self._check_quantized(spec)
+
+    def _check_quantized(self, spec: TensorSpec) -> None:
+        assert self._encoding is not None
+        for name, dtype, shape in (
+            (spec.name, self._encoding[0], spec.shape),
+            (f"{spec.name}_scale", "F32", spec.shape[:1]),
+        ):
+            stored = self.tensors.get(name)
+            if stored is None or (stored.dtype, stored.shape) != (dtype, shape):
+                found = "missing" if stored is None else f"{stored.dtype} {list(stored.shape)}"
+                raise BadCheckpoint(f"{self._path}: tensor {name}: is {found}, not {dtype} {list(shape)}")
 
     def _local(self, spec: TensorSpec) -> TensorSpec:
         """The shape that this rank holds."""
@@ -98,12 +134,35 @@ class MappedRank(Checkpoint):
         shape[part.dim] = part.length
         return TensorSpec(spec.name, spec.rule, tuple(shape), spec.layer)
 
+    def quantized(self, names: Sequence[str]) -> tuple[Tensor, Tensor] | None:
+        if self._encoding is None or f"{names[0]}_scale" not in self.tensors:
+            return None
+        pair = [(names, self._encoding[1]), ([f"{name}_scale" for name in names], torch.float32)]
+        weight, scale = (self._joined(these, dtype) for these, dtype in pair)
+        return weight, scale
+
+    def _joined(self, names: Sequence[str], dtype: torch.dtype) -> Tensor:
+        joined = self.mapped(names, dtype)
+        if joined is not None:
+            return joined
+        return torch.cat(
+            [self._bytes_of(name).clone().view(dtype).view(self.tensors[name].shape) for name in names]
+        )
+
+    def _bytes_of(self, name: str) -> Tensor:
+        stored = self.tensors[name]
+        return self._bytes[stored.offset : stored.offset + stored.num_bytes]
+
     def mapped(self, names: Sequence[str], dtype: torch.dtype) -> Tensor | None:
         stored = [self.tensors[name] for name in names]
         first = stored[0]
         ends = [s.offset + s.num_bytes for s in stored]
         side_by_side = all(s.offset == end for s, end in zip(stored[1:], ends[:-1], strict=True))
-        if not side_by_side or any(DTYPES[s.dtype] != dtype for s in stored) or first.offset % dtype.itemsize:
+        if (
+            not side_by_side
+            or any(_DTYPES.get(s.dtype) != dtype for s in stored)
+            or first.offset % dtype.itemsize
+        ):
             return None
         shape = (sum(s.shape[0] for s in stored), *first.shape[1:])
         num_bytes = sum(s.num_bytes for s in stored)
@@ -111,7 +170,7 @@ class MappedRank(Checkpoint):
 
     def read_into(self, out: Tensor, name: str, part: Slice) -> None:
         """All of what this rank holds, padding included: `part` is what that is of the whole tensor."""
-        whole = self.mapped((name,), DTYPES[self.tensors[name].dtype])
+        whole = self.mapped((name,), _DTYPES[self.tensors[name].dtype])
         if whole is None:
             stored = self.tensors[name]
             super().read_into(out, name, Slice(0, 0, stored.shape[0]))

@@ -1,0 +1,180 @@
+"""The converter against `cp` with `sha256sum`, and against transformers 4's own converter.
+
+    python -m tests.bench.bench_convert --gb 8 --directory DIR [--transformers4 DIR]
+
+Writes a random Meta checkpoint of about that size (its tensors have the shapes of a Llama, its values are
+random bits of bfloat16 numbers), then converts it to files for four ranks. The three take turns; times are
+the best of the rounds, memory is the peak of private (anonymous) pages, sampled. --transformers4 names a
+directory that holds transformers 4 (`pip install --target DIR --no-deps "transformers<5" ...`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from conversion.hashed import HashedFile
+from conversion.params import to_params
+from conversion.pth import PthWriter
+from engines.models.config import LlamaConfig
+from engines.models.names import expected_tensors
+from tests.models import Shape
+
+_SAMPLE_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds and the peak of private memory in MB, all processes of the command."""
+
+    seconds: float
+    private_mb: float
+
+
+def shape_of(gb: float) -> Shape:
+    """A Llama 3 8B with as many layers as the size wants."""
+    layer = 2 * (4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    ends = 2 * 2 * 32000 * 4096
+    layers = max(1, round((gb * 1e9 - ends) / layer))
+    if gb < 0.8:  # a narrower one: a single wide layer would be most of it
+        layers = max(1, round((gb * 1e9 - ends / 4) / (layer / 16)))
+        return Shape(hidden=1024, layers=layers, heads=8, kv_heads=4, head_dim=128, ffn=3584, vocab=32000)
+    return Shape(hidden=4096, layers=layers, heads=32, kv_heads=8, head_dim=128, ffn=14336, vocab=32000)
+
+
+def write_meta(directory: Path, shape: Shape) -> int:
+    """One shard. Returns the bytes of its tensors."""
+    import torch
+
+    directory.mkdir()
+    config = LlamaConfig.parse(shape.config_json(torch.bfloat16), "config.json")
+    tensors = [(spec.meta_name, "BF16", spec.shape) for spec in expected_tensors(config).values()]
+    rng, total = np.random.default_rng(0), 0
+    with HashedFile(directory / "consolidated.00.pth") as out:
+        writer = PthWriter(out, "consolidated", tensors)
+        for index, (_, _, shape_) in enumerate(tensors):
+            left = 2 * int(np.prod(shape_))
+            total += left
+            with writer.storage(index) as write:
+                while left:
+                    bits = rng.integers(0, 1 << 16, min(left, 1 << 23) // 2, dtype=np.uint16)
+                    write(((bits & 0x87FF) | 0x3800).view(np.uint8).data)  # finite, between 2^-15 and 2
+                    left -= bits.nbytes
+        writer.close()
+        out.sync()
+    params = {**to_params(config, shape.vocab), "rope_theta": 10000.0}
+    (directory / "params.json").write_text(json.dumps(params))
+    return total
+
+
+def private_mb(pids: Sequence[int]) -> float:
+    total = 0
+    for pid in pids:
+        try:
+            text = Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            continue
+        match = re.search(r"RssAnon:\s+(\d+)", text)
+        total += int(match[1]) if match else 0
+    return total / 1024
+
+
+def children(pid: int) -> list[int]:
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except OSError:
+        return []
+    return [child for found in text.split() for child in (int(found), *children(int(found)))]
+
+
+def measure(argv: Sequence[str], env: dict[str, str] | None = None) -> Measured:
+    """Raises SystemExit with the output if the command fails."""
+    start, peak = time.perf_counter(), 0.0
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(argv, stdout=log, stderr=log, env={**os.environ, **(env or {})})
+        while process.poll() is None:
+            peak = max(peak, private_mb([process.pid, *children(process.pid)]))
+            time.sleep(_SAMPLE_SECONDS)
+        seconds = time.perf_counter() - start
+        if process.returncode:
+            log.seek(0)
+            raise SystemExit(f"{' '.join(argv)}: {log.read()}")
+    return Measured(seconds, peak)
+
+
+def cp_and_hash(source: Path, target: Path) -> Measured:
+    script = 'cp -r "$0" "$1" && sha256sum "$1"/*.pth'
+    return measure(["bash", "-c", script, str(source), str(target)])
+
+
+def sluice(source: Path, target: Path) -> Measured:
+    argv = [sys.executable, "-m", "tests.bench.bench_convert", "--one", str(source), str(target)]
+    return measure(argv)
+
+
+def transformers4(library: Path, source: Path, target: Path) -> Measured:
+    argv = [sys.executable, "-m", "transformers.models.llama.convert_llama_weights_to_hf"]
+    argv += ["--input_dir", str(source), "--output_dir", str(target)]
+    argv += ["--llama_version", "2", "--num_shards", "1", "--model_size", "8B"]
+    return measure(argv, {"PYTHONPATH": str(library)})
+
+
+def convert_one(source: Path, target: Path) -> None:
+    """What a fresh process does: as `sluice convert --to sluice --tp 4`."""
+    from gateway.cli import app
+
+    app(["convert", str(source), str(target), "--to", "sluice", "--tp", "4"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gb", type=float, default=1.0)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--directory", type=Path)
+    parser.add_argument("--transformers4", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", nargs=2, type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        convert_one(*args.one)
+        return
+    with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
+        root = Path(scratch)
+        total = write_meta(root / "meta", shape_of(args.gb))
+        runs = {"cp, sha256sum": cp_and_hash, "sluice": sluice}
+        if args.transformers4:
+            runs["transformers 4"] = lambda a, b: transformers4(args.transformers4, a, b)
+        measured: dict[str, list[Measured]] = {name: [] for name in runs}
+        for _ in range(args.rounds):
+            for name, run in runs.items():
+                measured[name].append(run(root / "meta", root / "out"))
+                shutil.rmtree(root / "out")
+    report(total, measured, args.json)
+
+
+def report(total: int, measured: dict[str, list[Measured]], file: Path | None) -> None:
+    print(f"{total / 1e9:.2f} GB of tensors, {os.cpu_count()} cores")
+    print(f"{'':16}{'seconds':>9}{'GB/s':>7}{'private MB':>12}")
+    for name, runs in measured.items():
+        best = min(run.seconds for run in runs)
+        memory = max(run.private_mb for run in runs)
+        print(f"{name:16}{best:9.2f}{total / 1e9 / best:7.2f}{memory:12.0f}")
+    if file is not None:
+        result = {name: [asdict(run) for run in runs] for name, runs in measured.items()}
+        file.write_text(json.dumps({"bytes": total, **result}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
