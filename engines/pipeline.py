@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import torch
@@ -31,8 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engines.base import Batch, KVSpec, ReportProgress, UnsupportedModel
-from engines.modeldir import read_json
-from engines.models.config import LlamaConfig
+from engines.models.config import LlamaConfig, is_llama
 from engines.models.llama import Llama, WeightLoader
 from engines.models.names import indivisible, kv_heads_of
 from engines.models.rank_weights import open_weights
@@ -81,8 +79,7 @@ class PipelineEngine:
     batching: ClassVar[Literal["continuous", "static"]] = "continuous"
 
     def __init__(self, config: ModelConfig, mesh: Mesh, report: ReportProgress) -> None:
-        is_llama = read_json(Path(config.model_path) / "config.json").get("model_type") == "llama"
-        load = _load_llama if is_llama else _load_hugging_face
+        load = _load_llama if is_llama(config.model_path) else _load_hugging_face
         self._mesh = mesh
         with torch.inference_mode():
             self._stage = load(config, mesh, report)
