@@ -98,7 +98,7 @@ class LlamaConfig:
 
 def is_llama(model_dir: str | Path) -> bool:
     """Whether the model is of the type that `LlamaConfig.load` is for. Raises BadModelDir."""
-    return read_json(Path(model_dir) / "config.json").get("model_type", "llama") == "llama"
+    return bool(read_json(Path(model_dir) / "config.json").get("model_type", "llama") == "llama")
 
 
 class _Keys:
