@@ -3,9 +3,10 @@
     python -m tests.bench.bench_convert --gb 8 --directory DIR [--transformers4 DIR]
 
 Writes a random Meta checkpoint of about that size (its tensors have the shapes of a Llama, its values are
-random bits of bfloat16 numbers), then converts it to files for four ranks. The three take turns; times are
-the best of the rounds, memory is the peak of private (anonymous) pages, sampled. --transformers4 names a
-directory that holds transformers 4 (`pip install --target DIR --no-deps "transformers<5" ...`).
+random bits of bfloat16 numbers), then converts it to files for four ranks and to Hugging Face's. They
+take turns; times are the best of the rounds, memory is the peak of private (anonymous) pages, sampled.
+--transformers4 names a directory that holds transformers 4.40.2, tokenizers 0.19.1 and huggingface-hub
+0.29.3 (`pip install --target DIR --no-deps ...`): later packages leave the converter out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,6 +35,8 @@ from tests.models import Shape
 
 _SAMPLE_SECONDS = 0.05
 
+Run = Callable[[Path, Path], "Measured"]
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -44,14 +47,14 @@ class Measured:
 
 
 def shape_of(gb: float) -> Shape:
-    """A Llama 3 8B with as many layers as the size wants."""
-    layer = 2 * (4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    """A Llama 2 7B with as many layers as the size wants. The other converter fails on fewer K/V heads."""
+    layer = 2 * (4096 * 4096 * 4 + 3 * 4096 * 11008)
     ends = 2 * 2 * 32000 * 4096
     layers = max(1, round((gb * 1e9 - ends) / layer))
     if gb < 0.8:  # a narrower one: a single wide layer would be most of it
         layers = max(1, round((gb * 1e9 - ends / 4) / (layer / 16)))
-        return Shape(hidden=1024, layers=layers, heads=8, kv_heads=4, head_dim=128, ffn=3584, vocab=32000)
-    return Shape(hidden=4096, layers=layers, heads=32, kv_heads=8, head_dim=128, ffn=14336, vocab=32000)
+        return Shape(hidden=1024, layers=layers, heads=8, kv_heads=8, head_dim=128, ffn=2752, vocab=32000)
+    return Shape(hidden=4096, layers=layers, heads=32, kv_heads=32, head_dim=128, ffn=11008, vocab=32000)
 
 
 def write_meta(directory: Path, shape: Shape) -> int:
@@ -119,23 +122,21 @@ def cp_and_hash(source: Path, target: Path) -> Measured:
     return measure(["bash", "-c", script, str(source), str(target)])
 
 
-def sluice(source: Path, target: Path) -> Measured:
-    argv = [sys.executable, "-m", "tests.bench.bench_convert", "--one", str(source), str(target)]
-    return measure(argv)
+def sluice(source: Path, target: Path, *how: str) -> Measured:
+    """As the command `sluice convert` in a fresh process."""
+    program = "from gateway.cli import main; main()"
+    return measure([sys.executable, "-c", program, "convert", str(source), str(target), *how])
 
 
 def transformers4(library: Path, source: Path, target: Path) -> Measured:
-    argv = [sys.executable, "-m", "transformers.models.llama.convert_llama_weights_to_hf"]
-    argv += ["--input_dir", str(source), "--output_dir", str(target)]
-    argv += ["--llama_version", "2", "--num_shards", "1", "--model_size", "8B"]
+    """Its function, without its command: that wants a tokenizer."""
+    program = (
+        "import sys\n"
+        "from transformers.models.llama.convert_llama_weights_to_hf import write_model\n"
+        "write_model(sys.argv[2], sys.argv[1], '7B')\n"
+    )
+    argv = [sys.executable, "-c", program, str(source), str(target)]
     return measure(argv, {"PYTHONPATH": str(library)})
-
-
-def convert_one(source: Path, target: Path) -> None:
-    """What a fresh process does: as `sluice convert --to sluice --tp 4`."""
-    from gateway.cli import app
-
-    app(["convert", str(source), str(target), "--to", "sluice", "--tp", "4"])
 
 
 def main() -> None:
@@ -145,15 +146,15 @@ def main() -> None:
     parser.add_argument("--directory", type=Path)
     parser.add_argument("--transformers4", type=Path)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", nargs=2, type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        convert_one(*args.one)
-        return
     with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
         root = Path(scratch)
         total = write_meta(root / "meta", shape_of(args.gb))
-        runs = {"cp, sha256sum": cp_and_hash, "sluice": sluice}
+        runs: dict[str, Run] = {
+            "cp, sha256sum": cp_and_hash,
+            "sluice, tp 4": lambda a, b: sluice(a, b, "--to", "sluice", "--tp", "4"),
+            "sluice, hf": lambda a, b: sluice(a, b, "--to", "hf"),
+        }
         if args.transformers4:
             runs["transformers 4"] = lambda a, b: transformers4(args.transformers4, a, b)
         measured: dict[str, list[Measured]] = {name: [] for name in runs}
