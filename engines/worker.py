@@ -32,8 +32,10 @@ from engines.runtime.leader import Leader
 from engines.runtime.mesh import Mesh
 from engines.runtime.plan import StepPlan
 from engines.runtime.runner import ModelRunner
-from engines.runtime.scheduler import ContinuousScheduler
+from engines.runtime.scheduler import ContinuousScheduler, Scheduler
+from engines.runtime.shared_memory import SharedGroup, is_supported, path_for
 from engines.runtime.stage_clock import StageClocks
+from engines.runtime.static import StaticScheduler
 from engines.wire import Failed, Progress, Ready
 
 log = logging.getLogger("sluice.worker")
@@ -86,6 +88,7 @@ def _prepare_leader(config: ModelConfig, run_dir: Path, inbox: Inbox) -> Leader:
     inbox.send(Progress("connect", 0.0))
     sender = PlanSender(run_dir / "plans.sock", config.world_size - 1) if config.world_size > 1 else None
     mesh = _join_mesh(config, run_dir, rank=0)
+    config = _with_fallback(config)
     engine = _load(config, mesh, lambda fraction: inbox.send(Progress("load", fraction)))
     if sender is not None:
         sender.accept(config.startup_timeout)
@@ -95,11 +98,14 @@ def _prepare_leader(config: ModelConfig, run_dir: Path, inbox: Inbox) -> Leader:
     if sender is not None:
         sender.send(num_blocks.to_bytes(8, "little"))
     runner = _runner(config, engine, mesh, num_blocks, sender)
-    warmup.run(runner, num_blocks, config, lambda fraction: inbox.send(Progress("warmup", fraction)))
+    if engine.kv_spec is None:
+        warmup.run_static(runner, config.batch_size, _max_model_len(config, engine))
+    else:
+        warmup.run(runner, num_blocks, config, lambda fraction: inbox.send(Progress("warmup", fraction)))
     ready = _ready(config, engine, mesh, num_blocks, time.monotonic() - started, reports)
     inbox.send(ready)
     log.info("ready: %s", ready)
-    scheduler = _scheduler(config, ready, engine.plans_in_flight)
+    scheduler = _scheduler(config, ready, engine)
     if mesh.pp_size == 1 or mesh.device.type != "cpu":
         return Leader(scheduler, runner, inbox, engine.plans_in_flight)
     stages = StageClocks(run_dir / CLOCKS, config.world_size).of_stages(mesh.tp_size)
@@ -118,6 +124,7 @@ def _follow(config: ModelConfig, run_dir: Path, rank: int) -> None:
     pipe = connect(run_dir / "plans.sock", config.startup_timeout)
     try:
         mesh = _join_mesh(config, run_dir, rank)
+        config = _with_fallback(config)
         engine = _load(config, mesh, lambda fraction: None)
         num_blocks = _num_blocks(config, engine)
     except Exception as error:
@@ -163,7 +170,17 @@ def _join_mesh(config: ModelConfig, run_dir: Path, rank: int) -> Mesh:
         )
         tp_group = _tp_group(config.tp_size, config.pp_size, rank)
     clock = StageClocks(run_dir / CLOCKS, config.world_size).of(rank)
-    return Mesh(rank, config.tp_size, config.pp_size, device, tp_group, clock)
+    shared = _shared_group(config, run_dir, rank) if device.type == "cpu" else None
+    return Mesh(rank, config.tp_size, config.pp_size, device, tp_group, clock, shared)
+
+
+def _shared_group(config: ModelConfig, run_dir: Path, rank: int) -> SharedGroup | None:
+    """The memory that the tensor-parallel ranks of this rank's stage share; None: they use gloo."""
+    if config.tp_size == 1 or not is_supported():
+        return None
+    stage, tp_rank = divmod(rank, config.tp_size)
+    timeout = max(config.startup_timeout, config.response_timeout)
+    return SharedGroup(path_for(run_dir, stage), tp_rank, config.tp_size, timeout)
 
 
 def _tp_group(tp_size: int, pp_size: int, rank: int) -> dist.ProcessGroup | None:
@@ -184,6 +201,13 @@ def _device(config: ModelConfig) -> torch.device:
     return device
 
 
+def _with_fallback(config: ModelConfig) -> ModelConfig:
+    """An engine may name another for what it cannot serve (`instead`), where the user allowed that."""
+    instead = getattr(registry.load(config.engine), "instead", None)
+    other = instead(config) if instead is not None else None
+    return config if other is None else config.model_copy(update={"engine": other})
+
+
 def _load(config: ModelConfig, mesh: Mesh, report: ReportProgress) -> Engine:
     engine: Engine = registry.load(config.engine)(config, mesh, report)
     if config.max_model_len is not None and config.max_model_len > engine.max_model_len:
@@ -197,7 +221,8 @@ def _load(config: ModelConfig, mesh: Mesh, report: ReportProgress) -> Engine:
 def _num_blocks(config: ModelConfig, engine: Engine) -> int:
     """K/V blocks for the memory of this rank's devices, and no more than every slot could fill."""
     spec = engine.kv_spec
-    assert spec is not None, "engines that own their K/V run under the static scheduler"
+    if spec is None:
+        return config.batch_size  # rows: the engine keeps its K/V itself
     most = config.max_num_seqs * -(-_max_model_len(config, engine) // config.kv_block_size)
     return min(most, *(_num_blocks_on(device, config, spec) for device in set(spec.devices)))
 
@@ -217,7 +242,8 @@ def _max_model_len(config: ModelConfig, engine: Engine) -> int:
 def _runner(
     config: ModelConfig, engine: Engine, mesh: Mesh, num_blocks: int, sender: PlanSender | None = None
 ) -> ModelRunner:
-    assert engine.kv_spec is not None
+    if engine.kv_spec is None:
+        return ModelRunner(engine, mesh, (), config.batch_size, sender)
     caches = kv_cache.allocate(engine.kv_spec, num_blocks, config.kv_block_size)
     return ModelRunner(engine, mesh, caches, config.max_num_seqs, sender)
 
@@ -230,8 +256,9 @@ def _ready(
     seconds: float,
     reports: list[LoadReport],
 ) -> Ready:
-    assert engine.kv_spec is not None
-    dtype = str(engine.kv_spec.dtype).removeprefix("torch.")
+    spec = engine.kv_spec
+    dtype = config.dtype if spec is None else str(spec.dtype).removeprefix("torch.")
+    block_size = config.kv_block_size if spec is not None else _max_model_len(config, engine)
     layout = f"{config.engine}-tp{mesh.tp_size}-pp{mesh.pp_size}-{dtype}"
     return Ready(
         engine=config.engine,
@@ -239,11 +266,11 @@ def _ready(
         device=mesh.device.type,
         tp_size=mesh.tp_size,
         pp_size=mesh.pp_size,
-        max_model_len=min(_max_model_len(config, engine), num_blocks * config.kv_block_size),
-        max_num_seqs=config.max_num_seqs,
+        max_model_len=min(_max_model_len(config, engine), num_blocks * block_size),
+        max_num_seqs=config.max_num_seqs if spec is not None else config.batch_size,
         vocab_size=engine.vocab_size,
         num_blocks=num_blocks,
-        block_size=config.kv_block_size,
+        block_size=block_size,
         eos_token_ids=sorted(modeldir.eos_token_ids(Path(config.model_path))),
         fingerprint=f"fp_{modeldir.fingerprint(Path(config.model_path), layout)}",
         load_seconds=seconds,
@@ -251,7 +278,16 @@ def _ready(
     )
 
 
-def _scheduler(config: ModelConfig, ready: Ready, plans_in_flight: int) -> ContinuousScheduler:
+def _scheduler(config: ModelConfig, ready: Ready, engine: Engine) -> Scheduler:
+    if engine.kv_spec is None:
+        return StaticScheduler(
+            batch_size=config.batch_size,
+            max_batch_delay=config.max_batch_delay,
+            max_model_len=ready.max_model_len,
+            eos_token_ids=ready.eos_token_ids,
+            now=time.monotonic,
+            min_prompt_len=getattr(engine, "min_prompt_len", 1),
+        )
     return ContinuousScheduler(
         num_blocks=ready.num_blocks,
         block_size=ready.block_size,
@@ -260,7 +296,7 @@ def _scheduler(config: ModelConfig, ready: Ready, plans_in_flight: int) -> Conti
         max_model_len=ready.max_model_len,
         eos_token_ids=ready.eos_token_ids,
         prefix_cache=config.prefix_cache,
-        max_plans_in_flight=plans_in_flight,
+        max_plans_in_flight=engine.plans_in_flight,
     )
 
 

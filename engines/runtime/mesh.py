@@ -12,12 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engines.runtime.shared_memory import SharedGroup
 from engines.runtime.stage_clock import StageClock
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """A grid of pp_size stages by tp_size ranks, tp inner. Groups are None where they would be of one."""
+    """A grid of pp_size stages by tp_size ranks, tp inner. Groups are None where they would be of one;
+    `shared` is what the tensor-parallel ranks of a CPU use instead of their group."""
 
     rank: int
     tp_size: int
@@ -25,6 +27,7 @@ class Mesh:
     device: torch.device
     tp_group: dist.ProcessGroup | None = None
     clock: StageClock = field(default_factory=StageClock)
+    shared: SharedGroup | None = None
 
     @property
     def world_size(self) -> int:
@@ -63,13 +66,17 @@ class Mesh:
         return self.rank + self.tp_size
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum over the tensor-parallel group, in place."""
-        if self.tp_group is not None:
+        """Sum over the tensor-parallel group, in place. `x` must be contiguous."""
+        if self.shared is not None:
+            self.shared.all_reduce(x)
+        elif self.tp_group is not None:
             dist.all_reduce(x, group=self.tp_group)
         return x
 
     def gather_columns(self, x: Tensor) -> Tensor | None:
         """[L, V / tp] of each rank to [L, V] on tensor-parallel rank 0, None on the others."""
+        if self.shared is not None:
+            return self.shared.gather_columns(x)
         if self.tp_group is None:
             return x
         root = self.rank - self.tp_rank

@@ -1,0 +1,116 @@
+"""Sums and gathers between the tensor-parallel ranks of one machine's CPU, through memory they share.
+
+gloo's all-reduce of a decode step's few KB goes through the loopback's sockets, twice a layer; here a rank
+writes its part, raises its counter, waits for the others' counters and adds all parts itself. Parts are
+added in order of rank, so every rank has the same sum to the bit.
+
+Operation s uses half s % 2 of the memory. A rank writes for s only when every counter has reached s - 1,
+which a rank raises after it has read what operation s - 2 left in that half.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+CAPACITY = 1 << 20
+"""Bytes of one rank's part; larger tensors go piece by piece."""
+
+_LINE = 8  # int64 of a cache line: counters do not share one
+_PAGE = 4096
+_SPINS_BEFORE_YIELD = 2_000
+_YIELDS_BEFORE_SLEEP = 2_000
+_SLEEP_SECONDS = 100e-6
+
+
+class SharedGroup:
+    """One rank's end. Every rank of the group calls the same operations in the same order.
+
+    `path` is a file that all ranks open and the first creates; who started the group removes it. Raises
+    OSError when it cannot be made, TimeoutError when a rank does not come within `timeout` seconds.
+    """
+
+    def __init__(self, path: Path, rank: int, size: int, timeout: float) -> None:
+        num_bytes = _PAGE + 2 * size * CAPACITY
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            os.ftruncate(descriptor, num_bytes)
+            self._memory = mmap.mmap(descriptor, num_bytes)
+        finally:
+            os.close(descriptor)
+        assert size * _LINE * 8 <= _PAGE, "the counters have one page"
+        self._counters = memoryview(self._memory)[:_PAGE].cast("q")
+        halves = torch.frombuffer(self._memory, dtype=torch.uint8, offset=_PAGE)
+        self._halves = halves.view(2, size, CAPACITY)
+        self._rank, self._size, self._timeout = rank, size, timeout
+        self._operation = 0
+
+    def all_reduce(self, x: Tensor) -> None:
+        """Sum over the ranks, in place. `x` must be contiguous."""
+        for piece in torch.split(x.view(-1), CAPACITY // x.itemsize):
+            parts = self._exchange(piece)
+            if self._size == 2:
+                torch.add(parts[0], parts[1], out=piece)
+            else:
+                torch.sum(parts, dim=0, out=piece)
+
+    def gather_columns(self, x: Tensor) -> Tensor | None:
+        """[L, C] of each rank to [L, size * C] on rank 0, None on the others."""
+        whole = x.new_empty(x.shape[0], self._size, x.shape[1]) if self._rank == 0 else None
+        width = max(1, CAPACITY // (x.shape[1] * x.itemsize))  # rows of a piece
+        assert x.shape[1] * x.itemsize <= CAPACITY, "a row must fit"
+        for start in range(0, x.shape[0], width):
+            piece = x[start : start + width]
+            parts = self._exchange(piece.reshape(-1), wait=whole is not None)
+            if whole is not None:
+                rows = parts.view(self._size, *piece.shape)
+                whole[start : start + width].copy_(rows.transpose(0, 1))
+        return None if whole is None else whole.view(x.shape[0], -1)
+
+    def _exchange(self, piece: Tensor, wait: bool = True) -> Tensor:
+        """[n] of each rank to [size, n]: a view, valid until the next operation but one."""
+        self._operation += 1
+        self._wait_for(self._operation - 1)
+        half = self._halves[self._operation % 2]
+        parts = half[:, : piece.nbytes].view(piece.dtype)
+        parts[self._rank].copy_(piece)
+        self._counters[self._rank * _LINE] = self._operation  # seen after the part: see is_supported
+        if wait:
+            self._wait_for(self._operation)
+        return parts
+
+    def _wait_for(self, operation: int) -> None:
+        """Until every rank's counter is there: spin, then yield the core, then sleep in short naps."""
+        counters = self._counters
+        for line in range(0, self._size * _LINE, _LINE):
+            num_spins = 0
+            while counters[line] < operation:
+                num_spins += 1
+                if num_spins > _SPINS_BEFORE_YIELD:
+                    self._rest(num_spins - _SPINS_BEFORE_YIELD, operation)
+
+    def _rest(self, num_yields: int, operation: int) -> None:
+        if num_yields < _YIELDS_BEFORE_SLEEP:
+            os.sched_yield()
+            return
+        time.sleep(_SLEEP_SECONDS)
+        if (num_yields - _YIELDS_BEFORE_SLEEP) * _SLEEP_SECONDS > self._timeout:
+            raise TimeoutError(f"a rank did not come to operation {operation} within {self._timeout:g} s")
+
+
+def is_supported() -> bool:
+    """Whether this processor makes stores visible in their order, which the counters rely on: x86 does."""
+    return platform.machine() in ("x86_64", "AMD64")
+
+
+def path_for(run_dir: Path, stage: int) -> Path:
+    """In memory where the system has a place for that, under a name that the guard removes."""
+    shm = Path("/dev/shm")
+    parent = shm if os.access(shm, os.W_OK) else run_dir
+    return parent / f"{run_dir.name}-stage{stage}"
