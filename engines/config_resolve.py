@@ -22,6 +22,7 @@ from engines.config_split import Split, read_split
 CONFIG_NAME = "model-config.yaml"
 ENGINE_GROUP = "sluice.engines"
 STATIC_ENGINES = ("deepspeed_inject",)
+_OTHER_DEEPSPEED = {True: "deepspeed_tp", False: "deepspeed_inject"}  # that kernel_inject speaks against
 _ENGINE_SPLITS: dict[str, tuple[str, ...]] = {
     "native": ("tp",),
     "deepspeed_tp": ("tp",),
@@ -198,6 +199,9 @@ def _engine(s: Settings, kind: ParallelType, deepspeed: DeepSpeedFile | None) ->
         s.problem(
             "engine", f"{chosen} cannot do parallelType {kind}", allowed=", ".join(splits), remedy=remedy
         )
+    if deepspeed is not None and chosen == _OTHER_DEEPSPEED[deepspeed.kernel_inject]:
+        told = f"replace_with_kernel_inject: {str(deepspeed.kernel_inject).lower()}"
+        s.problem("engine", f"is {chosen}, but the DeepSpeed file says {told}", remedy="remove engine")
     return chosen
 
 

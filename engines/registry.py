@@ -18,6 +18,7 @@ ENGINES = {
     "pipeline": "engines.pipeline:PipelineEngine",
     "accelerate": "engines.accelerate_map:AccelerateEngine",
     "deepspeed_tp": "engines.deepspeed_tp:DeepSpeedTPEngine",
+    "deepspeed_inject": "engines.deepspeed_inject:DeepSpeedInjectEngine",
 }
 
 

@@ -15,6 +15,9 @@ from engines.wire import Abort, FromWorker, Generate, Stats, TokenDelta, Tokens,
 IDLE_WAIT_SECONDS = 0.25
 """How long an idle leader sleeps between signs of life: its step counter moves at this pace."""
 
+BATCH_WAIT_SECONDS = 0.005
+"""How long it sleeps between looks at a static batch that waits to be full."""
+
 
 class Runner(Protocol):
     """Where plans are executed. See engines/runtime/runner.py."""
@@ -83,7 +86,8 @@ class Leader:
             self._emit(self._scheduler.update(plan, result))
             self._active_seconds += perf_counter() - started
         else:
-            self._inbox.wait(IDLE_WAIT_SECONDS)
+            # work that no plan takes up is a static batch that may still fill
+            self._inbox.wait(BATCH_WAIT_SECONDS if self._scheduler.has_work else IDLE_WAIT_SECONDS)
         self._num_steps += 1
         self._inbox.publish(self._stats())
 

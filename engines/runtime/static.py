@@ -32,10 +32,12 @@ class StaticScheduler:
         max_model_len: int,
         eos_token_ids: Iterable[int],
         now: Callable[[], float],
+        min_prompt_len: int = 1,
     ) -> None:
         self.batch_size = batch_size
         self.max_batch_delay = max_batch_delay
         self.max_model_len = max_model_len
+        self.min_prompt_len = min_prompt_len  # shorter ones look like a decoding step to some engines
         self._now = now
         self._intake = Intake(max_model_len, eos_token_ids, prefix_cache=False)
         self._tables = BlockTables(batch_size, 1, max_model_len)
@@ -60,6 +62,9 @@ class StaticScheduler:
         taken = self._intake.take(request)
         if isinstance(taken, TokenDelta):
             return [taken]
+        if len(taken.token_ids) < self.min_prompt_len:
+            message = f"the prompt has {len(taken.token_ids)} token; this engine needs {self.min_prompt_len}"
+            return [TokenDelta(id=request.id, error=RequestError("invalid_request", message))]
         self._sequences[taken.id] = self._queue[taken.id] = taken
         self._arrived[taken.id] = self._now()
         return []

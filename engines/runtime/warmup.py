@@ -37,6 +37,12 @@ def run(runner: _Runner, num_blocks: int, config: _Config, report: ReportProgres
             runner.collect()
 
 
+def run_static(runner: _Runner, batch_size: int, max_model_len: int) -> None:
+    """One pass over prompts, as large as batches get: an engine with K/V of its own sizes it by this."""
+    runner.submit(dummy_plan(batch_size, min(16, max_model_len), max_model_len))
+    runner.collect()
+
+
 def dummy_plan(num_seqs: int, query_len: int, block_size: int) -> StepPlan:
     """`num_seqs` sequences of `query_len` <= block_size tokens 0, each in a block of its own."""
     query_len = min(query_len, block_size)

@@ -171,10 +171,13 @@ async def _supervised(config: ModelConfig, work: Path) -> AsyncIterator[workers.
 
 
 def _write_plugins(work: Path) -> Path:
-    """The test engine as an installed distribution offers it: metadata with an entry point."""
+    """The test engines as an installed distribution offers them: metadata with entry points."""
     info = work / "plugins" / "two_stage-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: two-stage\nVersion: 1.0\n")
-    entry = "[sluice.engines]\ntwo-stage = tests.engines.two_stage:TwoStageEngine\n"
-    (info / "entry_points.txt").write_text(entry)
+    entries = (
+        "two-stage = tests.engines.two_stage:TwoStageEngine",
+        "fake-inject = tests.engines.fake_injected:FakeInjectEngine",
+    )
+    (info / "entry_points.txt").write_text("\n".join(["[sluice.engines]", *entries, ""]))
     return info.parent

@@ -1,0 +1,215 @@
+"""The deepspeed_inject engine: DeepSpeed's injected inference kernels, which keep their own K/V (CUDA only).
+
+What the kernels cannot do is refused before weights are read, with the remedy (`check_support`): their K/V is
+one workspace for the process, as large as the first batch; the rows of a batch have one length; a forward
+pass over one token a row is taken for a decoding step, whatever came before.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from engines.base import Batch, ReportProgress, UnsupportedModel
+from engines.config_deepspeed import DeepSpeedFile, load_settings
+from engines.models import deepspeed_comm, hf
+from engines.models.hf_inspect import inspect_model
+from engines.models.hf_support import read_config
+from engines.runtime.mesh import Mesh
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from engines.config import ModelConfig
+
+log = logging.getLogger("sluice.deepspeed")
+
+FAMILIES = ("llama",)
+"""Whose layers are known. DeepSpeed injects others, too; those are not served this way."""
+
+_AUTOTP = "set replace_with_kernel_inject to false (AutoTP), or deepspeed.fallback: autotp in the YAML"
+
+
+class Injected(Protocol):
+    """A model whose layers were exchanged for kernels. Tests have one of their own with the same limits."""
+
+    model: PreTrainedModel
+
+    def reset(self) -> None:
+        """Forget the K/V of the batch before."""
+
+
+class DeepSpeedInjectEngine:
+    """Implements engines.base.Engine. Batches come whole from the static scheduler: rows of one length."""
+
+    batching: ClassVar[Literal["continuous", "static"]] = "static"
+    min_prompt_len: ClassVar[int] = 2
+    """A prompt of one token would be taken for a decoding step of the batch before."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, report: ReportProgress) -> None:
+        self._settings = settings_of(config)
+        check_support(config, self._settings)
+        deepspeed_comm.require_deepspeed()
+        self._mesh, self._num_rows = mesh, config.batch_size
+        self._found = inspect_model(config.model_path, config.max_model_len)
+        checkpoint = hf.open_checkpoint(self._found)
+        dtype = hf.dtype_of(self._found, checkpoint, self._settings.dtype or config.dtype)
+        model = hf.build_empty(self._found, dtype)
+        hf.fill(model, checkpoint, lambda name: torch.device("cpu"), report)
+        self._injected = inject(model, self._settings, mesh)
+        self._decoder = hf.HFDecoder(self._injected.model, ())
+
+    @classmethod
+    def instead(cls, config: ModelConfig) -> str | None:
+        """The engine that serves where this one cannot and the user allowed it (`deepspeed.fallback`)."""
+        if config.deepspeed is None or config.deepspeed.fallback != "autotp":
+            return None
+        try:
+            check_support(config, settings_of(config))
+        except UnsupportedModel as refusal:
+            log.warning("AutoTP serves instead of kernel injection: %s", refusal)
+            return "deepspeed_tp"
+        return None
+
+    @property
+    def kv_spec(self) -> None:
+        """The kernels keep it."""
+        return None
+
+    @property
+    def vocab_size(self) -> int:
+        return self._found.shape.vocab_size
+
+    @property
+    def max_model_len(self) -> int:
+        return min(self._found.shape.max_positions, self._settings.max_out_tokens)
+
+    @property
+    def plans_in_flight(self) -> int:
+        return 1
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """[T, H]. A batch's first pass has its whole prompts; every later one, a token a row."""
+        rows, length = batch.num_seqs, batch.max_query_len
+        assert rows * length == batch.num_tokens, "rows of a static batch have one length"
+        if length > 1:
+            self._injected.reset()
+        base: Any = self._injected.model.base_model
+        hidden: Tensor = base(
+            input_ids=self._filled(batch.input_ids.view(rows, length)),
+            position_ids=self._filled(batch.positions.view(rows, length)),
+            use_cache=False,
+        ).last_hidden_state
+        return hidden[:rows].reshape(batch.num_tokens, -1)
+
+    def _filled(self, rows: Tensor) -> Tensor:
+        """[S, L] to [batch_size, L], the first row repeated: the workspace always sees one batch size."""
+        missing = self._num_rows - rows.shape[0]
+        return torch.cat([rows, rows[:1].expand(missing, -1)]) if missing else rows
+
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        logits = self._decoder.logits(hidden)
+        return logits if self._mesh.is_leader else None
+
+
+def settings_of(config: ModelConfig) -> DeepSpeedFile:
+    """What the user's DeepSpeed JSON says; DeepSpeed's defaults without one. Raises ConfigError."""
+    if config.deepspeed is None:
+        return DeepSpeedFile(kernel_inject=True)
+    return load_settings(config.deepspeed.config, config.world_size, config.dtype)
+
+
+def check_support(config: ModelConfig, settings: DeepSpeedFile) -> None:
+    """The support matrix: raises UnsupportedModel with the remedy, or BadModelDir. Reads config.json only."""
+    if config.device != "cuda":
+        raise _refusal("deviceType", config.device, "has no injected kernels; they are CUDA's", _AUTOTP)
+    if settings.enable_cuda_graph:
+        why = "replays one shape, and prompts have many"
+        raise _refusal("enable_cuda_graph", True, why, "set it to false")
+    path = Path(config.model_path) / "config.json"
+    data = read_config(config.model_path)
+    for key, value, why in _unsupported(data):
+        raise _refusal(f"{path}: {key}", value, why, _AUTOTP)
+    _check_lengths(config, settings)
+    heads = data.get("num_attention_heads", 1)
+    if heads % config.tp_size:
+        why = f"cannot be shared evenly by {config.tp_size} ranks"
+        raise _refusal(f"{path}: num_attention_heads", heads, why, "set parallelLevel to a divisor of it")
+
+
+def _unsupported(data: dict[str, Any]) -> list[tuple[str, object, str]]:
+    """(key, value, reason) of what the kernels of these families get wrong, most telling first."""
+    found: list[tuple[str, object, str]] = []
+    kind, heads = data.get("model_type"), data.get("num_attention_heads")
+    if kind not in FAMILIES:
+        found.append(("model_type", kind, f"is not served by injection, only {', '.join(FAMILIES)}"))
+    kv_heads = data.get("num_key_value_heads", heads)
+    if kv_heads != heads:
+        why = f"is not num_attention_heads ({heads}): the container drops grouped heads (DeepSpeed #4261)"
+        found.append(("num_key_value_heads", kv_heads, why))
+    rope = _rope_type(data)
+    if rope not in (None, "default"):
+        found.append(("rope_type", rope, "scales positions, which the kernels do not"))
+    if isinstance(heads, int) and data.get("head_dim") not in (None, data.get("hidden_size", 0) // heads):
+        found.append(("head_dim", data["head_dim"], "is not hidden_size / num_attention_heads"))
+    for key in ("attention_bias", "mlp_bias"):
+        if data.get(key):
+            found.append((key, True, "means biases, which the container drops"))
+    if data.get("hidden_act", "silu") != "silu":
+        found.append(("hidden_act", data["hidden_act"], "is not the silu that the kernels compute"))
+    return found
+
+
+def _rope_type(data: dict[str, Any]) -> object:
+    """Under any of the names that config.json has had for it."""
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = data.get(key)
+        if isinstance(rope, dict):
+            return rope.get("rope_type", rope.get("type"))
+    return None
+
+
+def _check_lengths(config: ModelConfig, settings: DeepSpeedFile) -> None:
+    wanted, limit = config.max_model_len, settings.max_out_tokens
+    if wanted is not None and wanted > limit:
+        why = f"is more than max_out_tokens ({limit}), which sizes the kernels' K/V"
+        remedy = f"set max_out_tokens to {wanted} in the DeepSpeed file, or maxModelLen to {limit} or less"
+        raise _refusal("maxModelLen", wanted, why, remedy)
+
+
+def _refusal(key: str, value: object, why: str, remedy: str) -> UnsupportedModel:
+    return UnsupportedModel(f"kernel injection: {key} ({value!r}) {why}: {remedy}")
+
+
+class _DeepSpeedInjected:
+    """The real kernels."""
+
+    def __init__(self, model: PreTrainedModel, layer: type[nn.Module]) -> None:
+        self.model = model
+        self._layer: Any = layer
+
+    def reset(self) -> None:
+        self._layer.reset_cache()
+
+
+def inject(model: PreTrainedModel, settings: DeepSpeedFile, mesh: Mesh) -> Injected:
+    """Exchange the layers of a loaded model for kernels, compiled when first used."""
+    deepspeed = deepspeed_comm.connect(mesh)
+    deepspeed.init_inference(
+        model,
+        dtype=model.dtype,
+        replace_with_kernel_inject=True,
+        tensor_parallel={"tp_size": mesh.tp_size},
+        max_out_tokens=settings.max_out_tokens,
+        return_tuple=False,  # the layers of transformers 5 return a tensor
+    )
+    from deepspeed.model_implementations.transformers.ds_transformer import (  # type: ignore[import-untyped]
+        DeepSpeedTransformerInference,
+    )
+
+    return _DeepSpeedInjected(model, DeepSpeedTransformerInference)
