@@ -7,6 +7,7 @@ from pathlib import Path
 
 from conversion.mapped import MappedFiles
 from conversion.pickled import read_pickled
+from conversion.problems import collect
 from conversion.source import Choices, Source
 from conversion.tensors import Bytes, LogicalTensor, Part
 from engines.base import BadCheckpoint
@@ -30,8 +31,8 @@ def open_hf(root: Path, choices: Choices) -> Source:
     config = LlamaConfig.parse(config_json, str(root / "config.json"))
     layout, found, files, notes = _locate(root)
     expected = expected_tensors(config)
-    ignored = _extra(found, expected, choices.allow_extra)
-    tensors = {spec.name: _tensor(root, spec, found) for spec in expected.values()}
+    unknown = [] if choices.allow_extra else _unknown(found, expected)
+    tensors = collect(expected.values(), unknown, lambda spec: _tensor(root, spec, found))
     return Source(
         root,
         "hf",
@@ -40,7 +41,7 @@ def open_hf(root: Path, choices: Choices) -> Source:
         config_json,
         tensors,
         tuple(files),
-        ignored=tuple(ignored),
+        ignored=tuple(name for name in found if name not in expected),
         notes=tuple(notes),
         manifest=read_manifest(root),
     )
@@ -114,17 +115,15 @@ def _weight_map(index: Path) -> tuple[dict[str, str], int | None]:
     return weight_map, total if type(total) is int else None
 
 
-def _extra(found: Found, expected: dict[str, TensorSpec], allow: bool) -> list[str]:
-    """Names that have no place in the model. A tied model's lm_head is one that may be there."""
+def _unknown(found: Found, expected: dict[str, TensorSpec]) -> list[str]:
+    """A message for each tensor without a place in the model. A tied model's lm_head may be there."""
     known = {*expected, "lm_head.weight"}
-    extra = [name for name in found if name not in known and not name.endswith(IGNORED_SUFFIXES)]
-    if extra and not allow:
-        stored = found[extra[0]][0]
-        raise BadCheckpoint(
-            f"{stored.path}: tensor {extra[0]}: unknown: the model of config.json has no place for it "
-            f"({len(extra)} such); --allow-extra leaves them out"
-        )
-    return [name for name in found if name not in expected]
+    names = [name for name in found if name not in known and not name.endswith(IGNORED_SUFFIXES)]
+    return [
+        f"{found[name][0].path}: tensor {name}: unknown: the model of config.json has no place for it; "
+        "--allow-extra leaves it out"
+        for name in names
+    ]
 
 
 def _tensor(root: Path, spec: TensorSpec, found: Found) -> LogicalTensor:

@@ -11,6 +11,7 @@ from conversion.inspect import describe, ready_config
 from conversion.job import Options, check_target, run
 from conversion.open import open_checkpoint
 from conversion.plan import Plan, Target, make_plan
+from conversion.problems import BadTensors
 from conversion.progress import shown
 from conversion.source import Choices, Source
 from conversion.tensors import CannotConvert
@@ -111,8 +112,11 @@ def _show_errors(manifest: Manifest) -> None:
 
 
 def inspect(directory: Path, choices: Choices, *, as_json: bool) -> None:
-    """Raises USER_ERRORS: what is missing, unknown or oddly shaped is among them."""
-    source = open_checkpoint(directory, choices)
+    """Raises USER_ERRORS; of tensors that are missing, unknown or oddly shaped, with a line for each."""
+    try:
+        source = open_checkpoint(directory, choices)
+    except BadTensors as error:
+        raise CannotConvert("\n".join(error.problems)) from None
     if as_json:
         print(json.dumps(list(describe(source))))
         return

@@ -10,6 +10,7 @@ import numpy as np
 
 from conversion.params import Measured, Params, to_config
 from conversion.pickled import read_pickled
+from conversion.problems import collect
 from conversion.source import Choices, Json, Source
 from conversion.tensors import TORCH_DTYPES, Bytes, LogicalTensor, Part
 from engines.base import BadCheckpoint
@@ -43,8 +44,9 @@ def open_meta(root: Path, choices: Choices) -> Source:
         if tied:
             notes.append("output.weight equals tok_embeddings.weight: converted as tied")
     expected = expected_tensors(config)
-    ignored = shards.extra({spec.meta_name for spec in expected.values()}, choices.allow_extra)
-    tensors = {spec.name: shards.tensor(spec, config) for spec in expected.values()}
+    known = {spec.meta_name for spec in expected.values()}
+    unknown = [] if choices.allow_extra else shards.unknown(known)
+    tensors = collect(expected.values(), unknown, lambda spec: shards.tensor(spec, config))
     return Source(
         root,
         "meta",
@@ -53,7 +55,7 @@ def open_meta(root: Path, choices: Choices) -> Source:
         config_json,
         tensors,
         tuple(paths),
-        ignored=tuple(ignored),
+        ignored=tuple(sorted({name for content in shards.content for name in content} - known)),
         notes=tuple(notes),
         manifest=manifest,
         replicas=tuple(shards.replicas),
@@ -154,19 +156,15 @@ class _Shards:
             raise BadCheckpoint(f"{self.paths[shard]}: tensor {name}: missing")
         return self.content[shard][name]
 
-    def extra(self, known: set[str], allow: bool) -> list[str]:
-        ignored: set[str] = set()
-        for path, content in zip(self.paths, self.content, strict=True):
-            extra = [
-                n for n in content if n not in known | {"output.weight"} and not n.endswith(IGNORED_SUFFIXES)
-            ]
-            if extra and not allow:
-                raise BadCheckpoint(
-                    f"{path}: tensor {extra[0]}: unknown: a Llama of params.json has no place for it "
-                    f"({len(extra)} such); --allow-extra leaves them out"
-                )
-            ignored.update(name for name in content if name not in known)
-        return sorted(ignored)
+    def unknown(self, known: set[str]) -> list[str]:
+        """A message for each tensor without a place in the model. A tied model's output may be there."""
+        return [
+            f"{path}: tensor {name}: unknown: a Llama of params.json has no place for it; "
+            "--allow-extra leaves it out"
+            for path, content in zip(self.paths, self.content, strict=True)
+            for name in content
+            if name not in known | {"output.weight"} and not name.endswith(IGNORED_SUFFIXES)
+        ]
 
     def tensor(self, spec: TensorSpec, config: LlamaConfig) -> LogicalTensor:
         """All shards of one tensor. Raises BadCheckpoint if their shapes do not make it up."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 
 from conversion.mapped import MappedFiles
+from conversion.problems import collect
 from conversion.source import Choices, Source
 from conversion.tensors import LogicalTensor, Part
 from engines.base import BadCheckpoint
@@ -36,7 +38,8 @@ def open_ranks(root: Path, choices: Choices) -> Source:
         )
         raise BadCheckpoint(f"{root / 'manifest.json'}: {what}: cannot be converted from")
     ranks = _Ranks(root, layout, config)
-    tensors = {spec.name: ranks.tensor(spec) for spec in expected_tensors(config).values()}
+    expected = expected_tensors(config)
+    tensors = collect(expected.values(), ranks.unknown(expected.keys()), ranks.tensor)
     files = [rank_file(t, layout.tp, p, layout.pp) for t in range(layout.tp) for p in range(layout.pp)]
     return Source(
         root,
@@ -61,6 +64,15 @@ class _Ranks:
             (t, p): read_rank(root, layout, t, p) for t in range(layout.tp) for p in range(layout.pp)
         }
         self.replicas: list[tuple[LogicalTensor, LogicalTensor]] = []
+
+    def unknown(self, known: Set[str]) -> list[str]:
+        """A message for each tensor without a place in the model."""
+        return [
+            f"{stored.path}: tensor {name}: unknown: the model of manifest.json has no place for it"
+            for header in self._headers.values()
+            for name, stored in header.items()
+            if name not in known
+        ]
 
     def tensor(self, spec: TensorSpec) -> LogicalTensor:
         stages = [p for p in range(self._layout.pp) if spec.name in self._headers[0, p]]

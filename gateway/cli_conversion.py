@@ -52,7 +52,8 @@ def _clear_errors() -> Iterator[Any]:
     try:
         yield main
     except main.USER_ERRORS as error:
-        typer.echo(f"sluice: error: {error}", err=True)
+        for line in str(error).splitlines():
+            typer.echo(f"sluice: error: {line}", err=True)
         raise typer.Exit(1) from None
 
 

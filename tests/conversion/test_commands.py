@@ -96,6 +96,23 @@ def test_what_cannot_be_done_is_said_in_a_line(tmp_path: Path, arguments: list[A
     assert not (tmp_path / "out").exists()
 
 
+def test_inspect_lists_all_that_is_wrong(tmp_path: Path) -> None:
+    file = make_llama(tmp_path / "hf", GQA) / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    tensors |= {"odd": torch.ones(2), "model.layers.0.mlp.up_proj.weight": torch.ones(2)}
+    save_file(tensors, file)
+    printed = sluice("inspect", tmp_path / "hf", code=1)
+    lines = [line for line in printed.splitlines() if line.startswith("sluice: error: ")]
+    assert [line.split("tensor ")[1].split(":")[0] for line in lines] == [
+        "odd",
+        "model.layers.0.mlp.up_proj.weight",
+        "model.norm.weight",
+    ]
+    printed = sluice("convert", tmp_path / "hf", tmp_path / "out", "--to", "hf", code=1)
+    assert "(and 2 more: sluice inspect lists them)" in printed
+
+
 def test_verify_finds_one_changed_value(tmp_path: Path) -> None:
     hf = make_llama(tmp_path / "hf", GQA, dtype=torch.bfloat16)
     convert(hf, tmp_path / "s", Target("sluice", tp=2))

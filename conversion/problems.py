@@ -1,0 +1,33 @@
+"""All that is wrong with the tensors of a checkpoint, not only the first of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from conversion.tensors import LogicalTensor
+from engines.base import BadCheckpoint
+from engines.models.names import TensorSpec
+
+
+class BadTensors(BadCheckpoint):
+    """Tensors that are missing, unknown or of the wrong shape. The message is the first `problem`."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        more = f" (and {len(problems) - 1} more: sluice inspect lists them)" if len(problems) > 1 else ""
+        super().__init__(problems[0] + more)
+        self.problems = tuple(problems)
+
+
+def collect(
+    specs: Iterable[TensorSpec], unknown: Sequence[str], read: Callable[[TensorSpec], LogicalTensor]
+) -> dict[str, LogicalTensor]:
+    """`read` of every tensor, by name. Raises BadTensors with `unknown` and what any of them raised."""
+    problems, tensors = list(unknown), {}
+    for spec in specs:
+        try:
+            tensors[spec.name] = read(spec)
+        except BadCheckpoint as error:
+            problems.append(str(error))
+    if problems:
+        raise BadTensors(problems)
+    return tensors
