@@ -44,6 +44,7 @@ PERMANENT = (UnsupportedModel, BadCheckpoint, ConfigError, modeldir.BadModelDir,
 """Errors that a restart would meet again."""
 
 CLOCKS = "stage-clocks"
+_MIN_PROMPT_TOKENS = {"cpu": 32, "cuda": 256}  # as many as cost about what a decoding micro-batch does
 _PR_SET_PDEATHSIG = 1
 
 
@@ -297,6 +298,7 @@ def _scheduler(config: ModelConfig, ready: Ready, engine: Engine) -> Scheduler:
         eos_token_ids=ready.eos_token_ids,
         prefix_cache=config.prefix_cache,
         max_plans_in_flight=engine.plans_in_flight,
+        min_prompt_tokens=_MIN_PROMPT_TOKENS[ready.device] if engine.plans_in_flight > 1 else None,
     )
 
 

@@ -64,6 +64,9 @@ class ContinuousScheduler:
     plan takes its share of them (micro-batches). With it a sequence that only lacks its last sampled token is
     scheduled again, with LAST_SAMPLED for that token; what it sampled beyond its end is dropped.
 
+    `min_prompt_tokens` is for pipelines, where a long plan leaves all stages but one without work: while
+    sequences decode, a plan takes twice as many prompt tokens as it has of them, and at least so many.
+
     Blocks are freed at once even if a plan in flight writes them: plans run in order, so a later owner's
     writes come after, and it reads only what it wrote.
     """
@@ -81,6 +84,7 @@ class ContinuousScheduler:
         run_ahead: bool = False,
         drafter: Drafter | None = None,
         max_draft_tokens: int = 4,
+        min_prompt_tokens: int | None = None,
     ) -> None:
         assert min(block_size, max_num_seqs, max_num_batched_tokens, max_plans_in_flight) > 0
         self.block_size = block_size
@@ -93,6 +97,8 @@ class ContinuousScheduler:
         self._run_ahead = run_ahead
         self._drafter = drafter
         self._max_draft_tokens = max_draft_tokens
+        self._min_prompt_tokens = min_prompt_tokens
+        self._prompt_budget = 0  # of the plan that is being made
         self._pool = BlockPool(num_blocks)
         self._tables = BlockTables(max_num_seqs, -(-self.max_model_len // block_size), block_size)
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
@@ -180,6 +186,7 @@ class ContinuousScheduler:
     def schedule(self) -> StepPlan:
         chunks: list[Chunk] = []
         if self._num_plans_in_flight < self.max_plans_in_flight:
+            self._prompt_budget = self._prompt_tokens_of_plan()
             budget, may_admit = self._continue_running(chunks)
             if may_admit:
                 self._admit(chunks, budget)
@@ -187,6 +194,16 @@ class ContinuousScheduler:
             return StepPlan.empty(StepKind.IDLE)
         self._num_plans_in_flight += 1
         return build_plan(chunks, self._tables)
+
+    def _prompt_tokens_of_plan(self) -> int:
+        num_decoding = sum(len(one.token_ids) > one.num_prompt_tokens for one in self._running)
+        if self._min_prompt_tokens is None or not num_decoding:
+            return self.max_num_batched_tokens
+        return max(self._min_prompt_tokens, 2 * num_decoding // self.max_plans_in_flight)
+
+    def _num_tokens_of_chunk(self, sequence: Sequence, budget: int) -> int:
+        num_tokens = min(sequence.num_pending, budget)
+        return num_tokens if sequence.num_pending == 1 else min(num_tokens, self._prompt_budget)
 
     def _continue_running(self, chunks: list[Chunk]) -> tuple[int, bool]:
         """Chunks of the running sequences. Returns the budget left, and whether blocks sufficed."""
@@ -199,7 +216,9 @@ class ContinuousScheduler:
             index += 1
             if not self._can_run(sequence):
                 continue
-            num_tokens = min(sequence.num_pending, budget)
+            num_tokens = self._num_tokens_of_chunk(sequence, budget)
+            if num_tokens == 0:
+                continue
             if not self._make_room(sequence, sequence.num_computed_tokens + num_tokens):
                 may_admit = False
                 break  # nobody younger runs before it, so that those in flight come back
@@ -254,6 +273,8 @@ class ContinuousScheduler:
     def _start_chunk(self, chunks: list[Chunk], sequence: Sequence, num_tokens: int, budget: int) -> int:
         """Put its next tokens into the plan. Returns how many, drafts included."""
         start = sequence.num_computed_tokens
+        if sequence.num_pending > 1:
+            self._prompt_budget -= num_tokens
         samples = start + num_tokens == sequence.num_tokens < sequence.max_len
         drafts = self._draft(sequence, budget - num_tokens) if samples and self._drafter else ()
         chunk = Chunk(sequence, start, num_tokens + len(drafts), samples, drafts)
@@ -287,7 +308,7 @@ class ContinuousScheduler:
         max_chunks = self._max_chunks(min(len(self._running) + len(self._queue), self.max_num_seqs))
         admitted: list[str] = []
         for sequence in self._queue.values():
-            if budget <= 0 or not self._free_slots or len(chunks) >= max_chunks:
+            if min(budget, self._prompt_budget) <= 0 or not self._free_slots or len(chunks) >= max_chunks:
                 break
             prefix = self._find_prefix(sequence)
             if self._waits_for_sibling(sequence, len(prefix)):
@@ -295,7 +316,7 @@ class ContinuousScheduler:
             if not self._fits(sequence, prefix):
                 break
             self._start_running(sequence, prefix)
-            budget -= self._start_chunk(chunks, sequence, min(sequence.num_pending, budget), budget)
+            budget -= self._start_chunk(chunks, sequence, self._num_tokens_of_chunk(sequence, budget), budget)
             admitted.append(sequence.id)
         for id in admitted:
             del self._queue[id]

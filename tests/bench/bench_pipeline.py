@@ -72,6 +72,7 @@ def config_for(layout: Layout, model: Path, split: StageSplit) -> ModelConfig:
         omp_threads=layout.threads,
         stage_split=split,
         prefix_cache=False,
+        max_num_batched_tokens=256 if is_pipeline else 2048,  # as the configuration defaults to
     )
 
 

@@ -65,6 +65,19 @@ def test_a_long_prompt_is_computed_in_chunks_beside_a_running_one() -> None:
     assert_expected(leader, first, second)
 
 
+def test_in_a_pipeline_decoding_sequences_do_not_wait_for_long_prompts() -> None:
+    _, leader = make(max_num_batched_tokens=20, min_prompt_tokens=4)
+    first, second = request("first", 24, 10, first=1), request("second", 30, 2, first=2)
+    leader.add(first)
+    leader.step()
+    leader.step()
+    leader.add(second)
+    leader.run()
+    sizes = [np.diff(plan.query_start).tolist() for plan in leader.plans[:5]]
+    assert sizes == [[20], [4], [1, 4], [1, 4], [1, 4]]  # whole steps for prompts while none decodes
+    assert_expected(leader, first, second)
+
+
 def test_only_the_last_chunk_of_a_prompt_samples() -> None:
     _, leader = make(max_num_batched_tokens=4)
     leader.add(request(prompt_len=10, max_tokens=1))

@@ -24,6 +24,7 @@ class Setup:
     plans_in_flight: int
     run_ahead: bool
     max_draft_tokens: int  # 0: no drafter
+    min_prompt_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ roomy_setups = st.builds(
     plans_in_flight=st.integers(1, 3),
     run_ahead=st.booleans(),
     max_draft_tokens=st.sampled_from([0, 0, 1, 3]),
+    min_prompt_tokens=st.sampled_from([None, 1, 3]),
 )
 # what runs together soon outgrows the pool
 tight_setups = st.builds(
@@ -64,6 +66,7 @@ tight_setups = st.builds(
     plans_in_flight=st.integers(1, 3),
     run_ahead=st.booleans(),
     max_draft_tokens=st.sampled_from([0, 0, 2]),
+    min_prompt_tokens=st.sampled_from([None, 1, 3]),
 )
 setups = st.one_of(roomy_setups, tight_setups)
 samplings = st.builds(
@@ -118,6 +121,7 @@ def make(setup: Setup) -> tuple[ContinuousScheduler, FakeLeader]:
         run_ahead=setup.run_ahead,
         drafter=FakeDrafter() if setup.max_draft_tokens else None,
         max_draft_tokens=setup.max_draft_tokens,
+        min_prompt_tokens=setup.min_prompt_tokens,
     )
     runner = FakePagedRunner(setup.num_blocks, setup.block_size, setup.max_num_seqs)
     return scheduler, FakeLeader(scheduler, runner, setup.plans_in_flight)
