@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,45 +20,11 @@ from engines.runtime import sampler
 from engines.runtime.plan import RowSampling, RowUse
 from engines.wire import SamplingParams
 from tests.engines.harness import Group, StartFailed, running
+from tests.engines.layouts import LAYOUTS, TWO_STAGE, Layout
 from tests.engines.reference import hf_greedy, prompts, request_of
 from tests.models import GQA, make_llama
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_BATCHED = 48, 16, 64
-
-
-@dataclass(frozen=True)
-class Layout:
-    engine: str
-    tp: int = 1
-    pp: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.engine}-tp{self.tp}-pp{self.pp}"
-
-    @property
-    def parallel_type(self) -> str:
-        return "custom" if self.engine == "accelerate" else "tp" if self.pp == 1 else "pp"
-
-    @property
-    def bytes_per_block(self) -> int:
-        """What one block of K/V takes on the rank that holds most of it, from the model's shape."""
-        kv_heads = max(1, GQA.kv_heads // self.tp)
-        layers = -(-GQA.layers // self.pp)
-        return 2 * layers * kv_heads * GQA.head_dim * 4 * BLOCK_SIZE
-
-
-LAYOUTS = [
-    Layout("native"),
-    Layout("native", tp=2),
-    Layout("native", tp=4),
-    Layout("two-stage", pp=2),
-    Layout("pipeline", pp=2),
-    Layout("pipeline", pp=3),
-    Layout("pipeline", tp=2, pp=2),
-    Layout("accelerate"),
-    Layout("deepspeed_tp"),
-    Layout("deepspeed_tp", tp=2),
-]
 
 
 @pytest.fixture(scope="module")
@@ -73,30 +38,18 @@ def reference(model: Path) -> torch.nn.Module:
 
 
 def config_for(layout: Layout, model: Path) -> ModelConfig:
-    return ModelConfig(
-        model_name="contract",
-        served_model_names=("contract",),
-        model_path=str(model),
-        parallel_type=layout.parallel_type,
-        engine=layout.engine,
-        tp_size=layout.tp,
-        pp_size=layout.pp,
-        dtype="float32",
-        max_num_batched_tokens=MAX_BATCHED,
-        kv_block_size=BLOCK_SIZE,
-        kv_cache_memory=NUM_BLOCKS * layout.bytes_per_block,
-        startup_timeout=60,
-    )
+    return layout.config(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_batched=MAX_BATCHED)
 
 
-@pytest.fixture(scope="module", params=LAYOUTS, ids=str)
+@pytest.fixture(scope="module", params=[*LAYOUTS, TWO_STAGE], ids=str)
 def group(request: pytest.FixtureRequest, model: Path) -> Iterator[Group]:
     with running(config_for(request.param, model)) as group:
         yield group
 
 
 def test_every_registered_engine_is_here() -> None:
-    assert set(registry.names()) <= {layout.engine for layout in LAYOUTS}
+    static = {"deepspeed_inject"}  # CUDA only; tests/engines/test_deepspeed_inject.py
+    assert set(registry.names()) <= {layout.engine for layout in LAYOUTS} | static
 
 
 def test_greedy_alone_is_hugging_faces(group: Group, reference: torch.nn.Module) -> None:
