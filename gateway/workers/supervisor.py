@@ -85,16 +85,21 @@ class Supervisor:
         self.drain()
         grace = self._grace_seconds if grace_seconds is None else grace_seconds
         try:
-            async with asyncio.timeout(grace):
-                await asyncio.gather(*(group.wait_until_idle() for group in self.groups))
-        except TimeoutError:
-            log.warning("requests still run after a grace of %g s; ending them", grace)
+            if any(group.num_outstanding for group in self.groups):
+                await self._wait_until_idle(grace)
         finally:
             for keeper in self._keepers:
                 keeper.cancel()
             await asyncio.gather(*self._keepers, return_exceptions=True)
             for group in self.groups:
                 group.stop()
+
+    async def _wait_until_idle(self, grace: float) -> None:
+        try:
+            async with asyncio.timeout(grace):
+                await asyncio.gather(*(group.wait_until_idle() for group in self.groups))
+        except TimeoutError:
+            log.warning("requests still run after a grace of %g s; ending them", grace)
 
     async def __aenter__(self) -> Self:
         self.start()
