@@ -15,7 +15,7 @@ from conversion.problems import BadTensors
 from conversion.progress import shown
 from conversion.source import Choices, Source
 from conversion.tensors import CannotConvert
-from conversion.verify import check_manifest, differences
+from conversion.verify import check_source, differences
 from engines.base import BadCheckpoint, UnsupportedModel
 from engines.modeldir import BadModelDir
 from engines.models.manifest import Manifest
@@ -44,8 +44,9 @@ def convert(
     *,
     dry_run: bool,
     as_json: bool,
+    check: bool = False,
 ) -> None:
-    """Raises USER_ERRORS."""
+    """Raises USER_ERRORS. `check`: hash the source first, as far as it says what it should be."""
     source = open_checkpoint(source_dir, choices)
     plan = make_plan(source, target)
     if not as_json:
@@ -54,6 +55,11 @@ def convert(
         check_target(source, target_dir)
         _show_plan(plan, target_dir, as_json)
         return
+    checked = check_source(source) if check else ""
+    if checked and not as_json:
+        print(f"  checked: {checked}")
+    if check and not checked:
+        raise CannotConvert(f"--check-source: nothing says what the files of {source_dir} should be")
     start = time.perf_counter()
     with shown(plan.num_bytes, as_json) as progress:
         manifest = run(source, plan, target_dir, options, progress)
@@ -129,15 +135,12 @@ def verify(first_dir: Path, second_dir: Path | None, choices: Choices, *, numeri
     """The number of differences, each printed. Raises USER_ERRORS."""
     first = open_checkpoint(first_dir, choices)
     second = None if second_dir is None else open_checkpoint(second_dir, choices)
-    if second is None and first.manifest is None:
-        raise CannotConvert(
-            f"{first_dir}: has no manifest.json to verify it against: name a second checkpoint"
-        )
     num_differences = 0
-    for source in (first, second):
-        if source is not None and source.manifest is not None:
-            num_bytes = check_manifest(source.root, source.manifest)
-            print(f"{source.root}: {num_bytes / 1e9:.2f} GB are what manifest.json says")
+    checked = {source.root: check_source(source) for source in (first, second) if source is not None}
+    for root, what in checked.items():
+        print(f"{root}: {what}" if what else f"{root}: nothing says what its files should be")
+    if second is None and not checked[first.root]:
+        raise CannotConvert(f"{first_dir}: cannot be verified alone: name a second checkpoint")
     if second is None:
         return 0
     for difference in differences(first, second):

@@ -33,6 +33,7 @@ def open_meta(root: Path, choices: Choices) -> Source:
     """Raises BadCheckpoint, BadModelDir, UnsupportedModel, CannotConvert."""
     paths = _shard_paths(root)
     shards = _Shards(paths, [read_pickled(path) for path in paths])
+    shards.check_distinct()
     manifest = read_manifest(root)
     config_json, notes = _config(root, shards, manifest, choices)
     config = LlamaConfig.parse(config_json, str(root / "params.json"))
@@ -143,6 +144,16 @@ class _Shards:
             ffn=self.shape("layers.0.feed_forward.w1.weight")[0] * self.num,
             dtype=str(TORCH_DTYPES[self._get(0, "tok_embeddings.weight")[0].dtype]).removeprefix("torch."),
         )
+
+    def check_distinct(self) -> None:
+        """No two shards hold the same query heads: one would be a copy under another's name."""
+        seen: dict[bytes, Path] = {}
+        for shard, path in enumerate(self.paths):
+            _, data = self._get(shard, "layers.0.attention.wq.weight")
+            start = data[:64].tobytes()
+            if start in seen:
+                raise BadCheckpoint(f"{path}: duplicate: holds the same weights as {seen[start].name}")
+            seen[start] = path
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the first shard; a matrix unless it is the norm or a bias."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,48 @@ def _config_difference(first: Source, second: Source) -> str:
         (name, getattr(first.config, name), getattr(second.config, name)) for name in first.config.__slots__
     ]
     return "; ".join(f"{name}: {one} and {two}" for name, one, two in pairs if one != two)
+
+
+def check_source(source: Source) -> str:
+    """Hash the source as far as it says what it should be. Returns what that was, empty if it does not.
+
+    By manifest.json if there is one; else by the checksums within .pth and .bin files, and by the md5
+    of Meta's checklist.chk. Raises BadCheckpoint."""
+    if source.manifest is not None:
+        return f"{check_manifest(source.root, source.manifest) / 1e9:.2f} GB are what manifest.json says"
+    zipped = [path for path in source.files if path.suffix in (".pth", ".bin")]
+    for path in zipped:
+        _check_zip(path)
+    listed = _check_list(source.root / "checklist.chk")
+    what = [f"{len(zipped)} file(s) match their own checksums"] if zipped else []
+    what += [f"{listed} match checklist.chk"] if listed else []
+    return ", ".join(what)
+
+
+def _check_zip(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise BadCheckpoint(f"{path}: cannot be read: {error}") from None
+    if damaged is not None:
+        raise BadCheckpoint(f"{path}: record {damaged}: is damaged: its checksum does not match")
+
+
+def _check_list(path: Path) -> int:
+    """Lines of an md5 and a file's name."""
+    if not path.is_file():
+        return 0
+    lines = [line.split() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    pairs = [(line[0], line[1].lstrip("*")) for line in lines if len(line) == 2]
+    for md5, name in pairs:
+        file = path.parent / name
+        if Path(name).name != name or not file.is_file():
+            raise BadCheckpoint(f"{path}: names {name!r}, which is no file beside it")
+        with file.open("rb") as opened:
+            if hashlib.file_digest(opened, "md5").hexdigest() != md5.lower():
+                raise BadCheckpoint(f"{file}: is damaged: its md5 is not checklist.chk's")
+    return len(pairs)
 
 
 def check_manifest(root: Path, manifest: Manifest) -> int:

@@ -80,6 +80,9 @@ def convert(
     max_memory: Annotated[str, typer.Option(help="Buffers, beyond the interpreter itself.")] = "512MiB",
     jobs: Annotated[int, typer.Option(min=0, help="Files written at once; 0: one a core.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where one was interrupted.")] = False,
+    check_source: Annotated[
+        bool, typer.Option("--check-source", help="First read it all, and compare it with its checksums.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show files and sizes, write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Log JSON lines.")] = False,
     rope_theta: RopeTheta = None,
@@ -102,7 +105,7 @@ def convert(
         )
         options = main.Options(main.parse_bytes(max_memory), jobs, resume)
         choices = _choices(rope_theta, rope_scaling_factor, max_positions, allow_extra)
-        main.convert(src, dst, target, choices, options, dry_run=dry_run, as_json=as_json)
+        main.convert(src, dst, target, choices, options, dry_run=dry_run, as_json=as_json, check=check_source)
 
 
 def inspect(

@@ -19,6 +19,7 @@ from conversion.open import open_checkpoint
 from conversion.pickled import read_pickled
 from conversion.plan import Target
 from conversion.source import Choices
+from conversion.verify import check_source
 from engines.base import BadCheckpoint
 from tests.conversion.helpers import convert
 from tests.conversion.hostile import as_pth, payloads
@@ -174,6 +175,10 @@ META_DAMAGE: dict[str, tuple[Damage, str]] = {
         lambda d: (d / "consolidated.1.pth").write_bytes((d / "consolidated.01.pth").read_bytes()),
         r"consolidated\.1\.pth: duplicate|consolidated\.01\.pth: duplicate",
     ),
+    "a shard copied over another": (
+        lambda d: (d / "consolidated.02.pth").write_bytes((d / "consolidated.01.pth").read_bytes()),
+        r"consolidated\.02\.pth: duplicate: holds the same weights as consolidated\.01\.pth",
+    ),
     "the last one missing": (
         lambda d: (d / "consolidated.03.pth").unlink(),
         r"has the shape|its shape|does not fit",
@@ -232,6 +237,25 @@ def test_shards_of_two_models_do_not_mix(tmp_path: Path) -> None:
         BadCheckpoint, match=r"consolidated\.01\.pth: tensor .*norm.*: is not what consolidated"
     ):
         convert(tmp_path / "meta1", tmp_path / "out", Target("hf"))
+
+
+@pytest.mark.parametrize("what", ["checksum", "md5"])
+def test_a_changed_value_is_found_by_what_the_source_says(tmp_path: Path, what: str) -> None:
+    hf = make_llama(tmp_path / "hf", MHA)
+    meta = tmp_path / "meta"
+    convert(hf, meta, Target("meta", shards=2))
+    (meta / "manifest.json").unlink()
+    source = open_checkpoint(meta, Choices(max_positions=2048))
+    assert "2 file(s) match their own checksums" in check_source(source)
+    path = meta / "consolidated.01.pth"
+    data = bytearray(path.read_bytes())
+    if what == "md5":
+        (meta / "checklist.chk").write_text(f"{'0' * 32}  consolidated.01.pth\n")
+    else:
+        data[-20_000] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(BadCheckpoint, match=rf"consolidated\.01\.pth: .*is damaged: its {what}"):
+        check_source(open_checkpoint(meta, Choices(max_positions=2048)))
 
 
 def test_values_that_are_not_numbers_are_reported(tmp_path: Path) -> None:

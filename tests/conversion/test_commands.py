@@ -121,7 +121,7 @@ def test_verify_finds_one_changed_value(tmp_path: Path) -> None:
     tensors["model.layers.1.mlp.down_proj.weight"][5, 99] += 1
     save_file(tensors, file)
     printed = sluice("verify", hf, tmp_path / "s", "--no-numeric", code=1)
-    assert printed.splitlines()[1:] == ["differs: model.layers.1.mlp.down_proj.weight: values differ"]
+    assert printed.splitlines()[2:] == ["differs: model.layers.1.mlp.down_proj.weight: values differ"]
 
 
 def test_verify_finds_a_damaged_file_by_its_hash(tmp_path: Path) -> None:
