@@ -35,11 +35,12 @@ class Silent:
 
 
 class JsonLines:
-    """An object a line: file started, file finished. A file's progress at most once a second."""
+    """An object a line: the plan, file started, file finished; progress of all at most once a second."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self._lock = stream, Lock()
+    def __init__(self, stream: TextIO, total: int) -> None:
+        self._stream, self._lock, self._total = stream, Lock(), total
         self._begin, self._done, self._last = time.monotonic(), 0, 0.0
+        self._say(event="plan", bytes=total)
 
     def start(self, file: str, num_bytes: int) -> None:
         self._say(event="start", file=file, bytes=num_bytes)
@@ -51,8 +52,9 @@ class JsonLines:
             if now - self._last < 1:
                 return
             self._last = now
-            seconds = now - self._begin
-        self._say(event="progress", bytes=self._done, seconds=round(seconds, 3))
+            seconds, done = now - self._begin, self._done
+        left = (self._total - done) * seconds / done
+        self._say(event="progress", bytes=done, seconds=round(seconds, 3), seconds_left=round(left, 3))
 
     def finish(self, file: str, sha256: str) -> None:
         self._say(event="finish", file=file, sha256=sha256)
@@ -66,6 +68,7 @@ class Bars:
     """A bar for each file that is being written and one for all, with time left and speed."""
 
     def __init__(self, total: int) -> None:
+        from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
         columns = (
@@ -75,7 +78,7 @@ class Bars:
             TransferSpeedColumn(),
             TimeRemainingColumn(),
         )
-        self.bars = Progress(*columns, transient=True)
+        self.bars = Progress(*columns, transient=True, console=Console(stderr=True))
         self._all = self.bars.add_task("all", total=total)
         self._tasks = {"": self._all}
 
@@ -94,7 +97,7 @@ class Bars:
 def shown(total: int, as_json: bool) -> Iterator[Progress]:
     """The progress that fits: JSON where asked for, bars on a terminal, else nothing."""
     if as_json:
-        yield JsonLines(sys.stdout)
+        yield JsonLines(sys.stdout, total)
     elif sys.stderr.isatty():
         bars = Bars(total)
         with bars.bars:

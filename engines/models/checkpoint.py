@@ -118,6 +118,11 @@ class Checkpoint:
         pickled = sorted(p.name for p in self.root.glob("*") if p.suffix in _PICKLE_SUFFIXES)
         if pickled:
             raise BadCheckpoint(f"{self.root / pickled[0]}: {_CONVERT}")
+        if (self.root / "manifest.json").exists():
+            raise BadCheckpoint(
+                f"{self.root}: holds files for ranks, which engines native and pipeline read: for another engine, "
+                f"`sluice convert {self.root} {self.root}-hf --to hf`"
+            )
         raise BadCheckpoint(f"{self.root}: holds neither {SINGLE_NAME} nor {INDEX_NAME}")
 
     def _from_index(self, index: Path) -> dict[str, StoredTensor]:

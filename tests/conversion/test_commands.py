@@ -72,6 +72,7 @@ def test_the_json_log(tmp_path: Path) -> None:
     lines = sluice("convert", hf, tmp_path / "out", "--to", "sluice", "--tp", 2, "--json").splitlines()
     events = [json.loads(line) for line in lines]
     assert [event["event"] for event in events].count("finish") == 2
+    assert events[0] == {"event": "plan", "bytes": events[-1]["bytes"]}
     assert events[-1]["event"] == "done"
     assert events[-1]["not_finite"] == []
 

@@ -98,6 +98,13 @@ def test_files_for_another_group_are_refused_with_the_command(tmp_path: Path) ->
     assert "reshard: true" in str(refused.value)
 
 
+def test_engines_that_read_whole_models_name_the_command(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", GQA, 8)
+    convert(hf, tmp_path / "s", Target("sluice", tp=2))
+    with pytest.raises(BadCheckpoint, match=rf"`sluice convert {tmp_path}/s {tmp_path}/s-hf --to hf`"):
+        Checkpoint(tmp_path / "s")
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize(("tp", "pp"), [(2, 2), (4, 1)])
 def test_they_are_divided_anew_on_request(tmp_path: Path, name: str, tp: int, pp: int) -> None:
