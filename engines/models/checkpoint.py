@@ -120,8 +120,8 @@ class Checkpoint:
             raise BadCheckpoint(f"{self.root / pickled[0]}: {_CONVERT}")
         if (self.root / "manifest.json").exists():
             raise BadCheckpoint(
-                f"{self.root}: holds files for ranks, which engines native and pipeline read: for another engine, "
-                f"`sluice convert {self.root} {self.root}-hf --to hf`"
+                f"{self.root}: holds files for ranks, which engines native and pipeline read: "
+                f"for another engine, run `sluice convert {self.root} {self.root}-hf --to hf`"
             )
         raise BadCheckpoint(f"{self.root}: holds neither {SINGLE_NAME} nor {INDEX_NAME}")
 
