@@ -12,7 +12,7 @@ from conversion.params import Measured, Params, to_config
 from conversion.pickled import read_pickled
 from conversion.problems import collect
 from conversion.source import Choices, Json, Source
-from conversion.tensors import TORCH_DTYPES, Bytes, LogicalTensor, Part
+from conversion.tensors import TORCH_DTYPES, Bytes, LogicalTensor, Part, replicas
 from engines.base import BadCheckpoint
 from engines.models.checkpoint import StoredTensor
 from engines.models.config import LlamaConfig
@@ -191,18 +191,10 @@ class _Shards:
         for (stored, data), start in zip(pieces, starts, strict=True):
             part = Part(start, start + stored.shape[dim], data, stored.path)
             if parts and parts[-1].start == start:
-                self._replica(spec, stored.dtype, parts[-1], part)
+                self.replicas.append(replicas(spec.meta_name, spec.shape, stored.dtype, parts[-1], part))
             else:
                 parts.append(part)
         return LogicalTensor(spec.name, spec.shape, pieces[0][0].dtype, dim, tuple(parts), head_dim)
-
-    def _replica(self, spec: TensorSpec, dtype: str, first: Part, second: Part) -> None:
-        shape = (first.stop - first.start, *spec.shape[1:])
-        pair = (
-            LogicalTensor(spec.meta_name, shape, dtype, 0, (Part(0, shape[0], p.data, p.path),))
-            for p in (first, second)
-        )
-        self.replicas.append((next(pair), next(pair)))
 
     def _division(
         self, spec: TensorSpec, pieces: list[tuple[StoredTensor, Bytes]], config: LlamaConfig

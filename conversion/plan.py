@@ -13,7 +13,15 @@ from conversion.source import Format, Source
 from conversion.tensors import CannotConvert, LogicalTensor, itemsize
 from engines.models.config import LlamaConfig
 from engines.models.manifest import Layout, rank_file
-from engines.models.names import Placement, Slice, TensorSpec, expected_tensors, indivisible, slice_of
+from engines.models.names import (
+    Placement,
+    Slice,
+    TensorSpec,
+    expected_tensors,
+    indivisible,
+    is_on_stage,
+    slice_of,
+)
 from engines.models.stages import BadSplit, sizes_of, split_layers
 
 
@@ -183,7 +191,7 @@ def _rank_plan(source: Source, target: Target) -> Plan:
     files = []
     for tp_rank in range(tp):
         for stage, layers in enumerate(stages):
-            specs = [s for s in expected_tensors(config).values() if _is_on(s, stage, layers, pp, config)]
+            specs = [s for s in expected_tensors(config).values() if is_on_stage(s, layers, config)]
             pairs = [(s, entry) for s in specs for entry in _rank_entries(source, s, target, tp_rank)]
             entries = [entry for _, entry in sorted(pairs, key=_file_order)]
             name = rank_file(tp_rank, tp, stage, pp)
@@ -195,15 +203,6 @@ def _file_order(pair: tuple[TensorSpec, Entry]) -> tuple[int, int]:
     """Weights of a layer, then its biases, then its scales: what an engine fuses lies side by side."""
     spec, entry = pair
     return spec.layer or 0, 2 * entry.encoding.is_scale + entry.name.endswith("bias")
-
-
-def _is_on(spec: TensorSpec, stage: int, layers: range, pp: int, config: LlamaConfig) -> bool:
-    """Embedding first, norm and head last; a tied embedding on both."""
-    if spec.layer is not None:
-        return spec.layer in layers
-    if spec.name == "model.embed_tokens.weight":
-        return stage == 0 or (config.tie_word_embeddings and stage == pp - 1)
-    return stage == pp - 1
 
 
 def _rank_entries(source: Source, spec: TensorSpec, target: Target, rank: int) -> Iterator[Entry]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from conversion.mapped import MappedFiles
 from conversion.problems import collect
 from conversion.source import Choices, Source
-from conversion.tensors import LogicalTensor, Part
+from conversion.tensors import LogicalTensor, Part, replicas
 from engines.base import BadCheckpoint
 from engines.models.checkpoint import StoredTensor
 from engines.models.config import LlamaConfig
@@ -101,7 +101,7 @@ class _Ranks:
             if not parts or parts[-1].start != part.start or parts[-1].stop != part.stop:
                 parts.append(part)
             elif part.stop > part.start:
-                self._replica(spec, dtype, parts[-1], part)
+                self.replicas.append(replicas(spec.name, spec.shape, dtype, parts[-1], part))
         return LogicalTensor(spec.name, spec.shape, dtype, dim, tuple(parts))
 
     def _stored(self, spec: TensorSpec, rank: int, stage: int) -> StoredTensor:
@@ -110,11 +110,3 @@ class _Ranks:
             path = self._root / rank_file(rank, self._layout.tp, stage, self._layout.pp)
             raise BadCheckpoint(f"{path}: tensor {spec.name}: missing")
         return stored
-
-    def _replica(self, spec: TensorSpec, dtype: str, first: Part, second: Part) -> None:
-        shape = (first.stop - first.start, *spec.shape[1:])
-        one, two = (
-            LogicalTensor(spec.name, shape, dtype, 0, (Part(0, shape[0], p.data, p.path),))
-            for p in (first, second)
-        )
-        self.replicas.append((one, two))

@@ -110,6 +110,18 @@ class LogicalTensor:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
 
 
+def replicas(
+    name: str, shape: tuple[int, ...], dtype: str, first: Part, second: Part
+) -> tuple[LogicalTensor, LogicalTensor]:
+    """Two parts that should hold the same rows, as a tensor each. `shape` is that of the whole tensor."""
+    count = first.stop - first.start
+    one, two = (
+        LogicalTensor(name, (count, *shape[1:]), dtype, 0, (Part(0, count, part.data, part.path),))
+        for part in (first, second)
+    )
+    return one, two
+
+
 def _pick(data: Bytes, rows: Rows) -> Bytes:
     """data[rows], a view if the rows follow each other."""
     if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all():

@@ -149,6 +149,17 @@ def _spec(rule: TensorRule, sizes: dict[str, int], name: str, layer: int | None 
     return TensorSpec(name, rule, tuple(sizes[dim] for dim in rule.dims), layer)
 
 
+def is_on_stage(spec: TensorSpec, layers: range, config: LlamaConfig) -> bool:
+    """Whether the pipeline stage of these layers holds a tensor: the embedding is on the first, norm and
+    head on the last, a tied embedding on both."""
+    if spec.layer is not None:
+        return spec.layer in layers
+    is_first, is_last = layers.start == 0, layers.stop == config.num_layers
+    if spec.name == "model.embed_tokens.weight":
+        return is_first or (is_last and config.tie_word_embeddings)
+    return is_last
+
+
 @dataclass(frozen=True, slots=True)
 class Slice:
     """start .. stop of one dimension. `pad`: rows of zeros that follow."""

@@ -13,7 +13,7 @@ from engines.base import BadCheckpoint, UnsupportedModel
 from engines.models.checkpoint import DTYPES, Checkpoint, StoredTensor
 from engines.models.config import LlamaConfig
 from engines.models.manifest import FORMAT, MANIFEST_NAME, Layout, rank_file, read_manifest, read_rank
-from engines.models.names import Slice, TensorSpec, expected_tensors, slice_of
+from engines.models.names import Slice, TensorSpec, expected_tensors, is_on_stage, slice_of
 from engines.models.quantized import ENCODINGS
 from engines.runtime.mesh import Mesh
 
@@ -46,9 +46,7 @@ def _encoding(root: Path, layout: Layout) -> tuple[str, torch.dtype] | None:
     if layout.quantization is None:
         return None
     if layout.quantization not in ENCODINGS:
-        raise BadCheckpoint(
-            f"{root / MANIFEST_NAME}: quantization ({layout.quantization!r}) is unknown"
-        )
+        raise BadCheckpoint(f"{root / MANIFEST_NAME}: quantization ({layout.quantization!r}) is unknown")
     return ENCODINGS[layout.quantization]
 
 
@@ -79,15 +77,6 @@ def _misfit(root: Path, layout: Layout, mesh: Mesh) -> str:
     )
 
 
-def _is_on(spec: TensorSpec, layers: range, model: LlamaConfig) -> bool:
-    if spec.layer is not None:
-        return spec.layer in layers
-    is_first, is_last = layers.start == 0, layers.stop == model.num_layers
-    if spec.name == "model.embed_tokens.weight":
-        return is_first or (is_last and model.tie_word_embeddings)
-    return is_last
-
-
 class MappedRank(Checkpoint):
     """One rank's file. Nothing is sliced; tensors that lie side by side are one view of the mapping."""
 
@@ -108,7 +97,7 @@ class MappedRank(Checkpoint):
         return DTYPES[self._stored(next(iter(self.tensors), "")).dtype]
 
     def check(self, expected: Iterable[TensorSpec], optional: frozenset[str] = frozenset()) -> None:
-        here = [self._local(spec) for spec in expected if _is_on(spec, self._layers, self._model)]
+        here = [self._local(spec) for spec in expected if is_on_stage(spec, self._layers, self._model)]
         small = [spec for spec in here if self._encoding is not None and spec.is_projection]
         names = {spec.name for spec in small}
         scales = {f"{name}_scale" for name in names}
