@@ -62,6 +62,5 @@ def _fitting(config: LlamaConfig) -> str:
 
 def ready_config(source: Source) -> str:
     """A model-config.yaml that serves this directory as it is."""
-    if source.manifest is not None and source.format == "sluice" and source.manifest.layout is not None:
-        return model_config_yaml(source.manifest.layout.tp, source.manifest.layout.pp)
-    return model_config_yaml(1, 1)
+    is_divided = source.manifest is not None and source.format == "sluice"
+    return model_config_yaml(source.manifest.layout if source.manifest and is_divided else None)

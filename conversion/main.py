@@ -6,6 +6,7 @@ import json
 import re
 import time
 from pathlib import Path
+from typing import cast
 
 from conversion.inspect import describe, ready_config
 from conversion.job import Options, check_target, run
@@ -17,6 +18,7 @@ from conversion.source import Choices, Source
 from conversion.tensors import CannotConvert
 from conversion.verify import check_source, differences
 from engines.base import BadCheckpoint, UnsupportedModel
+from engines.config import StageSplit
 from engines.modeldir import BadModelDir
 from engines.models.manifest import Manifest
 
@@ -33,6 +35,15 @@ def parse_bytes(text: str) -> int:
         raise CannotConvert(f"{text!r} is not a size: write 512M, 2GiB, or bytes")
     shift = _UNITS[match[2]]
     return int(match[1]) if shift == 1 else int(match[1]) << shift
+
+
+def parse_stage_split(text: str) -> StageSplit:
+    """work, layers, bytes, or the layers of each stage, as in 10,11,11. Raises CannotConvert."""
+    if text in ("work", "layers", "bytes"):
+        return cast(StageSplit, text)
+    if re.fullmatch(r"\d+(,\d+)*", text) is None:
+        raise CannotConvert(f"--stage-split {text!r}: write work, layers, bytes, or layers such as 10,11,11")
+    return tuple(int(count) for count in text.split(","))
 
 
 def convert(

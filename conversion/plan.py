@@ -11,6 +11,7 @@ from typing import Literal
 from conversion.quantize import Encoding
 from conversion.source import Format, Source
 from conversion.tensors import CannotConvert, LogicalTensor, itemsize
+from engines.config import StageSplit
 from engines.models.config import LlamaConfig
 from engines.models.manifest import Layout, rank_file
 from engines.models.names import (
@@ -75,6 +76,7 @@ class Target:
     embedding_by_rows: bool | None = None  # Meta's Llama 3 splits the vocabulary, 1 and 2 the columns
     max_file_bytes: int = 5 << 30  # of Hugging Face's format
     quantize: Literal["int8", "fp8"] | None = None
+    stage_split: StageSplit = "work"  # as in engines/models/stages.py
     tokenizer: str | None = None  # a tokenizer.model that lies elsewhere
 
 
@@ -185,7 +187,7 @@ def _rank_plan(source: Source, target: Target) -> Plan:
     config, tp, pp = source.config, target.tp, target.pp
     _check_divisible(config, tp, "--tp")
     try:
-        stages = split_layers(sizes_of(config), pp)
+        stages = split_layers(sizes_of(config), pp, target.stage_split)
     except BadSplit as error:
         raise CannotConvert(f"--pp {pp}: {error}") from None
     files = []

@@ -13,6 +13,7 @@ from conversion.plan import Plan
 from conversion.source import Json, Source
 from conversion.tensors import TORCH_DTYPES, CannotConvert
 from conversion.tokenizer import MadeTokenizer, make_tokenizer
+from engines.models.manifest import Layout
 
 _COPIED = (
     "generation_config.json",
@@ -51,7 +52,8 @@ def side_files(source: Source, plan: Plan) -> list[SideFile]:
         copied |= {side.name: side for side in _made(made)}
     sides = [*_configuration(source, plan, config), *copied.values()]
     if plan.target.format == "sluice":
-        text = model_config_yaml(plan.target.tp, plan.target.pp)
+        assert plan.layout is not None
+        text = model_config_yaml(plan.layout)
         sides.append(SideFile("model-config.yaml", text.encode()))
     return sides
 
@@ -114,13 +116,16 @@ def _json(value: Json) -> bytes:
     return json.dumps(value, indent=2).encode() + b"\n"
 
 
-def model_config_yaml(tp: int, pp: int) -> str:
-    """A model-config.yaml that serves such a layout."""
+def model_config_yaml(layout: Layout | None) -> str:
+    """A model-config.yaml that serves such a layout; None: the files of a whole model."""
+    tp, pp = (1, 1) if layout is None else (layout.tp, layout.pp)
     lines = ["modelPath: ."]
-    if tp * pp == 1:
+    if layout is None or tp * pp == 1:
         return "\n".join([*lines, "parallelType: tp", "parallelLevel: 1", ""])
     kind = "pptp" if tp > 1 and pp > 1 else "pp" if pp > 1 else "tp"
     lines += [f"parallelType: {kind}", f"parallelLevel: {tp * pp}"]
     if kind == "pptp":
         lines += [f"tensorParallel: {tp}", f"pipelineParallel: {pp}"]
+    if pp > 1:
+        lines += [f"stageSplit: {[stop - start for start, stop in layout.stages]}"]
     return "\n".join([*lines, ""])

@@ -67,6 +67,9 @@ def convert(
     to: Annotated[To, typer.Option(help="hf: safetensors; meta: .pth; sluice: a file for each rank.")],
     tp: Annotated[int, typer.Option(min=1, help="Ranks that share each layer (sluice).")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="Stages that the layers are split into (sluice).")] = 1,
+    stage_split: Annotated[
+        str, typer.Option(help="How layers are divided over stages: as stageSplit in model-config.yaml.")
+    ] = "work",
     shards: Annotated[int, typer.Option(min=1, help="Model-parallel shards (meta).")] = 1,
     embedding: Annotated[
         Embedding | None, typer.Option(help="How shards split it: Llama 3 rows, Llama 1 and 2 columns.")
@@ -101,6 +104,7 @@ def convert(
             embedding_by_rows=None if embedding is None else embedding is Embedding.ROWS,
             max_file_bytes=main.parse_bytes(max_file_size),
             quantize=quantize and quantize.value,
+            stage_split=main.parse_stage_split(stage_split),
             tokenizer=tokenizer and str(tokenizer),
         )
         options = main.Options(main.parse_bytes(max_memory), jobs, resume)

@@ -66,11 +66,9 @@ def _misfit(root: Path, layout: Layout, mesh: Mesh) -> str:
             f"run `sluice convert SOURCE {target} --to sluice --tp {tp} --pp {pp} "
             f"--quantize {layout.quantization}` on what it was made of"
         )
-    advice = (
-        "remove stageSplit"
-        if same
-        else f"run `sluice convert {root} {target} --to sluice --tp {tp} --pp {pp}`"
-    )
+    counts = [stop - start for start, stop in layout.stages]
+    command = f"run `sluice convert {root} {target} --to sluice --tp {tp} --pp {pp}`"
+    advice = f"set stageSplit: {counts}" if same else command
     return (
         f"{root}: its files are {how}, and the group has tp={tp} pp={pp}: {advice}, "
         "or set reshard: true, which divides them anew at each start"

@@ -52,6 +52,7 @@ def test_the_model_config_that_comes_with_it_is_valid(tmp_path: Path) -> None:
         config = load(out / "model-config.yaml", num_gpus=0)
         assert (config.parallel_type, config.tp_size, config.pp_size) == (kind, tp, pp)
         assert config.model_path == str(out)
+        assert config.stage_split == ("work" if pp == 1 else (2, 1) if pp == 2 else (1, 1, 1))
         shown = sluice("inspect", out).split("model-config.yaml:\n")[1]
         assert yaml.safe_load(shown) == yaml.safe_load((out / "model-config.yaml").read_text())
 
@@ -82,6 +83,8 @@ def test_the_json_log(tmp_path: Path) -> None:
     [
         (["--to", "sluice", "--tp", 3], "--tp 3: its 8 attention heads"),
         (["--to", "sluice", "--pp", 4], "--pp 4: a pipeline of 4 stages needs as many layers"),
+        (["--to", "sluice", "--pp", 2, "--stage-split", "1,1"], "adds to 2, and the model has 3 layers"),
+        (["--to", "sluice", "--stage-split", "most"], "--stage-split 'most'"),
         (["--to", "meta", "--shards", 5], "--shards 5: its 8 attention heads"),
         (["--to", "hf", "--quantize", "int8"], "--quantize: only --to sluice"),
         (["--to", "hf", "--max-memory", "much"], "'much' is not a size"),

@@ -98,6 +98,15 @@ def test_files_for_another_group_are_refused_with_the_command(tmp_path: Path) ->
     assert "reshard: true" in str(refused.value)
 
 
+def test_other_stages_are_refused_with_the_key(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", GQA, 8)
+    convert(hf, tmp_path / "s", Target("sluice", pp=2, stage_split=(1, 2)))
+    config, mesh = LlamaConfig.load(hf), Mesh(rank=0, tp_size=1, pp_size=2, device=CPU)
+    assert isinstance(open_weights(tmp_path / "s", config, mesh, range(1, 3)), MappedRank)
+    with pytest.raises(UnsupportedModel, match=r"set stageSplit: \[1, 2\]"):
+        open_weights(tmp_path / "s", config, mesh, range(2, 3))
+
+
 def test_engines_that_read_whole_models_name_the_command(tmp_path: Path) -> None:
     hf = make_llama(tmp_path / "hf", GQA, 8)
     convert(hf, tmp_path / "s", Target("sluice", tp=2))
