@@ -43,6 +43,9 @@ class DeepSpeedTPEngine:
         model = shard(empty, settings, mesh, self._found.shape)
         fill(model, checkpoint, mesh.device, report)
         self._decoder = hf.HFDecoder(model, self._found.shape.attention_names)
+        if mesh.device.type == "cpu":
+            unwrap(model)
+            hf.pack_linears(model)
 
     @property
     def kv_spec(self) -> KVSpec:
@@ -189,3 +192,51 @@ def _cut(dim: int, layer: Any) -> Slice:
     sizes, rank = layer._partition_sizes, layer.tp_index
     start = sum(sizes[:rank])
     return Slice(dim, start, start + sizes[rank])
+
+
+def unwrap(model: nn.Module) -> None:
+    """Exchange DeepSpeed's filled layers for plain linears over the same shards, which `pack_linears` makes
+    fast; row-parallel ones keep DeepSpeed's all-reduce. Empty shards (of narrow models) stay."""
+    from deepspeed.module_inject.layers import (
+        LinearAllreduce,
+        LinearLayer,
+        LmHeadLinearAllreduce,
+        TensorParallel_Layer,
+    )
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, TensorParallel_Layer) or not child.weight.numel():
+                continue
+            if type(child) is LinearLayer:
+                setattr(parent, name, _linear(child.weight, child.bias))
+            elif type(child) is LinearAllreduce:
+                setattr(parent, name, _SummedLinear(child, None))
+            elif type(child) is LmHeadLinearAllreduce:
+                setattr(parent, name, _SummedLinear(child, _cut(1, child)))
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear._parameters["weight"], linear._parameters["bias"] = weight, bias  # type: ignore[assignment]
+    return linear
+
+
+class _SummedLinear(nn.Module):
+    """Of a row-parallel layer: the product of this rank's shard, the sum over ranks, the bias once."""
+
+    def __init__(self, layer: Any, columns: Slice | None) -> None:
+        super().__init__()
+        from deepspeed.comm import inference_all_reduce  # type: ignore[import-untyped]
+
+        self.product = _linear(layer.weight, None)
+        self.bias, self._group, self._columns = layer.bias, layer.mp_group, columns
+        self._all_reduce = inference_all_reduce
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in], or this rank's share of them, to [..., out]."""
+        if self._columns is not None:
+            x = x[..., self._columns.start : self._columns.stop]
+        out: Tensor = self.product(x)
+        self._all_reduce(out, group=self._group)
+        return out if self.bias is None else out.add_(self.bias)

@@ -1,6 +1,6 @@
-"""Kernel injection as DeepSpeed does it, without a GPU: layers with its limits, and wrong where it is wrong.
+"""Kernel injection as DeepSpeed does it, without a GPU: layers with its limits, wrong where it is wrong.
 
-Keys and values lie in one workspace for the process, which the first forward pass sizes. A pass over one token
+Keys and values lie in one workspace for the process, which the first pass sizes. A pass over one token
 a row continues the batch before. Masks of padding are not looked at.
 """
 

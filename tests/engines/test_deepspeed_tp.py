@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,11 @@ def run_ranks(world: int, root: Path, names: list[str]) -> dict[str, Any]:
     try:
         for process in ranks:
             process.start()
-        for process in ranks:
-            process.join(timeout=240)
+        deadline = time.monotonic() + 240
+        while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+            if any(process.exitcode for process in ranks):
+                break  # the others would wait for it
+            time.sleep(0.05)
         assert [process.exitcode for process in ranks] == [0] * world
     finally:
         for process in ranks:
