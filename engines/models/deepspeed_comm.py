@@ -1,9 +1,10 @@
 """DeepSpeed on one rank: its import, its process group, and its all-reduce on CPU.
 
 DeepSpeed's all-reduce for CPUs goes through shared memory: 66 MB a rank under /dev/shm, waits by spinning,
-built with g++ and ninja when first used. Where it cannot be had, or would hurt, gloo does the work; the log
-says which and why. Nothing of it outlives the group: its names contain that of the run directory, which the
-guard removes, and go as soon as every rank has its mapping.
+built with g++ and ninja when first used (a minute; `python -m engines.models.deepspeed_comm` does it ahead).
+Where it cannot be had, or would hurt, gloo does the work; the log says which and why. Nothing of it outlives
+the group: its names contain that of the run directory, which the guard removes, and go as soon as every rank
+has its mapping.
 """
 
 from __future__ import annotations
@@ -81,15 +82,20 @@ def _prepare_shared_memory(deepspeed: ModuleType, mesh: Mesh) -> str:
     if reason:
         return reason
     os.environ["LOCAL_SIZE"] = str(mesh.world_size)  # without it the operator crashes
+    try:
+        build(deepspeed)
+    except Exception as error:  # whatever compilers and loaders raise
+        log.exception("DeepSpeed's shared-memory all-reduce could not be built")
+        return f"the shared-memory one could not be built: {type(error).__name__}"
+    return ""
+
+
+def build(deepspeed: ModuleType) -> None:
+    """Compile the shared-memory all-reduce, unless that was done, and load it."""
     builder = deepspeed.accelerator.get_accelerator().create_op_builder(_BUILDER)
     with _alone_in(build_root()) as root:
         os.environ["TORCH_EXTENSIONS_DIR"] = str(root)
-        try:
-            builder.load(verbose=False)
-        except Exception as error:  # whatever compilers and loaders raise
-            log.exception("DeepSpeed's shared-memory all-reduce could not be built")
-            return f"the shared-memory one could not be built: {type(error).__name__}"
-    return ""
+        builder.load(verbose=False)
 
 
 def _agreed(reason: str) -> str:
@@ -139,3 +145,8 @@ def _group_name() -> str:
 def _unlink(rank: int) -> None:
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{_group_name()}_0_{rank}"
     (SHARED_MEMORY / name).unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    build(importlib.import_module("deepspeed"))
