@@ -45,11 +45,13 @@ TWO_RANKS = Behaviour(num_ranks=2)
 
 
 def descendants() -> list[psutil.Process]:
-    return psutil.Process(os.getpid()).children(recursive=True)
+    """All but the resource tracker that other tests' multiprocessing leaves."""
+    children = psutil.Process(os.getpid()).children(recursive=True)
+    return [child for child in children if "multiprocessing.resource_tracker" not in str(child.cmdline())]
 
 
 def guard_of() -> psutil.Process:
-    (guard,) = psutil.Process(os.getpid()).children()
+    (guard,) = (child for child in descendants() if "engines.guard" in child.cmdline())
     return guard
 
 
