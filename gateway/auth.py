@@ -45,6 +45,7 @@ class RequestContext:
             return
         started = perf_counter()
         request_id = _request_id(Headers(scope=scope).get("x-request-id"))
+        scope.setdefault("state", {})["request_id"] = request_id
         has_started = False
 
         async def send_with_headers(message: Message) -> None:
@@ -59,7 +60,7 @@ class RequestContext:
         try:
             await self._app(scope, receive, send_with_headers)
         except Exception as error:
-            api_error = to_api_error(error, method=scope["method"], path=scope["path"])
+            api_error = to_api_error(error, method=scope["method"], path=scope["path"], request_id=request_id)
             self._metrics.errors[api_error.label] += 1
             if has_started:
                 raise

@@ -296,20 +296,29 @@ def to_json(config: BenchConfig, results: Sequence[LevelResult]) -> str:
     return json.dumps(record, indent=2) + "\n"
 
 
-def table(config: BenchConfig, results: Sequence[LevelResult]) -> Table:
-    """One row a concurrency; times are p50 / p90 / p99."""
+def table(config: BenchConfig, results: Sequence[LevelResult], width: int) -> Table:
+    """One row a concurrency; times are p50 / p90 / p99, without p90 where `width` is too small for it."""
     from rich.table import Table
 
-    title = f"{config.model}: {config.prompt_len} tokens in, {config.output_len} out; ms are p50 / p90 / p99"
+    shares = "p50 / p90 / p99" if width >= _WIDE else "p50 / p99"
+    title = f"{config.model}: {config.prompt_len} tokens in, {config.output_len} out; ms are {shares}"
     grid = Table(title=title)
     for name in ("at once", "requests", "failed", "tokens/s", "first token ms", "between tokens ms"):
-        grid.add_column(name, justify="right")
+        grid.add_column(name, justify="right", no_wrap=True)
     for row in results:
         counts = (str(row.concurrency), str(row.num_requests), str(row.num_failed))
-        times = (_three(row.ttft_ms), _three(row.inter_token_ms))
-        grid.add_row(*counts, f"{row.output_tokens_per_s:.1f}", *times)
+        times = [_shown(values, width) for values in (row.ttft_ms, row.inter_token_ms)]
+        grid.add_row(*counts, _short(row.output_tokens_per_s), *times)
     return grid
 
 
-def _three(values: Quantiles) -> str:
-    return f"{values.p50:.1f} / {values.p90:.1f} / {values.p99:.1f}"
+_WIDE = 92  # columns that the table takes with three numbers of five digits in a cell
+
+
+def _shown(values: Quantiles, width: int) -> str:
+    shown = (values.p50, values.p90, values.p99) if width >= _WIDE else (values.p50, values.p99)
+    return " / ".join(map(_short, shown))
+
+
+def _short(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"

@@ -8,14 +8,12 @@ from dataclasses import dataclass, field
 
 import httpx
 
+from gateway.api_client import ServerError, refusal, unreachable
+
 HELP = "/clear forgets the conversation, /system TEXT sets the instructions, /exit or Ctrl-D leaves."
 
 Ask = Callable[[], str]
 Say = Callable[[str], None]
-
-
-class ChatError(Exception):
-    """The server refused or failed. The message is for the user."""
 
 
 @dataclass(slots=True)
@@ -32,7 +30,7 @@ class Conversation:
     def answer(self, text: str) -> Iterator[str]:
         """Send `text`, yield the answer's pieces. Both are remembered once the answer is whole.
 
-        Raises ChatError."""
+        Raises ServerError."""
         question = {"role": "user", "content": text}
         pieces = []
         for piece in _stream(self.client, self._body(question)):
@@ -51,52 +49,36 @@ class Conversation:
         return body
 
 
-def connect(url: str, api_key: str | None) -> httpx.Client:
-    """A client for the API whose base is `url`, with or without /v1."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    timeout = httpx.Timeout(300.0, connect=5.0)
-    return httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=timeout)
+def talk(conversation: Conversation, ask: Ask, say: Say, complain: Say) -> int:
+    """Questions from `ask` until it raises EOFError, answers to `say` as they come, errors to `complain`.
 
-
-def first_model(client: httpx.Client) -> str:
-    """The id of the first model that the server lists. Raises ChatError."""
-    try:
-        response = client.get("/v1/models")
-    except httpx.HTTPError as error:
-        raise ChatError(_unreachable(client, error)) from None
-    if response.status_code != 200:
-        raise ChatError(_reason(response.status_code, response.text))
-    try:
-        return str(response.json()["data"][0]["id"])
-    except (ValueError, LookupError, TypeError):
-        raise ChatError(f"{client.base_url} lists no models; name one with --model") from None
-
-
-def talk(conversation: Conversation, ask: Ask, say: Say) -> None:
-    """Questions from `ask` until it raises EOFError, answers to `say` as they come."""
+    Returns how many questions failed."""
+    num_failed = 0
     while True:
         try:
             line = ask().strip()
         except (EOFError, KeyboardInterrupt):
-            return
+            return num_failed
         if line in ("/exit", "/quit"):
-            return
+            return num_failed
         if line.startswith("/"):
             say(_command(conversation, line) + "\n")
         elif line:
-            _answer(conversation, line, say)
+            num_failed += not _answer(conversation, line, say, complain)
 
 
-def _answer(conversation: Conversation, line: str, say: Say) -> None:
-    """Ctrl-C stops an answer, not the chat; an answer that was stopped is not remembered."""
+def _answer(conversation: Conversation, line: str, say: Say, complain: Say) -> bool:
+    """Whether it did not fail. Ctrl-C stops an answer, not the chat; what was stopped is not remembered."""
     try:
         for piece in conversation.answer(line):
             say(piece)
         say("\n")
     except KeyboardInterrupt:
         say(" [stopped]\n")
-    except ChatError as error:
-        say(f"\nerror: {error}\n")
+    except ServerError as error:
+        complain(f"\nerror: {error}\n")
+        return False
+    return True
 
 
 def _command(conversation: Conversation, line: str) -> str:
@@ -114,10 +96,10 @@ def _stream(client: httpx.Client, body: dict[str, object]) -> Iterator[str]:
     try:
         with client.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.status_code != 200:
-                raise ChatError(_reason(response.status_code, response.read().decode(errors="replace")))
+                raise ServerError(refusal(response.status_code, response.read().decode(errors="replace")))
             yield from _pieces(response.iter_lines())
     except httpx.HTTPError as error:
-        raise ChatError(_unreachable(client, error)) from None
+        raise ServerError(unreachable(str(client.base_url), error)) from None
 
 
 def _pieces(lines: Iterator[str]) -> Iterator[str]:
@@ -129,19 +111,8 @@ def _pieces(lines: Iterator[str]) -> Iterator[str]:
             return
         event = json.loads(payload)
         if "error" in event:
-            raise ChatError(str(event["error"].get("message", event["error"])))
+            raise ServerError(str(event["error"].get("message", event["error"])))
         for choice in event.get("choices", ()):
             if text := choice["delta"].get("content"):
                 yield text
-    raise ChatError("the answer broke off: the connection ended before [DONE]")
-
-
-def _reason(status: int, text: str) -> str:
-    try:
-        return f"{json.loads(text)['error']['message']} (HTTP {status})"
-    except (ValueError, LookupError, TypeError):
-        return f"HTTP {status}: {text[:200]}"
-
-
-def _unreachable(client: httpx.Client, error: httpx.HTTPError) -> str:
-    return f"no answer from {client.base_url}: {error}; is `sluice serve` running there?"
+    raise ServerError("the answer broke off: the connection ended before [DONE]")

@@ -14,7 +14,6 @@ from gateway import cli_conversion
 
 app = typer.Typer(
     name="sluice",
-    help="Serve language models that are split over several processes or GPUs, behind OpenAI's API.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -191,22 +190,30 @@ def chat(
     temperature: Annotated[float | None, typer.Option(min=0)] = None,
     api_key: Annotated[str | None, typer.Option(envvar=["SLUICE_API_KEY", "OPENAI_API_KEY"])] = None,
 ) -> None:
-    """Chat in the terminal with a model that is being served."""
+    """Chat in the terminal with a model that is being served.
+
+    Questions may be piped in, one a line; exit code 1: one was not answered."""
     import readline  # noqa: F401  input() gets line editing and history
     import sys
 
+    from gateway import api_client
     from gateway import chat as chatting
 
-    with clear_errors(chatting.ChatError), chatting.connect(url, api_key) as client:
-        name = model or chatting.first_model(client)
-        typer.echo(f"{name} at {url}. {chatting.HELP}")
+    def say(text: str) -> None:
+        typer.echo(text, nl=False)
 
-        def say(text: str) -> None:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+    def complain(text: str) -> None:
+        typer.echo(text, nl=False, err=True)
 
+    is_terminal = sys.stdin.isatty()
+    with clear_errors(api_client.ServerError), api_client.connect(url, api_key) as client:
+        name = api_client.choose_model(client, model)
+        if is_terminal:
+            say(f"{name} at {client.base_url}. {chatting.HELP}\n")
         conversation = chatting.Conversation(client, name, max_tokens, temperature, system)
-        chatting.talk(conversation, lambda: input("> "), say)
+        num_failed = chatting.talk(conversation, lambda: input("> " if is_terminal else ""), say, complain)
+    if num_failed and not is_terminal:
+        raise typer.Exit(WRONG)
 
 
 class Endpoint(StrEnum):
@@ -221,7 +228,7 @@ class PromptKind(StrEnum):
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Option(help="The name that the server knows.")] = "sluice-demo",
+    model: Annotated[str | None, typer.Option(help="Default: the first that the server lists.")] = None,
     url: Annotated[
         str, typer.Option(envvar="SLUICE_URL", help="Any OpenAI-compatible server.")
     ] = "http://127.0.0.1:8000",
@@ -254,13 +261,18 @@ def bench(
 
     from rich.console import Console
 
+    from gateway import api_client
     from gateway import bench as benching
     from gateway.sse_client import BenchError
 
     kind = prompt_kind or (PromptKind.TEXT if endpoint is Endpoint.CHAT else PromptKind.IDS)
+    with clear_errors(BenchError, api_client.ServerError):
+        levels = benching.parse_concurrencies(concurrency)
+        with api_client.connect(url, api_key) as client:
+            name = api_client.choose_model(client, model)
     config = benching.BenchConfig(
         url=url,
-        model=model,
+        model=name,
         endpoint=endpoint.value,
         prompt_kind=kind.value,
         prompt_len=prompt_len,
@@ -274,15 +286,17 @@ def bench(
         timeout=timeout,
     )
     with clear_errors(BenchError):
-        levels = benching.parse_concurrencies(concurrency)
         results = asyncio.run(benching.run(config, levels, num_requests, warmup))
     if json_file is not None:
         json_file.write_text(benching.to_json(config, results))
-    Console().print(benching.table(config, results))
+    console = Console()
+    console.print(benching.table(config, results, console.width))
     for result in results:
         if result.first_error is not None:
             where = f"at concurrency {result.concurrency}"
-            fail(f"{result.num_failed} requests failed {where}: {result.first_error}")
+            fail(
+                f"{result.num_failed} of {result.num_requests} requests failed {where}: {result.first_error}"
+            )
 
 
 @app.command()
@@ -346,6 +360,23 @@ def parity(
         typer.echo(note)
     if not result.is_good:
         raise typer.Exit(WRONG)
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        from importlib.metadata import version as version_of
+
+        typer.echo(f"sluice {version_of('sluice')}")
+        raise typer.Exit
+
+
+@app.callback()
+def sluice(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Serve language models that are split over several processes or GPUs, behind OpenAI's API."""
 
 
 @app.command()

@@ -50,10 +50,10 @@ def overall_percent(group: WorkerGroup) -> int:
 
 
 def note(group: WorkerGroup) -> str:
-    """What a group is doing, in few words."""
+    """What a group is doing, in a word. Why one died or failed is said by the log, or at the end."""
     if group.state is GroupState.STARTING:
         return group.progress.phase if group.progress else "start"
-    return f"{group.state}: {group.failure}" if group.failure else str(group.state)
+    return "died" if group.state is GroupState.RESTARTING else str(group.state)
 
 
 class PlainDisplay:

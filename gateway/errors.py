@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from http import HTTPStatus
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import pydantic
@@ -21,6 +21,9 @@ from gateway.protocol.common import InvalidField, MalformedBody
 from gateway.protocol.fields import UnknownField, UnsupportedField
 from gateway.router import ModelFailed, ModelNotFound
 from gateway.workers.protocol import QueueFull, WorkerLost, WorkerUnavailable
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 logger = logging.getLogger(__name__)
 
@@ -115,18 +118,22 @@ class APIError(NamedTuple):
         return self.error.code or str(self.status)
 
 
-def to_api_error(error: Exception, *, method: str = "", path: str = "") -> APIError:
+def to_api_error(error: Exception, *, method: str = "", path: str = "", request_id: str = "") -> APIError:
     """What the client is told. Logs what it is not told, if that is our fault."""
     error = _unwrapped(error)
     if isinstance(error, HTTPException):
         return _from_http(error, method, path)
     row = next((TABLE[kind] for kind in type(error).__mro__ if kind in TABLE), None)
     if row is None:
-        logger.error("unexpected error in %s %s", method, path, exc_info=error)
+        logger.error("unexpected error in %s", _where(method, path, request_id), exc_info=error)
         row = _UNEXPECTED
     elif row.status >= 500:
-        logger.warning("%s %s: %s: %s", method, path, type(error).__name__, error)
+        logger.warning("%s: %s: %s", _where(method, path, request_id), type(error).__name__, error)
     return _api_error(row, *_message(error, row), getattr(error, "retry_after", row.retry_after))
+
+
+def _where(method: str, path: str, request_id: str) -> str:
+    return f"{method} {path[:200]}{f' ({request_id})' if request_id else ''}"
 
 
 def _unwrapped(error: Exception) -> Exception:
@@ -151,10 +158,20 @@ def _first_problem(error: pydantic.ValidationError) -> tuple[str, str]:
     param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).lstrip(".")
     if first["type"] == "missing":
         return f"Missing required parameter: '{param}'.", param
-    problem = first["msg"].removeprefix("Value error, ")
+    problem = _plain(first)
     found = first["input"]
     shown = f" (found {str(found)[:40]})" if isinstance(found, int | float) else ""
     return f"Invalid value for '{param}': {problem[:1].lower()}{problem[1:]}{shown}.", param
+
+
+def _plain(problem: ErrorDetails) -> str:
+    """What is wrong, without pydantic's own words for the lengths of lists."""
+    match problem:
+        case {"type": "too_short", "ctx": {"min_length": least, "actual_length": found}}:
+            return f"expected at least {least} item{'s' * (least != 1)}, not {found}"
+        case {"type": "too_long", "ctx": {"max_length": most}}:
+            return f"expected at most {most} item{'s' * (most != 1)}"
+    return problem["msg"].removeprefix("Value error, ")
 
 
 def _is_field(step: str) -> bool:

@@ -48,7 +48,13 @@ def download(source: str) -> Path:
 
     Only configuration, tokenizer and safetensors files come. Raises ConfigError."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     name, _, revision = source.partition("@")
     try:
@@ -68,8 +74,11 @@ def download(source: str) -> Path:
         raise _problem(
             source, "is neither on the hub nor a directory or file here", _hint(Path(name))
         ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        wrong = "is no directory here, has not been downloaded before, and the hub cannot be reached"
+        raise _problem(source, wrong, _NO_NETWORK) from None
     except (OSError, ValueError) as error:
-        raise _problem(source, f"cannot be downloaded: {_first_line(error)}", _OFFLINE) from None
+        raise _problem(source, f"cannot be downloaded: {_first_line(error)}", _LOCAL) from None
     if not any(directory.glob("*.safetensors")):
         raise _problem(
             source, "has no safetensors files", "choose a repository that has; pickles are not read"
@@ -77,7 +86,8 @@ def download(source: str) -> Path:
     return directory
 
 
-_OFFLINE = "give the path of a local directory, or download it where there is a network"
+_LOCAL = "give the path of a local directory, or download it where there is a network"
+_NO_NETWORK = "without a network give a local directory; with one try again (gated models need HF_TOKEN)"
 
 
 def _hint(path: Path) -> str:

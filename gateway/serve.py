@@ -140,6 +140,7 @@ class _Service:
             raise
         if self._failures:
             raise CannotServe("\n".join(self._failures))
+        print("stopped", flush=True)
 
     def _start_groups(self) -> None:
         try:
@@ -165,10 +166,15 @@ class _Service:
         """Show the groups' progress; say when they are ready. When none can be, there is nothing to serve."""
         with console.display() as display:
             await console.watch(self._groups, display)
-        if all(group.state is GroupState.FAILED for group in self._groups):
-            self._failures = [f"{group.name}: {group.failure}" for group in self._groups]
+        failed = [group for group in self._groups if group.state is GroupState.FAILED]
+        failures = [f"{group.name}: {group.failure}" for group in failed]
+        if len(failed) == len(self._groups):
+            self._failures = failures
             ending.end()
-        elif any(group.state is GroupState.READY for group in self._groups):
+            return
+        for failure in failures:
+            log.error(failure)
+        if any(group.state is GroupState.READY for group in self._groups):
             names = ", ".join(_describe(config) for config in self._configs)
             print(f"ready on {url_of(self._listener)} ({names})", flush=True)
 
@@ -176,7 +182,8 @@ class _Service:
         """Until every sequence has ended, the grace is over, or a second signal comes."""
         running = sum(group.num_outstanding for group in self._groups)
         if running:
-            log.info("%d sequences have %g s to end; signal again to hurry", running, self._options.grace)
+            running_ones = "1 sequence has" if running == 1 else f"{running} sequences have"
+            log.info("%s %g s to end; signal again to hurry", running_ones, self._options.grace)
         stopping = asyncio.create_task(self._supervisor.stop(self._options.grace))
         hurry = asyncio.create_task(ending.second.wait())
         await asyncio.wait([stopping, hurry], return_when=asyncio.FIRST_COMPLETED)

@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 import httptools
 import msgspec
 
+from gateway.api_client import refusal, unreachable
+
 Endpoint = Literal["completions", "chat"]
 
 
@@ -56,10 +58,22 @@ class _Usage(msgspec.Struct):
     completion_tokens: int = 0
 
 
+class _ErrorObject(msgspec.Struct):
+    message: str
+
+
 class _Event(msgspec.Struct):
     choices: list[_Choice] | None = None
     usage: _Usage | None = None
     error: msgspec.Raw = msgspec.Raw()
+
+
+def _message(error: msgspec.Raw) -> str:
+    """OpenAI's message, or what stands in its place."""
+    try:
+        return msgspec.json.decode(error, type=_ErrorObject).message
+    except msgspec.DecodeError:
+        return bytes(error)[:300].decode(errors="replace")
 
 
 _decode_event = msgspec.json.Decoder(_Event).decode
@@ -115,7 +129,7 @@ class SSEClient(asyncio.Protocol):
         if self._status == 0:
             return "the connection was closed without an answer"
         if self._status != 200:
-            return f"HTTP {self._status}: {self._pending[:300].decode(errors='replace')}"
+            return refusal(self._status, self._pending.decode(errors="replace"))
         # Some servers send no [DONE]; one that has not even finished the choice has failed.
         return None if self._saw_end else "the stream ended without [DONE] or a finish_reason"
 
@@ -132,7 +146,7 @@ class SSEClient(asyncio.Protocol):
             self.finish(f"an event that is not a chunk: {error}")
             return
         if bytes(parsed.error) not in (b"", b"null"):
-            self.finish(f"error event: {bytes(parsed.error)[:300].decode(errors='replace')}")
+            self.finish(f"the stream ended with an error: {_message(parsed.error)}")
         if parsed.usage is not None:
             self._trace.num_prompt_tokens = parsed.usage.prompt_tokens
             self._trace.num_output_tokens = parsed.usage.completion_tokens
@@ -191,6 +205,6 @@ async def run_request(request: bytes, target: Target, timeout: float) -> Request
             lambda: client, target.host, target.port, ssl=context
         )
     except OSError as error:
-        client.finish(f"cannot connect to {target.host}:{target.port}: {error}")
+        client.finish(unreachable(f"{target.host}:{target.port}", error))
     await client.done
     return trace

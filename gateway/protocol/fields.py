@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
+_NOT_YET = "in this version"
+
 
 class Rule(NamedTuple):
     status: Literal["ignored", "refused"]
@@ -27,7 +29,8 @@ class UnsupportedField(ValueError):  # noqa: N818
     """A known field that is refused."""
 
     def __init__(self, field: str, why: str) -> None:
-        super().__init__(f"'{field}' is not supported: {why}")
+        reason = f" {why}" if why == _NOT_YET else f": {why}"
+        super().__init__(f"'{field}' is not supported{reason}")
         self.param = field
 
 
@@ -38,8 +41,6 @@ def _ignored(why: str) -> Rule:
 def _refused(why: str, *no_op: object) -> Rule:
     return Rule("refused", why, no_op)
 
-
-_NOT_YET = "not in this version"
 
 SHARED = {
     "user": _ignored("a label for the caller's own use"),

@@ -15,6 +15,7 @@ from gateway.errors import to_api_error
 from gateway.metrics import Metrics
 from gateway.router import Router
 from gateway.settings import Settings
+from gateway.sse import DescribeError
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +26,16 @@ class Gateway:
     router: Router
     metrics: Metrics
 
-    def describe_error(self, error: Exception) -> bytes:
-        """The error object as JSON, for a stream that fails underway. Counts it."""
-        api_error = to_api_error(error, path="stream")
-        self.metrics.errors[api_error.label] += 1
-        return api_error.body
+    def error_describer(self, request: Request) -> DescribeError:
+        """Gives the error object as JSON, for this request's stream when it fails underway. Counts it."""
+
+        def describe(error: Exception) -> bytes:
+            method, path, request_id = request.method, request.url.path, request.state.request_id
+            api_error = to_api_error(error, method=method, path=path, request_id=request_id)
+            self.metrics.errors[api_error.label] += 1
+            return api_error.body
+
+        return describe
 
 
 @dataclass(frozen=True, slots=True)

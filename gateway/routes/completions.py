@@ -25,7 +25,8 @@ async def create_completion(request: Request) -> Response:
     answer = new_answer("cmpl", body.model, generation.fingerprint)
     if body.stream:
         chunks = _chunks(generation, body, answer)
-        return await open_stream(chunks, request.receive, gateway.settings, gateway.describe_error)
+        describe_error = gateway.error_describer(request)
+        return await open_stream(chunks, request.receive, gateway.settings, describe_error)
     return json_response(await unless_gone(request.receive, _completion(generation, body, answer)))
 
 

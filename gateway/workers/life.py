@@ -116,7 +116,8 @@ class Life:
         self._group.report(message)
         if isinstance(message, Ready):
             self._ready_at = time.monotonic()
-            log.info("%s: ready", self._spec.name)
+            # Of a first start the console tells, and `ready on`.
+            log.log(logging.INFO if self._group.num_restarts else logging.DEBUG, "%s: ready", self._spec.name)
         elif isinstance(message, Failed):
             self._die(message.reason, permanent=message.permanent)
 

@@ -118,16 +118,18 @@ class Supervisor:
             group.fail(f"internal error: {error}")
 
     async def _restart_until_failed(self, spec: GroupSpec, group: Group) -> None:
-        num_failures, first_failure_at = 0, 0.0
+        num_failures, first_failure_at, has_served = 0, 0.0, False
         while True:
             log_dir = _new_log_dir(self._log_dir / _file_name(spec.name))
             death = await Life(spec, group, temp_dir=self._temp_dir, log_dir=log_dir).run()
+            has_served |= death.ready_seconds > 0
             if num_failures == 0 or death.ready_seconds >= backoff.HEALTHY_SECONDS:
                 num_failures, first_failure_at = 0, time.monotonic()
             num_failures += 1
             reason = _final(death, time.monotonic() - first_failure_at, spec.config.max_retry_timeout)
             if reason is not None:
-                log.error("%s: failed for good: %s", spec.name, reason)
+                if has_served:  # of one that never did, whoever waits for it to be ready tells
+                    log.error("%s: failed for good: %s", spec.name, reason)
                 group.fail(reason)
                 return
             if group.state is GroupState.DRAINING:

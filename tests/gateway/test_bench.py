@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -95,7 +96,14 @@ async def test_chat_counts_content_but_not_the_role_and_takes_crlf() -> None:
     ("answer", "reason"),
     [
         (b'HTTP/1.1 429 Too Many\r\nContent-Length: 9\r\n\r\n{"no": 1}', 'HTTP 429: {"no": 1}'),
-        (OK + chunk(event({"error": {"message": "worker died"}})), "worker died"),
+        (
+            b'HTTP/1.1 404 No\r\nContent-Length: 34\r\n\r\n{"error": {"message": "no model"}}',
+            "no model (HTTP 404)",
+        ),
+        (
+            OK + chunk(event({"error": {"message": "worker died"}})),
+            "the stream ended with an error: worker died",
+        ),
         (OK + chunk(event({"choices": [{"text": "a"}]})) + b"0\r\n\r\n", "without [DONE]"),
         (OK + chunk(b"data: {nonsense\n\n"), "not a chunk"),
         (b"SSH-2.0-whatever\r\n", "not HTTP"),
@@ -111,7 +119,7 @@ async def test_failures_are_counted_and_named(answer: bytes, reason: str) -> Non
 
 @pytest.mark.anyio
 async def test_a_failed_warmup_stops_the_run() -> None:
-    with pytest.raises(BenchError, match="warm-up request failed: cannot connect to 127"):
+    with pytest.raises(BenchError, match="nothing answers at 127"):
         await run(BenchConfig(url="http://127.0.0.1:9", model="m"), [1])
 
 
@@ -191,6 +199,20 @@ def test_target_takes_the_base_with_and_without_v1() -> None:
     for url in ("http://h:1", "http://h:1/", "http://h:1/v1", "h:1/v1/"):
         assert Target.parse(url, "completions") == Target("h", 1, "/v1/completions", False)
     assert Target.parse("https://h/base/v1", "chat") == Target("h", 443, "/base/v1/chat/completions", True)
+
+
+@pytest.mark.parametrize(("width", "shares"), [(80, 1), (100, 2)])
+def test_the_table_fits_its_width_in_one_line_a_row(width: int, shares: int) -> None:
+    from rich.console import Console
+
+    times = [10.0 + 12.345 * n for n in range(1, 20)]
+    result = summarize(128, [RequestTrace(0.0, 300.0, times, 512, 2000)] * 512)
+    console = Console(width=width, record=True, quiet=False, file=io.StringIO())
+    console.print(bench.table(BenchConfig(url="u", model="m"), [result], width))
+    (row,) = (line for line in console.export_text().splitlines() if "512" in line)
+    assert "…" not in row
+    assert row.count(" / ") == 2 * shares
+    assert len(row) <= width
 
 
 def test_json_holds_the_machine_and_not_the_key() -> None:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from gateway.chat import ChatError, Conversation, first_model, talk
+from gateway.api_client import ServerError, base_url, choose_model
+from gateway.chat import Conversation, talk
 
 
 def sse(*events: object, done: bool = True) -> httpx.Response:
@@ -48,7 +49,8 @@ def chat(api: FakeAPI, *lines: str) -> tuple[Conversation, str]:
 
     with api.client() as client:
         conversation = Conversation(client, "m")
-        talk(conversation, ask, shown.append)
+        num_failed = talk(conversation, ask, shown.append, shown.append)
+    assert num_failed == sum(text.startswith("\nerror: ") for text in shown)
     return conversation, "".join(shown)
 
 
@@ -90,9 +92,31 @@ def test_an_answer_that_failed_is_said_and_not_remembered(answer: httpx.Response
     assert conversation.messages == []
 
 
-def test_the_first_model_is_the_default() -> None:
-    listing = httpx.Response(200, json={"data": [{"id": "a"}, {"id": "b"}]})
-    with FakeAPI(listing).client() as client:
-        assert first_model(client) == "a"
-    with FakeAPI(httpx.Response(200, json={"data": []})).client() as client, pytest.raises(ChatError):
-        first_model(client)
+def listing(*names: str) -> FakeAPI:
+    return FakeAPI(httpx.Response(200, json={"data": [{"id": name} for name in names]}))
+
+
+def test_the_first_model_is_the_default_and_another_must_be_listed() -> None:
+    with listing("a", "b").client() as client:
+        assert choose_model(client, None) == "a"
+    with listing("a", "b").client() as client:
+        assert choose_model(client, "b") == "b"
+    with listing("a", "b").client() as client, pytest.raises(ServerError, match=r"no model 'c' .* a, b"):
+        choose_model(client, "c")
+    with listing().client() as client, pytest.raises(ServerError, match="--model"):
+        choose_model(client, None)
+
+
+def test_a_server_that_lists_no_models_is_believed_to_have_the_one_asked_for() -> None:
+    with FakeAPI(httpx.Response(404)).client() as client:
+        assert choose_model(client, "c") == "c"
+    refused = httpx.Response(401, json={"error": {"message": "Incorrect API key"}})
+    with FakeAPI(refused).client() as client, pytest.raises(ServerError, match="Incorrect API key"):
+        choose_model(client, "c")
+
+
+def test_an_address_may_lack_its_scheme() -> None:
+    for url in ("127.0.0.1:8200", "http://127.0.0.1:8200/", "http://127.0.0.1:8200/v1"):
+        assert base_url(url) == "http://127.0.0.1:8200"
+    with pytest.raises(ServerError, match="ftp://x is not an http"):
+        base_url("ftp://x")

@@ -51,6 +51,11 @@ def test_version_names_what_matters() -> None:
     assert {"sluice", "torch", "python"} <= set(result.output.split())
 
 
+def test_the_version_is_an_option_too() -> None:
+    result = sluice("--version")
+    assert (result.exit_code, result.output.split()[0]) == (0, "sluice")
+
+
 def test_flags_reach_the_configuration(
     model_dir: Path, served: list[tuple[Sequence[ModelConfig], serve.Options]]
 ) -> None:
@@ -152,5 +157,6 @@ def test_the_address_is_written_as_a_client_would() -> None:
 def test_bench_says_what_it_cannot_reach() -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    assert_one_clear_error(sluice("bench", "--url", url), 1, "cannot connect")
+    for name in ("bench", "chat"):
+        assert_one_clear_error(sluice(name, "--url", url), 1, url, "is `sluice serve` running there?")
     assert_one_clear_error(sluice("bench", "--concurrency", "1,x"), 1, "--concurrency")

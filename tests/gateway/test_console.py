@@ -27,8 +27,9 @@ def test_the_bar_never_goes_back_over_a_start() -> None:
     assert console.overall_percent(group(GroupState.READY)) == 100
 
 
-def test_a_group_that_died_says_why() -> None:
-    assert console.note(group(GroupState.RESTARTING, failure="out of memory")) == "restarting: out of memory"
+def test_what_a_group_is_doing_is_a_word_and_the_reason_is_left_to_the_log() -> None:
+    assert console.note(group(GroupState.RESTARTING, failure="out of memory")) == "died"
+    assert console.note(group(GroupState.FAILED, failure="out of memory")) == "failed"
     assert console.note(group(GroupState.STARTING, Progress("load", 0.2))) == "load"
 
 
@@ -49,4 +50,4 @@ async def test_watching_ends_when_every_group_is_settled(capsys: pytest.CaptureF
     assert not watching.done()
     slow.state = GroupState.READY
     await asyncio.wait_for(watching, 5)
-    assert "failed: no such file" in capsys.readouterr().out
+    assert "fake/0: failed" in capsys.readouterr().out

@@ -69,7 +69,7 @@ def test_a_repository_of_pickles_is_refused(monkeypatch: pytest.MonkeyPatch, tmp
     [
         (refusal(GatedRepoError), "is gated; .*HF_TOKEN"),
         (refusal(RepositoryNotFoundError), "neither on the hub nor a directory"),
-        (LocalEntryNotFoundError("cannot find it, and you are offline"), "offline; .*local directory"),
+        (LocalEntryNotFoundError("Got: ConnectError"), "cannot be reached; .*local directory.*HF_TOKEN"),
         (OSError("disk full"), "disk full"),
     ],
 )
