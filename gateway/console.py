@@ -8,14 +8,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from gateway.workers.progress import overall_percent, phase
 from gateway.workers.protocol import GroupState, WorkerGroup
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
 _LOOK_SECONDS = 0.05
-_PHASES = ("connect", "load", "allocate", "warmup")
-_SHARES = (0.0, 0.1, 0.8, 0.85, 1.0)  # of the whole bar, where each phase begins; the last is the end
 
 
 class Display(Protocol):
@@ -38,22 +37,9 @@ def is_settled(group: WorkerGroup) -> bool:
     return group.state not in (GroupState.STARTING, GroupState.RESTARTING)
 
 
-def overall_percent(group: WorkerGroup) -> int:
-    """How far a start is, all phases together, 0 to 100."""
-    if group.state is GroupState.READY:
-        return 100
-    if group.progress is None or group.progress.phase not in _PHASES:
-        return 0
-    index = _PHASES.index(group.progress.phase)
-    low, high = _SHARES[index], _SHARES[index + 1]
-    return round(100 * (low + (high - low) * group.progress.fraction))
-
-
 def note(group: WorkerGroup) -> str:
     """What a group is doing, in a word. Why one died or failed is said by the log, or at the end."""
-    if group.state is GroupState.STARTING:
-        return group.progress.phase if group.progress else "start"
-    return "died" if group.state is GroupState.RESTARTING else str(group.state)
+    return phase(group) or ("died" if group.state is GroupState.RESTARTING else str(group.state))
 
 
 class PlainDisplay:

@@ -19,7 +19,7 @@ from gateway.prompt.template import TemplateRefused
 from gateway.prompt.tokenizer import ControlTokenInText
 from gateway.protocol.common import InvalidField, MalformedBody
 from gateway.protocol.fields import UnknownField, UnsupportedField
-from gateway.router import ModelFailed, ModelNotFound
+from gateway.router import ModelFailed, ModelNotFound, ShuttingDown
 from gateway.workers.protocol import QueueFull, WorkerLost, WorkerUnavailable
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ TABLE: dict[type[Exception], Row] = {
     ClientGone: Row(499, _INVALID, "client_gone", "The client closed the connection."),
     QueueFull: Row(429, "rate_limit_error", "queue_full", retry_after=1),
     SequenceFailed: Row(500, _SERVER, "generation_failed", "The generation failed.", should_retry=False),
+    ShuttingDown: Row(503, _SERVER, "shutting_down", retry_after=1),
     WorkerUnavailable: Row(
         503, _SERVER, "model_not_ready", "The model is not ready. Try again.", retry_after=1
     ),

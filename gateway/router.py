@@ -9,6 +9,7 @@ from pathlib import Path
 from engines.wire import Ready, Stats
 from gateway.prompt.template import ChatTemplate, load_chat_template
 from gateway.prompt.tokenizer import Tokenizer
+from gateway.workers import progress
 from gateway.workers.protocol import GroupState, QueueFull, WorkerGroup, WorkerUnavailable
 
 QUEUE_RETRY_SECONDS = 1
@@ -20,13 +21,18 @@ class ModelNotFound(ValueError):  # noqa: N818
         super().__init__(f"The model '{model[:200]}' does not exist or you do not have access to it.")
 
 
+class ShuttingDown(WorkerUnavailable):
+    """The server ends what runs and takes nothing new."""
+
+
 class ModelFailed(Exception):  # noqa: N818
     """Every group of the model has failed for good: asking again does not help."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupStatus:
-    """One group as /readyz and /health show it. `failure` is for those who hold a key."""
+    """One group as /readyz and /health show it: `phase` and `percent` of the whole start while it is
+    starting, else None. `failure` is for those who hold a key."""
 
     name: str
     state: str
@@ -59,6 +65,10 @@ class ServedModel:
     @property
     def is_ready(self) -> bool:
         return any(group.state is GroupState.READY for group in self.groups)
+
+    @property
+    def is_draining(self) -> bool:
+        return any(group.state in (GroupState.DRAINING, GroupState.STOPPED) for group in self.groups)
 
     def statuses(self) -> list[GroupStatus]:
         return [_status(group) for group in self.groups]
@@ -104,12 +114,12 @@ def load_served_model(
 
 
 def _status(group: WorkerGroup) -> GroupStatus:
-    progress = group.progress if group.state is GroupState.STARTING else None
+    phase = progress.phase(group)
     return GroupStatus(
         name=group.name,
         state=group.state.value,
-        phase=progress.phase if progress else None,
-        percent=round(100 * progress.fraction) if progress else None,
+        phase=phase,
+        percent=None if phase is None else progress.overall_percent(group),
         restarts=group.num_restarts,
         failure=group.failure,
     )
@@ -136,10 +146,12 @@ class Router:
 
 
 def ready_groups(model: ServedModel) -> list[WorkerGroup]:
-    """Never empty. Raises WorkerUnavailable, ModelFailed."""
+    """Never empty. Raises WorkerUnavailable (ShuttingDown while the server ends), ModelFailed."""
     groups = [group for group in model.groups if group.state is GroupState.READY]
     if groups:
         return groups
+    if model.is_draining:
+        raise ShuttingDown("The server is shutting down and takes no new requests.", LOADING_RETRY_SECONDS)
     if model.groups and all(group.state is GroupState.FAILED for group in model.groups):
         raise ModelFailed(f"The model '{model.name}' cannot be served: its workers failed to start.")
     raise WorkerUnavailable(f"The model '{model.name}' is not ready.", LOADING_RETRY_SECONDS)

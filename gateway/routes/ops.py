@@ -14,7 +14,7 @@ router = APIRouter()
 
 
 class GroupHealth(msgspec.Struct, frozen=True):
-    """`phase` and `percent` while it loads."""
+    """`phase`, and `percent` of the whole start, while it loads."""
 
     name: str
     state: str
@@ -66,7 +66,9 @@ def _health(gateway: Gateway, *, with_failures: bool) -> Response:
         for model in gateway.router.models
     ]
     is_ready = all(model.ready for model in models)
-    return json_response(Health("ready" if is_ready else "loading", models), 200 if is_ready else 503)
+    is_draining = any(model.is_draining for model in gateway.router.models)
+    status = "draining" if is_draining else "ready" if is_ready else "loading"
+    return json_response(Health(status, models), 200 if status == "ready" else 503)
 
 
 def _group(status: GroupStatus, with_failure: bool) -> GroupHealth:

@@ -34,6 +34,7 @@ from gateway.workers.protocol import WorkerLost
 
 Report = Progress | Ready | Failed | Stats
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+GROUP_DIED = "the worker group died"
 _HEARTBEAT_SECONDS = 0.75  # between two Stats, with something to spare
 
 
@@ -136,7 +137,7 @@ class Connection(asyncio.Protocol):
         self._last_step_at = self._loop.time()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._lose("the worker group died")  # `exc` only tells whether it left something unread
+        self._lose(GROUP_DIED)  # `exc` only tells whether it left something unread
 
     def data_received(self, data: bytes) -> None:
         try:

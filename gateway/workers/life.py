@@ -13,15 +13,18 @@ from pathlib import Path
 
 from engines.config import ModelConfig
 from engines.wire import Failed, Ready
-from gateway.workers.connection import Connection, Report, accept, is_hang, listen
+from gateway.workers.connection import GROUP_DIED, Connection, Report, accept, is_hang, listen
 from gateway.workers.group import Group
-from gateway.workers.lastwords import describe_exit, last_words
+from gateway.workers.lastwords import describe_exit, is_echo, last_words, names_a_rank
 from gateway.workers.process import Command, GuardedProcess
+from gateway.workers.protocol import GroupState
 from gateway.workers.rundir import run_directory
 
 log = logging.getLogger(__name__)
 
 _EOF_SECONDS = 1.0  # a guard that is gone has killed the group: its socket ends at once, or something is off
+_WORD_SECONDS = 0.5  # for torchrun to write which rank died, and of what: it looks ten times a second
+_LOOK_SECONDS = 0.02
 _ENDED_BY_US = 128 + signal.SIGTERM
 
 
@@ -63,6 +66,8 @@ class Life:
             with run_directory(self._temp_dir) as run_dir:
                 async with self._processes(run_dir) as process:
                     failed = await self._death
+                    if self._look_in_logs:
+                        await self._wait_for_words(process)
         except OSError as error:
             reason = f"cannot start the workers: {error}"
             self._group.die(reason)
@@ -119,7 +124,10 @@ class Life:
             # Of a first start the console tells, and `ready on`.
             log.log(logging.INFO if self._group.num_restarts else logging.DEBUG, "%s: ready", self._spec.name)
         elif isinstance(message, Failed):
-            self._die(message.reason, permanent=message.permanent)
+            if is_echo(message.reason):  # another rank died first, and this one missed it
+                self._on_lost(GROUP_DIED)
+            else:
+                self._die(message.reason, permanent=message.permanent)
 
     def _on_lost(self, reason: str) -> None:
         self._die(reason, look_in_logs=True)
@@ -140,17 +148,29 @@ class Life:
             return
         self._look_in_logs = look_in_logs
         self._death.set_result(Failed(reason, permanent))
-        self._group.die(reason)
+        if not (permanent and self._group.state is GroupState.STARTING):  # else it will have failed, not died
+            self._group.die(reason)
         self._connection.close(reason)
+
+    async def _wait_for_words(self, process: GuardedProcess) -> None:
+        """Until the launcher has named the rank that died, or has ended, or takes too long to."""
+        deadline = time.monotonic() + _WORD_SECONDS
+        while time.monotonic() < deadline and not process.exited.done():
+            if names_a_rank(self._launcher_log):
+                return
+            await asyncio.sleep(_LOOK_SECONDS)
 
     def _explain(self, reason: str, exit_code: int) -> str:
         """The reason, and more where the dead left word. The guard's code says something unless it is we who
-        ended it."""
+        ended it, or the launcher, whose rank had failed."""
         if not self._look_in_logs:
             return reason
         words = last_words(self._log_dir, self._launcher_log)
+        if words:
+            said = words if reason == GROUP_DIED else f"{reason}: {words}"
+            return f"{said} (logs: {self._log_dir})"
         ended = f" ({describe_exit(exit_code)})" if exit_code != _ENDED_BY_US else ""
-        return f"{reason}{ended}: {words}" if words else f"{reason}{ended}"
+        return f"{reason}{ended} (logs: {self._log_dir})"
 
     def _ready_seconds(self) -> float:
         return time.monotonic() - self._ready_at if self._ready_at is not None else 0.0

@@ -57,10 +57,11 @@ def test_loading_can_be_watched_and_nothing_listens_off_loopback() -> None:
         assert server.stop() == 0
     # The ranks' own all-reduce listens on loopback, as gloo does; nothing else, and nothing anywhere else.
     assert {address for address, _ in sockets} == {"127.0.0.1"}
-    named = [phase for phase, _ in phases if phase is not None]
-    assert named
-    assert set(named) <= {"connect", "load", "allocate", "warmup"}
-    assert all(percent is None or 0 <= percent <= 100 for _, percent in phases)
+    assert phases
+    assert {phase for phase, _ in phases} <= {"start", "connect", "load", "allocate", "warmup"}
+    percents = [percent for _, percent in phases]
+    assert percents == sorted(percents)  # type: ignore[type-var]
+    assert all(0 <= percent <= 100 for percent in percents)  # type: ignore[operator]
 
 
 def test_sigterm_lets_running_requests_end_and_takes_no_new_ones() -> None:

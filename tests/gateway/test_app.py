@@ -454,7 +454,7 @@ async def test_an_unknown_model_is_not_found(model_dir: Path, group: FakeGroup) 
     [
         (GroupState.STARTING, "model_not_ready", "retry-after"),
         (GroupState.RESTARTING, "model_not_ready", "retry-after"),
-        (GroupState.DRAINING, "model_not_ready", "retry-after"),
+        (GroupState.DRAINING, "shutting_down", "retry-after"),
         (GroupState.FAILED, "model_failed", "x-should-retry"),
     ],
 )
@@ -537,9 +537,27 @@ async def test_readiness_shows_how_far_loading_is(model_dir: Path, group: FakeGr
         assert (await client.get("/readyz")).status_code == 200
     assert response.status_code == health.status_code == 503
     [status] = response.json()["models"][0]["groups"]
-    assert (status["state"], status["phase"], status["percent"]) == ("starting", "load", 42)
+    assert (status["state"], status["phase"], status["percent"]) == ("starting", "load", 39)
     assert "secret" not in response.text
     assert "/secret/path" in health.text
+
+
+async def test_a_start_is_shown_before_anything_has_reported(model_dir: Path, group: FakeGroup) -> None:
+    group.state = GroupState.STARTING
+    async with client_of(make_app(model_dir, group)) as client:
+        [status] = (await client.get("/readyz")).json()["models"][0]["groups"]
+    assert (status["phase"], status["percent"]) == ("start", 0)
+
+
+async def test_a_server_that_shuts_down_says_so(model_dir: Path, group: FakeGroup) -> None:
+    group.state = GroupState.DRAINING
+    async with client_of(make_app(model_dir, group)) as client:
+        ready, refused = await client.get("/readyz"), await client.post("/v1/completions", json=RAW)
+    assert (ready.status_code, ready.json()["status"]) == (503, "draining")
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "shutting_down"
+    assert "shutting down" in refused.json()["error"]["message"]
+    assert int(refused.headers["retry-after"]) >= 1
 
 
 async def test_every_model_needs_a_ready_group(model_dir: Path) -> None:

@@ -8,23 +8,13 @@ import pytest
 
 from engines.wire import Progress
 from gateway import console
+from gateway.workers.progress import overall_percent
 from gateway.workers.protocol import GroupState
 from tests.fakes import FakeGroup, ready
 
 
 def group(state: GroupState, progress: Progress | None = None, failure: str | None = None) -> FakeGroup:
     return FakeGroup(says=[], info=ready(10), state=state, progress=progress, failure=failure)
-
-
-def test_the_bar_never_goes_back_over_a_start() -> None:
-    steps = [
-        None,
-        *(Progress(phase, f) for phase in ("connect", "load", "allocate", "warmup") for f in (0, 0.5, 1)),
-    ]
-    percents = [console.overall_percent(group(GroupState.STARTING, step)) for step in steps]
-    assert percents == sorted(percents)
-    assert percents[0] == 0
-    assert console.overall_percent(group(GroupState.READY)) == 100
 
 
 def test_what_a_group_is_doing_is_a_word_and_the_reason_is_left_to_the_log() -> None:
@@ -37,7 +27,7 @@ def test_plain_lines_come_only_when_something_changes(capsys: pytest.CaptureFixt
     display = console.PlainDisplay()
     for fraction in (0.0, 0.5, 1.0):
         loading = group(GroupState.STARTING, Progress("load", fraction))
-        display.show(loading, console.overall_percent(loading), console.note(loading))
+        display.show(loading, overall_percent(loading), console.note(loading))
     display.show(group(GroupState.READY), 100, "ready")
     assert capsys.readouterr().out.splitlines() == ["fake/0: load (10 %)", "fake/0: ready (100 %)"]
 

@@ -149,6 +149,28 @@ async def test_a_permanent_failure_is_not_tried_again(tmp_path: Path) -> None:
             group.generate(request())
 
 
+async def test_a_permanent_failure_never_looks_like_a_restart(tmp_path: Path) -> None:
+    spec, states = fake_group(Behaviour(fail="no such model", fail_permanently=True)), set()
+    async with supervised(tmp_path, spec) as supervisor:
+        (group,) = supervisor.groups
+        while group.state is not GroupState.FAILED:
+            states.add((group.state, group.failure))
+            await asyncio.sleep(0)
+    assert states == {(GroupState.STARTING, None)}
+
+
+async def test_a_rank_that_misses_another_does_not_say_why(tmp_path: Path) -> None:
+    starts = chain([Behaviour(fail="gloo: Connection closed by peer")], repeat(Behaviour()))
+    async with supervised(tmp_path, changing_group(starts)) as supervisor:
+        (group,) = supervisor.groups
+        failures = set()
+        while group.state is not GroupState.READY:
+            failures.add(group.failure)
+            await asyncio.sleep(0)
+    assert not [failure for failure in failures if failure and "peer" in failure]
+    assert [failure for failure in failures if failure and f"logs: {tmp_path}" in failure]
+
+
 async def test_a_failure_at_load_is_tried_again(tmp_path: Path) -> None:
     starts = chain([Behaviour(fail="no memory"), Behaviour(crash="broken shard")], repeat(Behaviour()))
     async with supervised(tmp_path, changing_group(starts)) as supervisor:
@@ -387,6 +409,26 @@ def write_logs(directory: Path, texts: Iterable[tuple[str, str]]) -> None:
 TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1, in f\n    f()\n{}\n'
 
 
+ECHO = (
+    "RuntimeError: [gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:5329: Connection reset by peer. 🏖️"
+)
+CLOSING = (
+    "W1121 07:55:45.887000 20770 elastic/multiprocessing/api.py:1028] Sending process 2 closing signal\n"
+)
+FAILED = (
+    "E1121 07:55:45.889000 20770 api.py:1002] failed (exitcode: {code}) local_rank: 1 (pid: 3) of binary\n"
+)
+TABLE = """\
+ChildFailedError:
+[1]:
+  rank      : 0 (local_rank: 0)
+  exitcode  : -15 (pid: 2)  (SIGTERM)
+[0]:
+  rank      : 1 (local_rank: 1)
+  exitcode  : -9 (pid: 3)  (SIGKILL)
+"""
+
+
 @pytest.mark.parametrize(
     ("texts", "expected"),
     [
@@ -406,6 +448,27 @@ TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1, in f\n  
         ),
         ([("launcher.log", "python: No module named torch\n")], "python: No module named torch"),
         ([("launcher.log", "ChildFailedError:\n====\nnothing to see\n")], None),
+        ([("launcher.log", CLOSING)], None),
+        (
+            [
+                ("a_0/attempt_0/0/stderr.log", TRACEBACK.format(ECHO)),
+                ("launcher.log", CLOSING + FAILED.format(code=-9)),
+            ],
+            "rank 1 was ended by SIGKILL",
+        ),
+        ([("launcher.log", CLOSING + TABLE)], "rank 1 was ended by SIGKILL"),
+        (
+            [
+                ("a_0/attempt_0/0/stderr.log", TRACEBACK.format(ECHO)),
+                ("a_0/attempt_0/1/stderr.log", TRACEBACK.format("ValueError: its own")),
+                ("launcher.log", CLOSING + FAILED.format(code=1)),
+            ],
+            "ValueError: its own",
+        ),
+        (
+            [("a_0/attempt_0/0/stderr.log", TRACEBACK.replace("\n", "\n[rank0]: ").format(ECHO))],
+            "a rank was lost: the others lost the connection to it",
+        ),
     ],
 )
 def test_last_words(tmp_path: Path, texts: list[tuple[str, str]], expected: str | None) -> None:
