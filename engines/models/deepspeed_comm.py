@@ -41,7 +41,7 @@ def require_deepspeed() -> None:
     if find_spec("deepspeed") is None:
         raise UnsupportedModel(
             "engines deepspeed_tp and deepspeed_inject need the package deepspeed: "
-            "pip install 'sluice[deepspeed]'"
+            "in Sluice's directory, pip install -e '.[deepspeed]'"
         )
 
 
