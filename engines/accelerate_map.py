@@ -44,7 +44,8 @@ class AccelerateEngine:
             )
         if find_spec("accelerate") is None:
             raise UnsupportedModel(
-                "engine accelerate needs the package accelerate: in Sluice's directory, pip install -e '.[accelerate]'"
+                "engine accelerate needs the package accelerate: "
+                "in Sluice's directory, pip install -e '.[accelerate]'"
             )
         self._found = inspect_model(config.model_path, config.max_model_len)
         checkpoint = hf.open_checkpoint(self._found)
