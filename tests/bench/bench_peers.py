@@ -43,8 +43,9 @@ class Side(Protocol):
 class Server:
     """A side over HTTP."""
 
-    def __init__(self, url: str, model: str, tokenizer: Path) -> None:
+    def __init__(self, url: str, model: str, tokenizer: Path, *, ignore_eos: bool = True) -> None:
         self._url, self._model, self._tokenizer = url, model, tokenizer
+        self._ignore_eos = ignore_eos
 
     def measure(self, concurrency: int, num_requests: int, seed: int) -> float:
         config = BenchConfig(
@@ -54,6 +55,7 @@ class Server:
             prompt_len=PROMPT_LEN,
             output_len=OUTPUT_LEN,
             tokenizer=str(self._tokenizer),
+            ignore_eos=self._ignore_eos,
             seed=seed,
         )
         prompts = make_prompts(config, num_requests)
@@ -141,7 +143,8 @@ def transformers_serve(model: Path, work: Path) -> Iterator[Side]:
     argv += ["--cb-block-size", "32", "--cb-max-batch-tokens", "1024", "--log-level", "error"]
     with process(argv, work / "transformers.log", stdout=subprocess.DEVNULL) as child:
         wait_ready(f"http://127.0.0.1:{port}/health", child)
-        yield Server(f"http://127.0.0.1:{port}", str(model), model)
+        # It refuses ignore_eos; the models' heads give end tokens no chance.
+        yield Server(f"http://127.0.0.1:{port}", str(model), model, ignore_eos=False)
 
 
 @contextmanager
