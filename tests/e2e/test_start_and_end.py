@@ -55,6 +55,8 @@ def test_loading_can_be_watched_and_nothing_listens_off_loopback() -> None:
         assert sorted(server.workers()) == [0, 1]
         assert server.complete().status_code == 200
         assert server.stop() == 0
+        assert server.output().count(": ready") == 1
+        assert server.output().endswith("\nstopped\n")
     # The ranks' own all-reduce listens on loopback, as gloo does; nothing else, and nothing anywhere else.
     assert {address for address, _ in sockets} == {"127.0.0.1"}
     assert phases
@@ -122,4 +124,5 @@ def test_a_checkpoint_that_cannot_be_served_ends_the_server_with_its_name(tmp_pa
         *_, last = server.output().splitlines()
         assert last.startswith("sluice: error: broken/0: ")
         assert str(weights) in last
+        assert server.output().count(str(weights)) == 1
         assert server.run_dirs() == []

@@ -477,6 +477,20 @@ async def test_a_full_queue_is_429(model_dir: Path, group: FakeGroup) -> None:
     assert (await chat(model_dir, group, n=2)).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_the_log_of_a_failure_names_the_request(
+    model_dir: Path, group: FakeGroup, caplog: pytest.LogCaptureFixture, path: str, stream: bool
+) -> None:
+    group.fails_after, group.fails_with = 2, WorkerLost("rank 1 died")
+    base = CHAT if "chat" in path else RAW
+    response = await ask(model_dir, group, path, base | {"stream": stream})
+    request_id = response.headers["x-request-id"]
+    assert [record.getMessage() for record in caplog.records if record.name == "gateway.errors"] == [
+        f"POST {path} ({request_id}): WorkerLost: rank 1 died"
+    ]
+
+
 async def test_unexpected_exceptions_say_nothing_of_the_inside(
     model_dir: Path, group: FakeGroup, caplog: pytest.LogCaptureFixture
 ) -> None:

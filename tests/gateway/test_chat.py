@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
+from gateway import api_client, cli
 from gateway.api_client import ServerError, base_url, choose_model
 from gateway.chat import Conversation, talk
 
@@ -90,6 +92,20 @@ def test_an_answer_that_failed_is_said_and_not_remembered(answer: httpx.Response
     conversation, shown = chat(FakeAPI(answer), "hi")
     assert reason in shown
     assert conversation.messages == []
+
+
+@pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1)])
+def test_a_question_that_was_piped_in_and_failed_ends_with_1(
+    monkeypatch: pytest.MonkeyPatch, status: int, code: int
+) -> None:
+    models = httpx.Response(200, json={"data": [{"id": "a"}]})
+    answer = sse(delta("fine")) if status == 200 else httpx.Response(status, text="not ready")
+    client = FakeAPI(models, answer).client()
+    monkeypatch.setattr(api_client, "connect", lambda url, api_key: client)
+    result = CliRunner().invoke(cli.app, ["chat"], input="hi\n")
+    assert result.exit_code == code, result.output
+    assert result.stdout == ("fine\n" if code == 0 else "")
+    assert ("not ready" in result.stderr) == (code == 1)
 
 
 def listing(*names: str) -> FakeAPI:

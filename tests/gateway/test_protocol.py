@@ -168,6 +168,21 @@ def test_the_error_names_the_field(extra: dict[str, object], param: str) -> None
     assert refusal(ChatCompletionRequest, CHAT | extra)[0] == param
 
 
+def test_refusals_are_plain_sentences() -> None:
+    assert refusal(ChatCompletionRequest, CHAT | {"tools": [{"type": "function"}]}) == (
+        "tools",
+        "'tools' is not supported in this version",
+    )
+    assert refusal(ChatCompletionRequest, CHAT | {"messages": []}) == (
+        "messages",
+        "Invalid value for 'messages': expected at least 1 item, not 0.",
+    )
+    assert refusal(ChatCompletionRequest, CHAT | {"stop": ["a"] * 5}) == (
+        "stop",
+        "Invalid value for 'stop': expected at most 4 items.",
+    )
+
+
 def test_missing_fields_and_other_media_have_messages_of_their_own() -> None:
     assert refusal(ChatCompletionRequest, {"model": "m"}) == (
         "messages",
