@@ -37,8 +37,11 @@ class ConfigError(ValueError):
         super().__init__("\n".join(map(str, self.problems)))
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
+ALIKE, A_SLIP = 0.6, 0.85  # how much of two words agrees: worth a hint, or hardly meant to differ
+
+
+def nearest(word: str, words: Iterable[str], cutoff: float = ALIKE) -> str:
     """The word of `words` that was probably meant, case aside, or an empty string."""
     by_fold = {w.casefold(): w for w in words}
-    match = get_close_matches(word.casefold(), by_fold, n=1, cutoff=0.6)
+    match = get_close_matches(word.casefold(), by_fold, n=1, cutoff=cutoff)
     return by_fold[match[0]] if match else ""

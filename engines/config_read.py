@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
-from engines.config_errors import ConfigError, Problem, nearest
+from engines.config_errors import A_SLIP, ConfigError, Problem, nearest
 from engines.config_schema import FREE_FORM, SECTIONS, TOP, Key, Kind
 from engines.config_source import BROKEN, Node, Section, Value, describe
 
@@ -106,11 +106,19 @@ def _read_section(settings: Settings, section: str, node: Node) -> None:
         if name in schema:
             _read_key(settings, path, schema[name], entry)
         elif section in FREE_FORM:
-            near = nearest(name, schema)
-            hint = f"; did you mean {near!r}?" if near else ""
-            settings.warn(path, f"has no effect: no handler code runs here{hint}")
+            _free(settings, path, name, schema)
         else:
             _unknown(settings, path, _homes(name), list(schema))
+
+
+def _free(settings: Settings, path: str, name: str, schema: Mapping[str, Key]) -> None:
+    """A key that a handler of the user's may have read; but a slip in one of ours would act unseen."""
+    if slip := nearest(name, schema, A_SLIP):
+        settings.problem(path, "unknown key", near=slip, remedy=f"write it as {slip}, or remove the key")
+        return
+    near = nearest(name, schema)
+    hint = f"; did you mean {near!r}?" if near else ""
+    settings.warn(path, f"has no effect: no handler code runs here{hint}")
 
 
 def _homes(name: str) -> list[str]:
@@ -122,7 +130,8 @@ def _homes(name: str) -> list[str]:
 def _unknown(settings: Settings, path: str, homes: list[str], known: list[str]) -> None:
     near = homes[0] if homes else nearest(path.rpartition(".")[2], known)
     remedy = f"write it as {near}" if homes else "correct the name or remove the key"
-    settings.problem(path, "unknown key", allowed=", ".join(known), near=near, remedy=remedy)
+    allowed = "" if near else ", ".join(known)
+    settings.problem(path, "unknown key", allowed=allowed, near=near, remedy=remedy)
 
 
 def _read_key(settings: Settings, path: str, key: Key, node: Node) -> None:
@@ -136,8 +145,11 @@ def _read_key(settings: Settings, path: str, key: Key, node: Node) -> None:
             if key.choices and isinstance(node, Value) and isinstance(node.value, str)
             else ""
         )
-        remedy = f"write `{path.rpartition('.')[2]}: {near}`" if near else f"give {key.allowed()}"
-        settings.problem(path, str(wrong), allowed=key.allowed(), near=near, remedy=remedy)
+        if near:
+            remedy = f"write `{path.rpartition('.')[2]}: {near}`"
+            settings.problem(path, str(wrong), allowed=key.allowed(), near=near, remedy=remedy)
+        else:
+            settings.problem(path, str(wrong), remedy=f"give {_one_of(key)}{key.allowed()}")
         return
     settings.values[path] = value
     if _is_harmless(value, key):
@@ -147,6 +159,10 @@ def _read_key(settings: Settings, path: str, key: Key, node: Node) -> None:
         settings.problem(path, wrong_value, remedy=key.remedy)
     elif key.ignored:
         settings.warn(path, f"has no effect: {key.ignored}")
+
+
+def _one_of(key: Key) -> str:
+    return "one of " if key.choices else ""
 
 
 def _is_harmless(value: object, key: Key) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,37 @@ from typing import Any
 
 class BadModelDir(ValueError):  # noqa: N818
     """A file of the model directory is missing or not what its name says. Names the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes that config.json states by one of their usual names; None where it does not."""
+
+    num_layers: int | None
+    num_heads: int | None
+    num_kv_heads: int | None  # those of attention where only these are stated
+    intermediate_size: int | None
+    max_positions: int | None
+
+
+def shape(model_dir: str | Path) -> Shape:
+    """From `model_dir`/config.json, of the language model where there are several. Raises BadModelDir."""
+    data = read_json(Path(model_dir) / "config.json")
+    inner = data.get("text_config")
+    sizes = inner if isinstance(inner, dict) else data
+    num_heads = _size(sizes, "num_attention_heads", "n_head", "num_heads")
+    return Shape(
+        num_layers=_size(sizes, "num_hidden_layers", "n_layer", "num_layers"),
+        num_heads=num_heads,
+        num_kv_heads=_size(sizes, "num_key_value_heads") or num_heads,
+        intermediate_size=_size(sizes, "intermediate_size"),
+        max_positions=_size(sizes, "max_position_embeddings", "n_positions"),
+    )
+
+
+def _size(sizes: dict[str, Any], *names: str) -> int | None:
+    found = (sizes.get(name) for name in names)
+    return next((size for size in found if type(size) is int and size > 0), None)
 
 
 def read_json(path: Path) -> dict[str, Any]:

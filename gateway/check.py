@@ -1,23 +1,25 @@
 """`sluice check`: what configurations come to, which devices their groups would get, and the commands.
 
-Starts nothing. `missing` and `name_clashes` are also what `sluice serve` can ask before it starts.
+Starts nothing. `name_clashes` and `fit` are also what `sluice serve` asks before it starts anything.
 """
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
-from engines import config_devices, registry
+from engines import config_devices, modelfit, registry
 from engines.config import ConfigError, ModelConfig, Problem, load
 from engines.config_devices import Machine
-from gateway.workers import launcher
-from gateway.workers.placement import DoesNotFit, GroupPlacement, Placement, place
+from engines.modeldir import BadModelDir
+from gateway.check_show import describe, describe_placement
+from gateway.workers.placement import DoesNotFit, Placement, place
 
 OK, WRONG_CONFIG, WRONG_MACHINE = 0, 1, 2
-_RUN_DIR, _LOG_DIR = Path("RUN_DIR"), Path("LOG_DIR")  # made anew for each start
+_PACKAGES = {"accelerate": "accelerate", "deepspeed_tp": "deepspeed", "deepspeed_inject": "deepspeed"}
+_UNSEEN = "not checked with --gpus: model directories, other files and packages that this machine lacks"
 
 
 def run(files: Sequence[Path], gpus: int | None) -> int:
@@ -25,41 +27,72 @@ def run(files: Sequence[Path], gpus: int | None) -> int:
 
     Returns the exit code: 1 for a wrong configuration, 2 for one that the machine cannot run.
     """
+    is_here = gpus is None
     machine = config_devices.this_machine() if gpus is None else Machine(gpus, config_devices.num_cores())
     configs, errors = _load_all(files, machine.num_gpus)
     if errors:
-        _print_lines(line for config in configs for line in _describe(config))
-        return _fail((str(problem) for error in errors for problem in error.problems), WRONG_CONFIG)
-    problems = missing(configs, here=gpus is None)
+        _print_lines(line for config in configs for line in describe(config))
+        wrong = [str(problem) for error in errors for problem in error.problems]
+        return _fail([*wrong, *missing(configs, here=is_here)], WRONG_CONFIG)
+    try:
+        placement = fit(configs, machine, here=is_here)
+    except DoesNotFit as error:
+        _print_lines(line for config in configs for line in describe(config))
+        return _fail(str(error).split("\n"), WRONG_MACHINE)
+    placed = [group.config for group in placement.groups if group.replica == 0]
+    _print_lines(line for config in placed for line in describe(config))
+    _print_lines(describe_placement(placement, machine))
+    _print_lines([] if is_here else ["", _UNSEEN])
+    return OK
+
+
+def fit(configs: Sequence[ModelConfig], machine: Machine, *, here: bool = True) -> Placement:
+    """Where the groups go on the machine. `here`: it is this one, which has the models and packages.
+
+    Raises DoesNotFit with a line for everything that the machine, or a model, cannot do."""
+    problems = missing(configs, here=here)
     try:
         placement = place(configs, machine)
     except DoesNotFit as error:
-        _print_lines(line for config in configs for line in _describe(config))
-        return _fail([*str(error).split("\n"), *problems], WRONG_MACHINE)
-    placed = [group.config for group in placement.groups if group.replica == 0]
-    _print_lines(line for config in placed for line in _describe(config))
-    _print_lines(_describe_placement(placement, machine))
-    return _fail(problems, WRONG_MACHINE) if problems else OK
+        raise DoesNotFit("\n".join([*str(error).split("\n"), *problems])) from None
+    if problems:
+        raise DoesNotFit("\n".join(problems))
+    return placement
 
 
 def missing(configs: Iterable[ModelConfig], *, here: bool) -> list[str]:
-    """What the configurations name and this version or, where `here`, this machine does not have."""
-    return [problem for config in configs for problem in _missing(config, here)]
+    """What the configurations name and this version or, where `here`, this machine does not have, and what
+    their models cannot do."""
+    return [f"{_where(config)}: {problem}" for config in configs for problem in _missing(config, here)]
 
 
 def name_clashes(configs: Sequence[ModelConfig]) -> list[Problem]:
-    """Names that two configurations both want to serve."""
+    """Models given twice, and names that two configurations both want to serve."""
     first: dict[str, ModelConfig] = {}
-    problems = []
+    problems: list[Problem] = []
     for config in configs:
-        for name in dict.fromkeys((config.model_name, *config.served_model_names)):
-            other = first.setdefault(name, config)
-            if other is not config:
-                where = f"{config.source or config.model_path}:1"
-                wrong = f"{name!r} is also the name of {other.source or other.model_path}"
-                remedy = "give each model its own modelName; for replicas of one model set minWorkers"
-                problems.append(Problem(where, "modelName", wrong, remedy=remedy))
+        names = dict.fromkeys((config.model_name, *config.served_model_names))
+        others = [(name, first.setdefault(name, config)) for name in names]
+        clashes = [(name, other) for name, other in others if other is not config]
+        twice = any(_where(other) == _where(config) for _, other in clashes)
+        problems += [_given_twice(config)] if twice else [_clash(config, *clash) for clash in clashes]
     return problems
+
+
+def _given_twice(config: ModelConfig) -> Problem:
+    remedy = "give it once; for replicas of one model set minWorkers (--replicas)"
+    return Problem(_where(config), "", "is given twice", remedy=remedy)
+
+
+def _clash(config: ModelConfig, name: str, other: ModelConfig) -> Problem:
+    where = f"{config.source}:1" if config.source else config.model_path
+    wrong = f"{name!r} is also the name of {_where(other)}"
+    remedy = "give each model its own modelName in its model-config.yaml"
+    return Problem(where, "modelName", wrong, remedy=remedy)
+
+
+def _where(config: ModelConfig) -> str:
+    return config.source or config.model_path
 
 
 def _load_all(files: Sequence[Path], num_gpus: int) -> tuple[list[ModelConfig], list[ConfigError]]:
@@ -78,68 +111,32 @@ def _load_all(files: Sequence[Path], num_gpus: int) -> tuple[list[ModelConfig], 
 
 
 def _missing(config: ModelConfig, here: bool) -> Iterator[str]:
-    where = config.source or config.model_path
     try:
         registry.check(config.engine)
     except registry.UnknownEngine as error:
-        yield f"{where}: {error}"
-    if not here:
-        return
+        yield str(error)
+    if here:
+        yield from _missing_here(config)
+    if Path(config.model_path, "config.json").is_file():
+        try:
+            yield from modelfit.misfits(config)
+        except BadModelDir as error:
+            yield str(error)
+
+
+def _missing_here(config: ModelConfig) -> Iterator[str]:
+    package = _PACKAGES.get(config.engine)
+    if package is not None and find_spec(package) is None:
+        remedy = f"pip install 'sluice[{package}]'"
+        yield f"engine {config.engine} needs the package {package}, which is not installed; remedy: {remedy}"
     if not Path(config.model_path, "config.json").is_file():
-        remedy = "set handler.model_path to a local model directory in Hugging Face format"
-        yield f"{where}: no model at {config.model_path} (no config.json there); remedy: {remedy}"
+        named = "set handler.model_path (or modelPath) to" if config.source else "give"
+        remedy = f"{named} a local model directory in Hugging Face format"
+        yield f"no model at {config.model_path} (no config.json there); remedy: {remedy}"
     files = (config.chat_template, config.deepspeed.config if config.deepspeed else None)
     for file in filter(None, files):
         if not Path(file).is_file():
-            yield f"{where}: {file}: no such file; remedy: correct the path, or put the file there"
-
-
-def _describe(config: ModelConfig) -> Iterator[str]:
-    yield f"{config.source or config.model_path}"
-    fields: dict[str, object] = {
-        "world_size": config.world_size,
-        "devices_per_group": config.devices_per_group,
-    }
-    fields |= dict(config)
-    for name in ("source", "warnings", "is_omp_stated"):
-        fields.pop(name)
-    for name, value in fields.items():
-        yield f"  {name:<24} {_show(value)}"
-    for warning in config.warnings:
-        yield f"  warning: {warning}"
-    yield ""
-
-
-def _show(value: object) -> str:
-    match value:
-        case None:
-            return "-"
-        case bool():
-            return str(value).lower()
-        case tuple():
-            return ", ".join(map(str, value))
-    return str(value)
-
-
-def _describe_placement(placement: Placement, machine: Machine) -> Iterator[str]:
-    yield f"devices ({machine.num_gpus} GPUs, {machine.num_cores} cores)"
-    for group in placement.groups:
-        devices = ", ".join(group.devices) if group.devices else "CPU"
-        yield f"  {group.name:<24} {devices}"
-    for warning in placement.warnings:
-        yield f"  warning: {warning}"
-    yield ""
-    yield "commands (under python -m engines.guard; RUN_DIR and LOG_DIR are new for each start)"
-    for group in placement.groups:
-        yield f"  {group.name}"
-        yield f"    {_command(group)}"
-
-
-def _command(group: GroupPlacement) -> str:
-    """As one would type it, with what the environment adds."""
-    environment = launcher.environment(group.config, group.devices, {})
-    settings = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
-    return " ".join([*settings, shlex.join(launcher.torchrun_argv(group.config, _RUN_DIR, _LOG_DIR))])
+            yield f"{file}: no such file; remedy: correct the path, or put the file there"
 
 
 def _print_lines(lines: Iterable[str]) -> None:

@@ -19,7 +19,6 @@ from engines import config_devices
 from engines.config import ConfigError, ModelConfig
 from gateway import check, console, model_source
 from gateway.workers.group import Group
-from gateway.workers.placement import DoesNotFit, place
 from gateway.workers.protocol import GroupState
 from gateway.workers.supervisor import Supervisor, torchrun_group
 
@@ -60,9 +59,7 @@ def run(configs: Sequence[ModelConfig], options: Options) -> None:
     _set_up_logging(options)
     if clashes := check.name_clashes(configs):
         raise ConfigError(clashes)
-    placement = place(configs, config_devices.this_machine())
-    if missing := check.missing(configs, here=True):
-        raise DoesNotFit("\n".join(missing))
+    placement = check.fit(configs, config_devices.this_machine())
     for warning in (*(w for config in configs for w in config.warnings), *placement.warnings):
         log.warning(warning)
     listener = listen(options.host, options.port)

@@ -82,7 +82,7 @@ class _Board:
         pool = list(range(len(self._holders)) if config.device_ids is None else config.device_ids)
         beyond = [device for device in pool if device >= len(self._holders)]
         if beyond:
-            remedy = _remedy(holder, False) if not self._holders else "name devices that there are"
+            remedy = _remedy(config, False) if not self._holders else "name devices that there are"
             return self._refuse(f"{name}: deviceIds names {beyond}, but {self._machine()}; remedy: {remedy}")
         free = [device for device in pool if self._fits(device, holder)]
         if len(free) < config.devices_per_group:
@@ -110,25 +110,31 @@ class _Board:
         return f"the machine has {count} GPU{'' if count == 1 else 's'} ({_range(count)})"
 
     def _shortage(self, config: ModelConfig, holder: _Holder, pool: list[int], num_free: int) -> str:
+        needed = config.devices_per_group
         place = self._machine() if config.device_ids is None else f"deviceIds is {pool}"
         taken = "; ".join(f"{device}: {self._held(device)}" for device in pool if self._holders[device])
         sums = (
-            f"{holder.name}: needs {config.devices_per_group} GPUs, {num_free} are free for it; {place}; "
+            f"{holder.name}: needs {needed} GPU{'' if needed == 1 else 's'}, "
+            f"{num_free} {'is' if num_free == 1 else 'are'} free for it; {place}; "
             f"all groups together need {self._num_wanted}"
         )
         held = f"; held: {taken}" if taken else ""
-        return f"{sums}{held}; remedy: {_remedy(holder, bool(self._holders))}"
+        return f"{sums}{held}; remedy: {_remedy(config, bool(self._holders))}"
 
     def _held(self, device: int) -> str:
         held = [f"{h.name} ({float(h.share):g})" if h.shares else h.name for h in self._holders[device]]
         return " + ".join(held)
 
 
-def _remedy(holder: _Holder, has_gpus: bool) -> str:
+def _remedy(config: ModelConfig, has_gpus: bool) -> str:
+    """In the words of the command line where there is no file."""
     if not has_gpus:
-        return "write deviceType: cpu, or plan for another machine with `sluice check --gpus N`"
-    if holder.shares:
+        on_cpu = "write deviceType: cpu (or give --device cpu)" if config.source else "give --device cpu"
+        return f"{on_cpu}, or plan for another machine with `sluice check --gpus N`"
+    if config.share_devices:
         return "lower gpuMemoryShare so that the shares on a device add to at most 1"
+    if not config.source:
+        return "lower --replicas, --tp or --pp"
     return (
         "lower minWorkers or parallelLevel, name other deviceIds, "
         "or let groups share: shareDevices: true with gpuMemoryShare"

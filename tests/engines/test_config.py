@@ -219,8 +219,8 @@ def test_handler_keys_that_act(tmp_path: Path) -> None:
 
 
 def test_unknown_handler_key_warns_with_the_nearest(tmp_path: Path) -> None:
-    (warning,) = loaded(tmp_path, "modelName: m\nhandler:\n  model_pth: x\n").warnings
-    assert "model-config.yaml:3: handler.model_pth" in warning
+    (warning,) = loaded(tmp_path, "modelName: m\nhandler:\n  model_dir_path: x\n").warnings
+    assert "model-config.yaml:3: handler.model_dir_path" in warning
     assert "did you mean 'model_path'?" in warning
 
 

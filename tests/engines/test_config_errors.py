@@ -67,7 +67,7 @@ FOOTGUNS = {
         ["pipelineParallel", "write parallelType: pptp"],
     ),
     "unknown parallelType": ("parallelType: tpp\nparallelLevel: 2\n", ["did you mean 'tp'?", "pp, tp, pptp"]),
-    "neuron": ("deviceType: neuron\n", [":1: deviceType", "allowed: cpu, gpu"]),
+    "neuron": ("deviceType: neuron\n", [":1: deviceType", "remedy: give one of cpu, gpu"]),
     "several nodes": ("parallelType: tp\ntorchrun:\n  nnodes: 2\n", [":3: torchrun.nnodes", "several nodes"]),
     "deviceIds with a text": ("deviceIds: [0, one]\n", [":1: deviceIds", "the text 'one'"]),
     "deviceIds with a boolean": ("deviceIds: [0, true]\n", [":1: deviceIds", "the boolean true"]),
@@ -90,6 +90,11 @@ FOOTGUNS = {
     "hexadecimal giant": (f"minWorkers: 0x{'f' * 9000}\n", ["a very large integer"]),
     "section that is none": ("torchrun: 4\n", [":1: torchrun", "a mapping of nproc-per-node"]),
     "unknown key": ("maxWorker: 2\n", ["unknown key", "did you mean 'maxWorkers'?"]),
+    "slip in a key of the handler": (
+        "handler: {modelpath: /tmp}\n",
+        [":1: handler.modelpath: unknown key", "did you mean 'model_path'?"],
+    ),
+    "letters of a handler's key exchanged": ("handler: {model_paht: /tmp}\n", ["did you mean 'model_path'?"]),
     "key in another case": ("MINWORKERS: 2\n", ["did you mean 'minWorkers'?"]),
     "key of a section at the top": ("nproc-per-node: 2\n", ["write it as torchrun.nproc-per-node"]),
     "key of the top in a section": ("torchrun: {parallelLevel: 2}\n", ["write it as parallelLevel"]),
@@ -296,3 +301,10 @@ def test_any_damage_to_a_document_is_refused_or_harmless(
 def test_stages_are_counted(tmp_path: Path) -> None:
     (message,) = refused(tmp_path, "parallelType: pp\nparallelLevel: 2\nstageSplit: [4, 4, 4]\n")
     assert "stageSplit: names the layers of 3 stages, but the group has 2" in message
+
+
+@pytest.mark.parametrize("text", ["maxWorker: 2\n", 'minWorkers: "1"\n', "handler: {modelpath: /x}\n"])
+def test_a_message_says_a_thing_once(tmp_path: Path, text: str) -> None:
+    [problem] = refused(tmp_path, text)
+    assert "allowed: " not in problem
+    assert problem.count("1 to 1024") <= 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway import check
+from gateway import check, check_show
 from tests.engines.test_config import LEVEL, PIPPY
 
 NATIVE = """\
@@ -38,19 +38,30 @@ def test_prints_configuration_devices_and_command(tmp_path: Path, capsys: pytest
     out, err = capsys.readouterr()
     lines = {line.strip() for line in out.splitlines()}
     assert {" ".join(line.split()) for line in lines} >= {
-        "model_name big",
-        "tp_size 4",
-        "num_replicas 2",
-        "omp_threads 2",
+        "modelName big",
+        "tensorParallel 4",
+        "minWorkers 2",
+        "torchrun.OMP_NUMBER_THREADS 2",
         "engine native",
+        "chatTemplate -",
+        "deviceIds -",
+        "gpuMemoryShare 0.9",
         "big/0 0, 1, 2, 3",
         "big/1 4, 5, 6, 7",
     }
-    (command,) = (line for line in lines if "CUDA_VISIBLE_DEVICES=4,5,6,7" in line)
-    assert "OMP_NUM_THREADS=2 " in command
-    assert command.endswith("-m engines.worker --run-dir RUN_DIR")
-    assert f"{sys.executable} -m torch.distributed.run --nnodes 1 --nproc-per-node 4 " in command
+    assert {"CUDA_VISIBLE_DEVICES=4,5,6,7 \\", "OMP_NUM_THREADS=2 \\"} <= lines
+    (command,) = (line for line in lines if line.endswith("-m engines.worker --run-dir RUN_DIR"))
+    assert command.startswith(f"{sys.executable} -m torch.distributed.run --nnodes 1 --nproc-per-node 4 ")
+    assert "kvCacheMemory" not in out  # that is for CPU
+    assert "not checked with --gpus" in out
     assert err == ""
+
+
+def test_sizes_are_shown_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check.run([write(tmp_path, "deviceType: cpu\n")], gpus=0) == 0
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if "  kv" in line)
+    assert shown["kvCacheMemory"] == "1 GiB per rank"
+    assert [check_show.size(n) for n in (12, 1 << 20, 3 << 29)] == ["12 bytes", "1 MiB", "1.5 GiB"]
 
 
 def test_devices_are_assigned_over_all_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,6 +117,36 @@ def test_missing_model_is_the_machines_fault_unless_another_is_planned_for(
     err = capsys.readouterr().err
     assert f"no model at {tmp_path / 'absent'}" in err
     assert f"{tmp_path / 'absent.jinja'}: no such file" in err
+
+
+def test_everything_wrong_is_said_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.config_devices.num_gpus_present", lambda: 0)
+    monkeypatch.setattr(check, "find_spec", lambda name: None)
+    text = "deviceType: gpu\nparallelType: custom\nhandler: {model_path: absent}\n"
+    assert check.run([write(tmp_path, text)], gpus=None) == 2
+    err = capsys.readouterr().err
+    assert "needs 1 GPU, 0 are free" in err
+    assert "no model at" in err
+    assert "pip install 'sluice[accelerate]'" in err
+
+
+def test_a_model_that_cannot_be_divided_does_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 8, "num_hidden_layers": 4}')
+    text = "deviceType: cpu\nparallelType: {}\nparallelLevel: 99\n"
+    for kind, words in (("tp", "8 attention heads"), ("pp", "4 layers")):
+        file = write(tmp_path, text.format(kind))
+        assert check.run([file], gpus=None) == check.run([file], gpus=0) == 2
+        assert capsys.readouterr().err.count(words) == 2
+
+
+def test_a_directory_given_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_model(tmp_path)
+    assert check.run([tmp_path, tmp_path], gpus=0) == 1
+    assert capsys.readouterr().err.startswith(f"{tmp_path}: is given twice; remedy: give it once")
 
 
 def test_a_model_directory_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,7 @@ def test_a_machine_that_is_too_small_is_another_exit_code(model_dir: Path) -> No
 
 def test_two_models_of_one_name(model_dir: Path) -> None:
     result = sluice("serve", str(model_dir), str(model_dir / ".." / "some-model"))
-    assert_one_clear_error(result, 1, "some-model", "modelName")
+    assert_one_clear_error(result, 1, "some-model", "given twice")
 
 
 def test_one_served_name_for_two_models(model_dir: Path) -> None:

@@ -70,8 +70,10 @@ def test_one_configuration_given_twice_is_two_models() -> None:
         ),
         ([model(tp_size=4)], 2, ["m/0: needs 4 GPUs, 2 are free", "2 GPUs (0 to 1)"]),
         ([model(device_ids=(9,))], 8, ["deviceIds names [9]", "8 GPUs (0 to 7)", "remedy"]),
-        ([model("a", device_ids=(1,)), model("b", device_ids=(1,))], 4, ["b/0: needs 1 GPUs, 0", "1: a/0"]),
-        ([model(tp_size=2)], 0, ["0 GPUs (none)", "deviceType: cpu", "--gpus N"]),
+        ([model("a", device_ids=(1,)), model("b", device_ids=(1,))], 4, ["b/0: needs 1 GPU, 0", "1: a/0"]),
+        ([model(tp_size=2, source="m.yaml")], 0, ["0 GPUs (none)", "deviceType: cpu", "--gpus N"]),
+        ([model()], 0, ["needs 1 GPU, 0 are free", "remedy: give --device cpu, or"]),
+        ([model(tp_size=2)], 1, ["needs 2 GPUs, 1 is free", "remedy: lower --replicas, --tp"]),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_sums(
@@ -101,13 +103,13 @@ def test_sharing_prefers_empty_devices() -> None:
 
 def test_sharing_above_the_whole_is_refused() -> None:
     with pytest.raises(
-        DoesNotFit, match=r"m/1: needs 1 GPUs, 0 are free.*0: m/0 \(0\.6\).*lower gpuMemoryShare"
+        DoesNotFit, match=r"m/1: needs 1 GPU, 0 are free.*0: m/0 \(0\.6\).*lower gpuMemoryShare"
     ):
         devices(model(num_replicas=2, share_devices=True, gpu_memory_share=0.6), gpus=1)
 
 
 def test_both_must_agree_to_share() -> None:
-    with pytest.raises(DoesNotFit, match="n/0: needs 1 GPUs, 0 are free"):
+    with pytest.raises(DoesNotFit, match="n/0: needs 1 GPU, 0 are free"):
         devices(model(share_devices=True, gpu_memory_share=0.1), model("n", gpu_memory_share=0.1), gpus=1)
 
 
