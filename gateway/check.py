@@ -127,7 +127,7 @@ def _missing(config: ModelConfig, here: bool) -> Iterator[str]:
 def _missing_here(config: ModelConfig) -> Iterator[str]:
     package = _PACKAGES.get(config.engine)
     if package is not None and find_spec(package) is None:
-        remedy = f"pip install 'sluice[{package}]'"
+        remedy = f"in Sluice's directory, pip install -e '.[{package}]'"
         yield f"engine {config.engine} needs the package {package}, which is not installed; remedy: {remedy}"
     if not Path(config.model_path, "config.json").is_file():
         named = "set handler.model_path (or modelPath) to" if config.source else "give"

@@ -173,7 +173,7 @@ def test_policies_place_over_several_devices(model: Path, monkeypatch: pytest.Mo
 
 def test_a_missing_package_names_the_extra(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerate_map, "find_spec", lambda name: None)
-    with pytest.raises(UnsupportedModel, match=r"pip install 'sluice\[accelerate\]'"):
+    with pytest.raises(UnsupportedModel, match=r"pip install -e '\.\[accelerate\]'"):
         engine_of(model)
 
 

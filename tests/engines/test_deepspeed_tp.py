@@ -143,7 +143,7 @@ def test_more_ranks_than_kv_heads_are_refused_before_weights_are_read(models: Pa
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
     monkeypatch.setattr(deepspeed_comm, "find_spec", lambda name: None)
     mesh = Mesh(rank=0, tp_size=1, pp_size=1, device=torch.device("cpu"))
-    with pytest.raises(UnsupportedModel, match=r"pip install 'sluice\[deepspeed\]'"):
+    with pytest.raises(UnsupportedModel, match=r"pip install -e '\.\[deepspeed\]'"):
         DeepSpeedTPEngine(config_of(models / "llama", 1), mesh, lambda fraction: None)
 
 

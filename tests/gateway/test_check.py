@@ -129,7 +129,7 @@ def test_everything_wrong_is_said_at_once(
     err = capsys.readouterr().err
     assert "needs 1 GPU, 0 are free" in err
     assert "no model at" in err
-    assert "pip install 'sluice[accelerate]'" in err
+    assert "pip install -e '.[accelerate]'" in err
 
 
 def test_a_model_that_cannot_be_divided_does_not_fit(
