@@ -97,7 +97,7 @@ def test_the_fallback_is_a_key_of_the_section(tmp_path: Path) -> None:
     assert config.engine == "deepspeed_inject"
     assert config.deepspeed is not None
     assert config.deepspeed.fallback == "autotp"
-    with pytest.raises(ConfigError, match="allowed: autotp"):
+    with pytest.raises(ConfigError, match="remedy: give one of autotp"):
         configured(tmp_path, {}, "  fallback: native\n")
 
 
