@@ -76,7 +76,15 @@ class Layer:
 # DESIGN.md, section 2. `engines.config*` are the parts that engines.config is made of.
 CONFIG = tuple(name for name in MODULES if name.startswith("engines.config"))
 # engines.guard (standard library only) knows what a group leaves behind, for both to remove
-SHARED = ("engines.wire", "engines.registry", "engines.modeldir", "engines.guard", *CONFIG)
+# engines.modelfit (torch-free) says before a start what the engines would refuse after it
+SHARED = (
+    "engines.wire",
+    "engines.registry",
+    "engines.modeldir",
+    "engines.modelfit",
+    "engines.guard",
+    *CONFIG,
+)
 SCHEDULING = tuple(f"engines.runtime.{name}" for name in TORCH_FREE_RUNTIME)
 WEB = ("fastapi", "starlette", "uvicorn", "sse_starlette")
 
