@@ -24,7 +24,6 @@ LAST_SAMPLED = -1  # an input id: what this sequence's slot sampled last, known 
 class StepKind(IntEnum):
     RUN = 0
     IDLE = 1
-    STOP = 2
 
 
 class RowUse(IntEnum):
@@ -117,7 +116,7 @@ class StepPlan:
 
     @classmethod
     def empty(cls, kind: StepKind) -> StepPlan:
-        """A plan without work: IDLE keeps the ranks in touch, STOP ends them."""
+        """A plan without work: nothing can run now. It is not sent to anybody."""
         none = np.empty(0, np.int32)
         return cls(
             kind, none, none, none, np.zeros(1, np.int32), none, none, none, none, np.empty((0, 0), np.int32)
