@@ -167,7 +167,7 @@ def _join_mesh(config: ModelConfig, run_dir: Path, rank: int) -> Mesh:
             init_method=f"file://{run_dir}/group-init",
             rank=rank,
             world_size=config.world_size,
-            timeout=timedelta(seconds=max(config.startup_timeout, config.response_timeout)),
+            timeout=timedelta(seconds=_patience(config)),
         )
         tp_group = _tp_group(config.tp_size, config.pp_size, rank)
     clock = StageClocks(run_dir / CLOCKS, config.world_size).of(rank)
@@ -180,8 +180,12 @@ def _shared_group(config: ModelConfig, run_dir: Path, rank: int) -> SharedGroup 
     if config.tp_size == 1 or not is_supported():
         return None
     stage, tp_rank = divmod(rank, config.tp_size)
-    timeout = max(config.startup_timeout, config.response_timeout)
-    return SharedGroup(path_for(run_dir, stage), tp_rank, config.tp_size, timeout)
+    return SharedGroup(path_for(run_dir, stage), tp_rank, config.tp_size, _patience(config))
+
+
+def _patience(config: ModelConfig) -> float:
+    """Seconds that a rank waits for another in a collective, whether the group starts or serves."""
+    return max(config.startup_timeout, config.response_timeout)
 
 
 def _tp_group(tp_size: int, pp_size: int, rank: int) -> dist.ProcessGroup | None:

@@ -73,7 +73,10 @@ class ModelRunner:
             hidden = self._engine.forward(batch)
         if hidden is None:
             return None
-        results = [self._sample(plan, hidden, rows) for rows in _slices(len(plan.logit_rows))]
+        results = [
+            self._sample(plan, hidden.index_select(0, batch.logit_rows[rows]), rows)
+            for rows in _slices(len(plan.logit_rows))
+        ]
         if not self._mesh.is_leader:
             return None
         result = _joined([r for r in results if r is not None])
@@ -81,8 +84,8 @@ class ModelRunner:
         return result
 
     def _sample(self, plan: StepPlan, hidden: Tensor, rows: slice) -> StepResult | None:
-        picked = _tensor(plan.logit_rows[rows], hidden.device, torch.int64)
-        logits = self._engine.logits(hidden.index_select(0, picked))
+        """`hidden` [L, H]: those of `rows` of the plan's logit rows."""
+        logits = self._engine.logits(hidden)
         if logits is None or not self._mesh.is_leader:
             return None
         return sampler.sample(logits, plan.sampling[rows], plan.row_use[rows].tolist())
