@@ -12,7 +12,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from typing import Protocol
 import torch
 
 from gateway.bench import BenchConfig, machine, make_prompts, run_level
+from tests.e2e.server import free_port
 from tests.models import B1, SMALL, TINY, make_llama
 
 SHAPES = {"tiny": TINY, "small": SMALL, "b1": B1}
@@ -84,13 +84,6 @@ class Generate:
             stdin.flush()
             rates.append(float(stdout.readline()))
         return len(rates) / sum(1 / rate for rate in rates)
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from statistics import median
 import psutil
 
 from gateway.bench import machine
-from tests.bench.bench_peers import BIN, free_port, wait_ready
+from tests.bench.bench_peers import BIN, wait_ready
+from tests.e2e.server import free_port
 
 
 def start_once(model: list[str]) -> dict[str, float]:
