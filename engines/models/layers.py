@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -45,15 +46,56 @@ class PackedLinear:
         return out
 
 
+class UpcastLinear:
+    """For bfloat16 weights on a CPU that multiplies only float32: a tile of the weight at a time is made float32.
+
+    torch's own is as fast as memory for a row or two, but takes as long again for each further one. With
+    AVX2 alone this is 4 times as fast at 32 rows, 6 times at 256; the tile stays in the cache.
+    """
+
+    _TILE = 1 << 20  # float32 numbers
+    _MAX_PLAIN_ROWS = 8
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+        self._rows = max(1, self._TILE // weight.shape[1])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.numel() // x.shape[-1] <= self._MAX_PLAIN_ROWS:
+            return F.linear(x, self.weight, self.bias)
+        columns = x.flatten(0, -2).float().t().contiguous()  # [in, T]
+        out = columns.new_empty(self.weight.shape[0], columns.shape[1])  # [out, T]
+        for start in range(0, out.shape[0], self._rows):
+            part = self.weight[start : start + self._rows]
+            tile = _scratch(self._TILE)[: part.numel()].view(part.shape).copy_(part)
+            torch.mm(tile, columns, out=out[start : start + self._rows])
+        if self.bias is not None:
+            out += self.bias.unsqueeze(1)
+        return out.t().to(x.dtype).view(*x.shape[:-1], -1)
+
+
+@cache
+def _scratch(numel: int) -> Tensor:
+    """float32, one for the process: only one thread of a rank computes."""
+    return torch.empty(numel)
+
+
 def make_linear(weight: Tensor, bias: Tensor | None = None) -> LinearOp:
-    """The fastest linear for this weight's device and dtype. The caller may let go of `weight`."""
-    return PackedLinear(weight, bias) if _can_pack(weight) else PlainLinear(weight, bias)
+    """The fastest linear for this weight's device and dtype. The caller may let go of `weight`.
+
+    float16 stays torch's own: oneDNN has it only on CPUs with AVX512-FP16.
+    """
+    if weight.device.type == "cpu" and torch._C._has_mkldnn:
+        if weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _cpu_has_bfloat16()):
+            return PackedLinear(weight, bias)
+        if weight.dtype == torch.bfloat16 and weight.shape[1] <= UpcastLinear._TILE:
+            return UpcastLinear(weight, bias)
+    return PlainLinear(weight, bias)
 
 
-def _can_pack(weight: Tensor) -> bool:
-    """float16 is left out: oneDNN has it only on CPUs with AVX512-FP16."""
-    is_known = weight.dtype in (torch.float32, torch.bfloat16)
-    return weight.device.type == "cpu" and is_known and torch._C._has_mkldnn
+def _cpu_has_bfloat16() -> bool:
+    """oneDNN's own test: AVX512-BW, -VL and -DQ, or AVX-NE-CONVERT."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class RMSNorm:

@@ -1,0 +1,49 @@
+"""The linears agree with torch's own, whichever the processor gets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engines.models import layers
+from engines.models.layers import PackedLinear, PlainLinear, UpcastLinear, make_linear
+
+
+@pytest.fixture()
+def weight() -> Tensor:
+    return torch.randn(1500, 1024, generator=torch.Generator().manual_seed(0)) / 32  # two tiles
+
+
+@pytest.mark.parametrize("num_rows", [1, 8, 9, 40])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_upcast_linear_is_as_exact_as_bfloat16_allows(weight: Tensor, num_rows: int, with_bias: bool) -> None:
+    weight = weight.bfloat16()
+    bias = torch.randn(1500).bfloat16() if with_bias else None
+    x = torch.randn(num_rows, 1024).bfloat16()
+    expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    got = UpcastLinear(weight, bias)(x)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=2**-8)
+
+
+def test_upcast_linear_takes_leading_axes(weight: Tensor) -> None:
+    x = torch.randn(3, 5, 1024).bfloat16()
+    linear = UpcastLinear(weight.bfloat16(), None)
+    assert torch.equal(linear(x), linear(x.flatten(0, 1)).view(3, 5, -1))
+
+
+@pytest.mark.parametrize(("has_bfloat16", "kind"), [(False, UpcastLinear), (True, PackedLinear)])
+def test_bfloat16_is_packed_only_where_the_processor_multiplies_it(
+    weight: Tensor, monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool, kind: type
+) -> None:
+    if has_bfloat16 and not layers._cpu_has_bfloat16():
+        pytest.skip("this processor has no bfloat16 instructions")
+    monkeypatch.setattr(layers, "_cpu_has_bfloat16", lambda: has_bfloat16)
+    assert isinstance(make_linear(weight.bfloat16()), kind)
+
+
+def test_float32_is_packed_and_float16_is_not(weight: Tensor) -> None:
+    assert isinstance(make_linear(weight), PackedLinear)
+    assert isinstance(make_linear(weight.half()), PlainLinear)
