@@ -47,7 +47,7 @@ class PackedLinear:
 
 
 class UpcastLinear:
-    """For bfloat16 weights on a CPU that multiplies only float32: a tile of the weight at a time is made float32.
+    """bfloat16 weights on a CPU that multiplies only float32: a tile at a time is made float32.
 
     torch's own is as fast as memory for a row or two, but takes as long again for each further one. With
     AVX2 alone this is 4 times as fast at 32 rows, 6 times at 256; the tile stays in the cache.

@@ -4,7 +4,7 @@
 
 The same bfloat16 weights, greedy, all requests at once; output tokens a second of the whole batch, with
 prompts. Every side has two cores: two ranks with a thread each, or one process with two threads. They take
-turns, so that other load on the machine falls on all; reported are medians, and medians of the rounds' ratios.
+turns, so that other load on the machine falls on all. Reported: medians, and medians of the rounds' ratios.
 """
 
 from __future__ import annotations

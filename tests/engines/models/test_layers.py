@@ -11,7 +11,7 @@ from engines.models import layers
 from engines.models.layers import PackedLinear, PlainLinear, UpcastLinear, make_linear
 
 
-@pytest.fixture()
+@pytest.fixture
 def weight() -> Tensor:
     return torch.randn(1500, 1024, generator=torch.Generator().manual_seed(0)) / 32  # two tiles
 
