@@ -71,7 +71,7 @@ class UpcastLinear:
             torch.mm(tile, columns, out=out[start : start + self._rows])
         if self.bias is not None:
             out += self.bias.unsqueeze(1)
-        return out.t().to(x.dtype).view(*x.shape[:-1], -1)
+        return out.t().to(x.dtype, memory_format=torch.contiguous_format).view(*x.shape[:-1], -1)
 
 
 @cache

@@ -24,7 +24,7 @@ def test_upcast_linear_is_as_exact_as_bfloat16_allows(weight: Tensor, num_rows: 
     x = torch.randn(num_rows, 1024).bfloat16()
     expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     got = UpcastLinear(weight, bias)(x)
-    assert got.dtype == torch.bfloat16
+    assert got.dtype == torch.bfloat16 and got.is_contiguous()
     torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=2**-8)
 
 
