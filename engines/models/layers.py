@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engines.models.config import Llama3Scaling, Rope
+from engines.runtime import cpu
 
 
 class LinearOp(Protocol):
@@ -86,16 +87,11 @@ def make_linear(weight: Tensor, bias: Tensor | None = None) -> LinearOp:
     float16 stays torch's own: oneDNN has it only on CPUs with AVX512-FP16.
     """
     if weight.device.type == "cpu" and torch._C._has_mkldnn:
-        if weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _cpu_has_bfloat16()):
+        if weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and cpu.has_bfloat16()):
             return PackedLinear(weight, bias)
         if weight.dtype == torch.bfloat16 and weight.shape[1] <= UpcastLinear._TILE:
             return UpcastLinear(weight, bias)
     return PlainLinear(weight, bias)
-
-
-def _cpu_has_bfloat16() -> bool:
-    """oneDNN's own test: AVX512-BW, -VL and -DQ, or AVX-NE-CONVERT."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class RMSNorm:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engines.base import Batch
+from engines.runtime.cpu import compute_dtype
 from engines.runtime.kv_cache import LayerCache
 
 MAX_SCORES = 2 << 20  # query-key pairs of a call, heads counted: what they take stays near the caches
@@ -117,6 +118,8 @@ class _Group:
         self.mask = self._mask(spans, cache, num_heads)
         size, head_dim = cache.data.shape[-2:]
         self.gathered = cache.data.new_empty(self.blocks.shape[0], size * head_dim)  # reused by every layer
+        dtype = compute_dtype(cache.data.dtype, cache.data.device)
+        self.operands = self.gathered if dtype == cache.data.dtype else self.gathered.to(dtype)
 
     def _block_rows(self, spans: list[Span], tables: Tensor, cache: LayerCache) -> Tensor:
         """[2 * S * Hkv * W]: where each head's part of each block lies, keys before values."""
@@ -136,9 +139,8 @@ class _Group:
         contexts = torch.tensor([span.context for span in spans], device=device)
         last_seen = contexts[:, None] + torch.arange(-length, 0, device=device)  # [S, q]
         hidden = torch.arange(self.context, device=device) > last_seen.unsqueeze(-1)  # [S, q, L]
-        mask = torch.zeros(hidden.shape, dtype=cache.data.dtype, device=device).masked_fill_(
-            hidden, -torch.inf
-        )
+        dtype = compute_dtype(cache.data.dtype, device)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
         num_copies = heads if self.num_spans > 1 else 1
         group = num_heads // heads if length > 1 else 1
         spread = mask[:, None, None].expand(-1, num_copies, group, -1, -1)
@@ -154,8 +156,9 @@ class _Group:
         """[S * q, Hq, D] to [S * q, Hq, D]."""
         num_heads, head_dim = query.shape[1:]
         key, value = self._gather(cache)
-        scores = torch.baddbmm(self.mask, self._grouped(query), key.transpose(1, 2), alpha=scale)
-        out = torch.bmm(scores.softmax(dim=-1), value)  # [S * Hkv, G * q, D]
+        grouped = self._grouped(query).to(key.dtype)
+        scores = torch.baddbmm(self.mask, grouped, key.transpose(1, 2), alpha=scale)
+        out = torch.bmm(scores.softmax(dim=-1), value).to(query.dtype)  # [S * Hkv, G * q, D]
         if self.length == 1:
             return out.view(-1, num_heads, head_dim)
         parted = out.view(self.num_spans, num_heads, self.length, head_dim)
@@ -174,7 +177,9 @@ class _Group:
         """Keys and values, [S * Hkv, L, D] each."""
         parts = cache.data.view(-1, self.gathered.shape[1])
         torch.index_select(parts, 0, self.blocks, out=self.gathered)
-        key, value = self.gathered.view(2, -1, self.context, cache.data.shape[-1]).unbind(0)
+        if self.operands is not self.gathered:
+            self.operands.copy_(self.gathered)
+        key, value = self.operands.view(2, -1, self.context, cache.data.shape[-1]).unbind(0)
         return key, value
 
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engines.models import layers
 from engines.models.layers import PackedLinear, PlainLinear, UpcastLinear, make_linear
+from engines.runtime import cpu
 
 
 @pytest.fixture
@@ -24,7 +24,8 @@ def test_upcast_linear_is_as_exact_as_bfloat16_allows(weight: Tensor, num_rows: 
     x = torch.randn(num_rows, 1024).bfloat16()
     expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     got = UpcastLinear(weight, bias)(x)
-    assert got.dtype == torch.bfloat16 and got.is_contiguous()
+    assert got.dtype == torch.bfloat16
+    assert got.is_contiguous()
     torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=2**-8)
 
 
@@ -38,9 +39,9 @@ def test_upcast_linear_takes_leading_axes(weight: Tensor) -> None:
 def test_bfloat16_is_packed_only_where_the_processor_multiplies_it(
     weight: Tensor, monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool, kind: type
 ) -> None:
-    if has_bfloat16 and not layers._cpu_has_bfloat16():
+    if has_bfloat16 and not cpu.has_bfloat16():
         pytest.skip("this processor has no bfloat16 instructions")
-    monkeypatch.setattr(layers, "_cpu_has_bfloat16", lambda: has_bfloat16)
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: has_bfloat16)
     assert isinstance(make_linear(weight.bfloat16()), kind)
 
 

@@ -1,0 +1,16 @@
+"""What the processor can do, as far as it decides how we compute."""
+
+from __future__ import annotations
+
+import torch
+
+
+def has_bfloat16() -> bool:
+    """Whether it multiplies bfloat16 at speed: with AVX512-BW, -VL and -DQ, or AVX-NE-CONVERT, as oneDNN asks."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What matrices of that dtype are best multiplied in: itself, but float32 where that is slow."""
+    is_slow = device.type == "cpu" and dtype == torch.bfloat16 and not has_bfloat16()
+    return torch.float32 if is_slow else dtype
