@@ -14,12 +14,13 @@ import msgspec
 import pydantic
 from starlette.exceptions import HTTPException
 
-from gateway.generation import ContextLengthExceeded, NoChatTemplate, SequenceFailed, SequenceRefused
+from gateway.generation import NoChatTemplate
 from gateway.prompt.template import TemplateRefused
 from gateway.prompt.tokenizer import ControlTokenInText
 from gateway.protocol.common import InvalidField, MalformedBody
 from gateway.protocol.fields import UnknownField, UnsupportedField
 from gateway.router import ModelFailed, ModelNotFound, ShuttingDown
+from gateway.sequence_stream import ContextLengthExceeded, SequenceFailed, SequenceRefused
 from gateway.workers.protocol import QueueFull, WorkerLost, WorkerUnavailable
 
 if TYPE_CHECKING:

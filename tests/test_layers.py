@@ -86,6 +86,10 @@ SHARED = (
     *CONFIG,
 )
 SCHEDULING = tuple(f"engines.runtime.{name}" for name in TORCH_FREE_RUNTIME)
+GENERATION = tuple(
+    f"gateway.{name}"
+    for name in ("generation", "sequence_stream", "choice", "merge", "recovery", "admission")
+)
 WEB = ("fastapi", "starlette", "uvicorn", "sse_starlette")
 
 LAYERS = {
@@ -97,9 +101,9 @@ LAYERS = {
     "prompt": Layer(("gateway.prompt",), ("gateway.prompt",), WEB),
     "workers": Layer(("gateway.workers",), ("gateway.workers", "gateway.errors", *SHARED), WEB),
     "generation": Layer(
-        ("gateway.generation",),
+        GENERATION,
         (
-            "gateway.generation",
+            *GENERATION,
             "gateway.prompt",
             "gateway.protocol.common",
             "gateway.router",

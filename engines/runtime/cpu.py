@@ -6,7 +6,7 @@ import torch
 
 
 def has_bfloat16() -> bool:
-    """Whether it multiplies bfloat16 at speed: with AVX512-BW, -VL and -DQ, or AVX-NE-CONVERT, as oneDNN asks."""
+    """Whether it multiplies bfloat16 at speed: oneDNN wants AVX512-BW, -VL and -DQ, or AVX-NE-CONVERT."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

@@ -8,7 +8,8 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from gateway.generation import ChoiceDelta, Generation, chat_prompt, collect, require_ready
+from gateway.choice import ChoiceDelta
+from gateway.generation import Generation, chat_prompt, collect, require_ready
 from gateway.protocol.chat import (
     ROLE_DELTA,
     ChatChoice,

@@ -8,7 +8,8 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from gateway.generation import ChoiceDelta, Generation, collect, completion_prompts, require_ready
+from gateway.choice import ChoiceDelta
+from gateway.generation import Generation, collect, completion_prompts, require_ready
 from gateway.protocol.common import encoder, parse_body
 from gateway.protocol.completions import Completion, CompletionChoice, CompletionRequest, completion_logprobs
 from gateway.routes.common import Answer, Gateway, gateway_of, json_response, new_answer

@@ -1,0 +1,125 @@
+"""One choice: its tokens to text, and what is new of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engines.wire import TokenDelta, TokenLogprob
+from gateway.prompt.detokenize import Detokenizer, StopStrings
+from gateway.prompt.tokenizer import Tokenizer
+from gateway.protocol.common import GenerationParams, TokenInfo
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceDelta:
+    """What is new of one choice. The last one has a finish reason."""
+
+    index: int
+    text: str
+    logprobs: list[TokenInfo] | None  # None when not asked for
+    finish_reason: str | None = None
+
+
+class ChoiceAssembler:
+    """Token deltas of one choice to text: characters made whole, stop strings looked for.
+
+    A token's logprob is held back until all of its text has been shown, and left out when a stop
+    string cut it off: logprobs spell tokens too.
+    """
+
+    def __init__(
+        self, index: int, tokenizer: Tokenizer, params: GenerationParams, context: Sequence[int]
+    ) -> None:
+        self._index = index
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer.decode, context)
+        self._stops = StopStrings(params.stop) if params.stop else None
+        self._min_tokens = params.min_tokens
+        self._wants_logprobs = params.logprobs is not None
+        self._num_top = params.logprobs or 0
+        self._num_decoded = 0  # characters
+        self._num_shown = 0
+        self._held: list[tuple[int, TokenInfo]] = []  # (characters decoded with it, token)
+        self.num_tokens = 0
+
+    def feed(self, delta: TokenDelta) -> ChoiceDelta:
+        """What can be shown now. After a finish reason nothing more may be fed."""
+        visible = delta.token_ids[:-1] if delta.is_stop_token else delta.token_ids
+        text, is_stopped = self._push(visible, delta.logprobs)
+        if is_stopped:
+            return ChoiceDelta(self._index, text, self._release(len(text)), "stop")
+        self.num_tokens += len(delta.token_ids) - len(visible)
+        if delta.finish_reason is None:
+            return ChoiceDelta(self._index, text, self._release(len(text)))
+        end, is_stopped = self._end()
+        text += end
+        return ChoiceDelta(
+            self._index, text, self._release(len(text)), "stop" if is_stopped else delta.finish_reason
+        )
+
+    def _push(self, ids: list[int], logprobs: list[TokenLogprob]) -> tuple[str, bool]:
+        if self._stops is None and not self._wants_logprobs:
+            self.num_tokens += len(ids)
+            return self._detokenizer.push(ids), False
+        shown = ""
+        for place, id in enumerate(ids):  # one at a time: to know which token a stop string ends at
+            self.num_tokens += 1
+            new = self._detokenizer.push((id,))
+            if self._wants_logprobs:
+                self._hold(id, logprobs[place], len(new))
+            self._num_decoded += len(new)
+            text, is_stopped = self._check_stops(new)
+            shown += text
+            if is_stopped:
+                return shown, True
+        return shown, False
+
+    def _check_stops(self, text: str) -> tuple[str, bool]:
+        if self._stops is None or self.num_tokens <= self._min_tokens:
+            return text, False
+        return self._stops.push(text)
+
+    def _end(self) -> tuple[str, bool]:
+        """The text that was held back for what might have followed."""
+        rest = self._detokenizer.flush()
+        self._num_decoded += len(rest)
+        text, is_stopped = self._check_stops(rest)
+        if self._stops is not None and not is_stopped:
+            text += self._stops.flush()
+        return text, is_stopped
+
+    def _hold(self, id: int, logprob: TokenLogprob, num_chars: int) -> None:
+        top = tuple(
+            (self._tokenizer.token_bytes(other), value) for other, value in logprob.top[: self._num_top]
+        )
+        info = TokenInfo(self._tokenizer.token_bytes(id), logprob.logprob, top, self._num_decoded)
+        self._held.append((self._num_decoded + num_chars, info))
+
+    def _release(self, num_new: int) -> list[TokenInfo] | None:
+        if not self._wants_logprobs:
+            return None
+        self._num_shown += num_new
+        count = sum(1 for end, _ in self._held if end <= self._num_shown)
+        ready, self._held = self._held[:count], self._held[count:]
+        return [info for _, info in ready]
+
+
+class CollectedChoice:
+    """A choice put together."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self.logprobs: list[TokenInfo] | None = None
+        self.finish_reason = ""
+
+    @property
+    def text(self) -> str:
+        return "".join(self._texts)
+
+    def add(self, delta: ChoiceDelta) -> None:
+        self._texts.append(delta.text)
+        if delta.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + delta.logprobs
+        if delta.finish_reason is not None:
+            self.finish_reason = delta.finish_reason

@@ -1,0 +1,80 @@
+"""One sequence in its group, from the request to the end of its text."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import cast
+
+from engines.wire import Generate, RequestError, TokenDelta
+from gateway.choice import ChoiceAssembler, ChoiceDelta
+from gateway.metrics import ModelMetrics, SequenceTimer
+from gateway.workers.protocol import WorkerGroup
+
+
+class ContextLengthExceeded(ValueError):  # noqa: N818
+    """Prompt and answer together are longer than the model's context."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class SequenceRefused(ValueError):  # noqa: N818
+    """The group refused one sequence, for a reason that is in the request."""
+
+
+class SequenceFailed(Exception):  # noqa: N818
+    """One sequence failed in the group while the group went on."""
+
+
+class SequenceStream:
+    """One sequence in its group, and its text."""
+
+    def __init__(self, group: WorkerGroup, wire: Generate, assembler: ChoiceAssembler) -> None:
+        self._group = group
+        self._wire = wire
+        self._assembler = assembler
+        self.num_cached_tokens = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self._assembler.num_tokens
+
+    async def deltas(self, metrics: ModelMetrics) -> AsyncGenerator[ChoiceDelta, None]:
+        """Ends after the delta with the finish reason, and aborts what is left of the sequence."""
+        timer = SequenceTimer(metrics)
+        reason = "abort"
+        # The protocol says that it can be closed; an AsyncIterator's type does not.
+        source = cast("AsyncGenerator[TokenDelta, None]", self._group.generate(self._wire))
+        try:
+            async with aclosing(source):
+                async for delta in source:
+                    if delta.error is not None:
+                        raise _request_error(delta.error)
+                    if delta.num_cached_tokens is not None:
+                        self.num_cached_tokens = delta.num_cached_tokens
+                    if delta.token_ids:
+                        timer.on_tokens(len(delta.token_ids))
+                    new = self._assembler.feed(delta)
+                    if new.text or new.logprobs or new.finish_reason:
+                        if new.finish_reason:
+                            reason = new.finish_reason
+                        yield new
+                        if new.finish_reason:
+                            return
+            raise SequenceFailed("the group ended the sequence without a finish reason")
+        except Exception:
+            reason = "error"
+            raise
+        finally:
+            timer.on_end(reason)
+
+
+def _request_error(error: RequestError) -> Exception:
+    kinds: dict[str, Callable[[str], Exception]] = {
+        "invalid_request": SequenceRefused,
+        "too_long": ContextLengthExceeded,
+        "internal": SequenceFailed,
+    }
+    return kinds[error.code](error.message)
