@@ -6,13 +6,16 @@ MODEL ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: serve test check
+.PHONY: serve test soak check
 
 serve: .venv/.installed  ## MODEL= a directory, a hub id or a model-config.yaml; the demo model without
 	@exec $(BIN)/sluice serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: .venv/.installed-dev  ## ARGS= goes to pytest
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+soak: .venv/.installed-dev  ## hours; ARGS= names some
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak $(ARGS)
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check .
