@@ -9,7 +9,8 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from gateway.auth import ApiKeys, BodyLimit, RequestContext
+from gateway.auth import ApiKeys, RequestContext
+from gateway.body_limit import BodyLimit
 from gateway.errors import to_api_error
 from gateway.metrics import Metrics
 from gateway.router import Router, ServedModel

@@ -1,4 +1,4 @@
-"""ASGI layers around the application: request ids and timing, API keys, the limit on bodies.
+"""ASGI layers around the application: request ids and timing, API keys.
 
 They are plain ASGI, not Starlette's BaseHTTPMiddleware, which would put a queue under every stream.
 """
@@ -15,7 +15,7 @@ from time import perf_counter
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.errors import APIError, BodyTooLarge, InvalidKey, to_api_error
+from gateway.errors import APIError, InvalidKey, to_api_error
 from gateway.metrics import Metrics
 
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
@@ -98,33 +98,3 @@ class ApiKeys:
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
-
-
-class BodyLimit:
-    """Refuses a body of more than `max_bytes`, by its declared length or as it comes."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app = app
-        self._max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        declared = Headers(scope=scope).get("content-length", "")
-        if declared.isascii() and declared.isdigit() and int(declared[:20]) > self._max_bytes:
-            raise self._too_large()
-        num_bytes = 0
-
-        async def receive_counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_bytes:
-                raise self._too_large()
-            return message
-
-        await self._app(scope, receive_counted, send)
-
-    def _too_large(self) -> BodyTooLarge:
-        return BodyTooLarge(f"The request body is larger than the limit of {self._max_bytes} bytes.")
