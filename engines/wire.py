@@ -131,8 +131,8 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 class Stats(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, tag="stats"):
     """The group's heartbeat, twice a second from the leader's own loop: counters since start, and gauges.
 
-    `num_steps` counts finished steps and idle rounds: a group whose counter stands still while it is
-    busy hangs. The I/O thread sends it, but does not count.
+    `num_steps` counts finished steps and idle rounds: by it the gateway knows a group that hangs
+    (gateway/workers/hang.py). The I/O thread sends it, but does not count.
     """
 
     num_steps: int
@@ -146,6 +146,7 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, tag="
     num_prefix_hits: int = 0  # of them found
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
+    num_tokens_in_flight: int = 0  # of the plans that run now: how large the step in progress is
     active_seconds: float = 0.0  # of rounds with plans in flight
     stage_busy_seconds: list[float] = []  # of each pipeline stage, first to last; empty without stages
 

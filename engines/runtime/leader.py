@@ -69,6 +69,7 @@ class Leader:
         self._plans_in_flight = plans_in_flight
         self._stage_busy_seconds = stage_busy_seconds
         self._num_steps = 0
+        self._num_tokens_in_flight = 0
         self._active_seconds = 0.0
 
     def run(self) -> None:
@@ -81,19 +82,21 @@ class Leader:
         started = perf_counter()
         self._take_requests()
         self._submit_plans()
+        self._inbox.publish(self._stats())  # what a heartbeat in the middle of this round tells
         if self._runner.num_in_flight:
             plan, result = self._runner.collect()
+            self._num_tokens_in_flight -= plan.num_tokens
             self._emit(self._scheduler.update(plan, result))
             self._active_seconds += perf_counter() - started
         else:
             # work that no plan takes up is a static batch that may still fill
             self._inbox.wait(BATCH_WAIT_SECONDS if self._scheduler.has_work else IDLE_WAIT_SECONDS)
         self._num_steps += 1
-        self._inbox.publish(self._stats())
 
     def _stats(self) -> Stats:
         return msgspec.structs.replace(
             self._scheduler.stats(self._num_steps),
+            num_tokens_in_flight=self._num_tokens_in_flight,
             active_seconds=self._active_seconds,
             stage_busy_seconds=self._stage_busy_seconds(),
         )
@@ -112,6 +115,7 @@ class Leader:
             if plan.kind != StepKind.RUN:
                 return
             self._runner.submit(plan)
+            self._num_tokens_in_flight += plan.num_tokens
 
     def _emit(self, deltas: list[TokenDelta]) -> None:
         if deltas:
