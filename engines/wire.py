@@ -146,7 +146,8 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, tag="
     num_prefix_hits: int = 0  # of them found
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
-    num_tokens_in_flight: int = 0  # of the plans that run now: how large the step in progress is
+    num_computed_tokens: int = 0  # by finished steps: prompts, again what was preempted, and what was drawn
+    num_step_tokens: int = 0  # of the largest plan in flight: how much the step in progress computes
     active_seconds: float = 0.0  # of rounds with plans in flight
     stage_busy_seconds: list[float] = []  # of each pipeline stage, first to last; empty without stages
 

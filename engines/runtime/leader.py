@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from time import perf_counter
 from typing import Protocol
@@ -69,7 +70,8 @@ class Leader:
         self._plans_in_flight = plans_in_flight
         self._stage_busy_seconds = stage_busy_seconds
         self._num_steps = 0
-        self._num_tokens_in_flight = 0
+        self._num_computed_tokens = 0
+        self._tokens_in_flight: deque[int] = deque()  # of each plan
         self._active_seconds = 0.0
 
     def run(self) -> None:
@@ -85,7 +87,7 @@ class Leader:
         self._inbox.publish(self._stats())  # what a heartbeat in the middle of this round tells
         if self._runner.num_in_flight:
             plan, result = self._runner.collect()
-            self._num_tokens_in_flight -= plan.num_tokens
+            self._num_computed_tokens += self._tokens_in_flight.popleft()
             self._emit(self._scheduler.update(plan, result))
             self._active_seconds += perf_counter() - started
         else:
@@ -96,7 +98,8 @@ class Leader:
     def _stats(self) -> Stats:
         return msgspec.structs.replace(
             self._scheduler.stats(self._num_steps),
-            num_tokens_in_flight=self._num_tokens_in_flight,
+            num_computed_tokens=self._num_computed_tokens,
+            num_step_tokens=max(self._tokens_in_flight, default=0),
             active_seconds=self._active_seconds,
             stage_busy_seconds=self._stage_busy_seconds(),
         )
@@ -115,7 +118,7 @@ class Leader:
             if plan.kind != StepKind.RUN:
                 return
             self._runner.submit(plan)
-            self._num_tokens_in_flight += plan.num_tokens
+            self._tokens_in_flight.append(plan.num_tokens)
 
     def _emit(self, deltas: list[TokenDelta]) -> None:
         if deltas:
