@@ -79,6 +79,7 @@ CONFIG = tuple(name for name in MODULES if name.startswith("engines.config"))
 # engines.modelfit (torch-free) says before a start what the engines would refuse after it
 SHARED = (
     "engines.wire",
+    "engines.bounds",
     "engines.registry",
     "engines.modeldir",
     "engines.modelfit",
@@ -94,10 +95,11 @@ WEB = ("fastapi", "starlette", "uvicorn", "sse_starlette")
 
 LAYERS = {
     "wire": Layer(("engines.wire",), ()),
+    "bounds": Layer(("engines.bounds",), (), HEAVY),
     "config": Layer(CONFIG, ("engines.registry", "engines.modeldir", *CONFIG), HEAVY),
     "registry": Layer(("engines.registry",), ()),
     "guard": Layer(("engines.guard",), ()),
-    "protocol": Layer(("gateway.protocol",), ("gateway.protocol",), WEB),
+    "protocol": Layer(("gateway.protocol",), ("gateway.protocol", "engines.bounds"), WEB),
     "prompt": Layer(("gateway.prompt",), ("gateway.prompt",), WEB),
     "workers": Layer(("gateway.workers",), ("gateway.workers", "gateway.errors", *SHARED), WEB),
     "generation": Layer(
@@ -115,8 +117,10 @@ LAYERS = {
         WEB,
     ),
     "gateway": Layer(("gateway",), ("gateway", "conversion", *SHARED), HEAVY),
-    "scheduling": Layer(SCHEDULING, (*SCHEDULING, "engines.wire"), HEAVY),
-    "runtime": Layer(("engines.runtime",), ("engines.runtime", "engines.wire", "engines.base", *CONFIG)),
+    "scheduling": Layer(SCHEDULING, (*SCHEDULING, "engines.wire", "engines.bounds"), HEAVY),
+    "runtime": Layer(
+        ("engines.runtime",), ("engines.runtime", "engines.wire", "engines.bounds", "engines.base", *CONFIG)
+    ),
     "engines": Layer(("engines",), ("engines",)),
     "conversion": Layer(
         ("conversion",), ("conversion", "engines.models", "engines.base", "engines.modeldir", *CONFIG)
