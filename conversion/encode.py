@@ -9,7 +9,7 @@ import numpy as np
 
 from conversion.plan import Entry
 from conversion.quantize import Encoding, as_bytes, quantized, scales
-from conversion.tensors import Bytes, Rows, convert, itemsize, logical_order, to_float, windows
+from conversion.tensors import TORCH_DTYPES, Bytes, Rows, convert, itemsize, logical_order, windows
 
 _CACHE_WINDOW = 4 << 20  # larger windows leave the processor's cache between copying and hashing
 
@@ -26,8 +26,8 @@ class Window:
 def entry_windows(entry: Entry, max_bytes: int) -> Iterator[Window]:
     """The entry in order, in windows of about `max_bytes`, and its padding."""
     part, tensor = entry.part, entry.tensor
-    wide = entry.encoding is not Encoding.PLAIN
-    row_bytes = tensor.num_columns * (4 if wide else itemsize(tensor.dtype))
+    is_widened = entry.encoding is not Encoding.PLAIN or tensor.scale is not None
+    row_bytes = tensor.num_columns * (4 if is_widened else itemsize(tensor.dtype))
     first, count = (part.start, part.stop - part.start) if part.dim == 0 else (0, tensor.num_rows)
     for start, stop in windows(count, row_bytes, min(max_bytes, _CACHE_WINDOW)):
         rows = np.arange(first + start, first + stop, dtype=np.int64)
@@ -43,14 +43,17 @@ def _columns(entry: Entry) -> slice:
 
 
 def _plain(entry: Entry, rows: Rows) -> Window:
-    columns = _columns(entry)
-    data = np.ascontiguousarray(entry.tensor.read(rows, columns.start, columns.stop))
-    return Window(convert(data, entry.tensor.dtype, entry.dtype))
+    tensor, columns = entry.tensor, _columns(entry)
+    if tensor.scale is not None and entry.dtype != tensor.dtype:
+        values = tensor.values(rows, columns.start, columns.stop)
+        return Window(as_bytes(values.to(TORCH_DTYPES[entry.dtype])))
+    data = np.ascontiguousarray(tensor.read(rows, columns.start, columns.stop))
+    return Window(convert(data, tensor.dtype, entry.dtype))
 
 
 def _quantized(entry: Entry, rows: Rows) -> Window:
     """A row's scale is that of all of it, whatever part of the row the entry holds."""
-    values = to_float(entry.tensor.read(rows), entry.tensor.dtype)
+    values = entry.tensor.values(rows)
     scale = scales(values, entry.encoding)[:, None]
     if entry.encoding.is_scale:
         return Window(as_bytes(scale))

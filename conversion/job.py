@@ -163,7 +163,9 @@ def same_values(first: LogicalTensor, second: LogicalTensor) -> bool:
         rows = np.arange(start, stop, dtype=np.int64)
         if not np.array_equal(first.read(rows), second.read(rows)):
             return False
-    return True
+    if first.scale is None or second.scale is None:
+        return first.scale is second.scale
+    return same_values(first.scale, second.scale)
 
 
 def _write_side(path: Path, side: SideFile) -> None:

@@ -7,13 +7,15 @@ from the stored rows. Both must give the same logits.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from conversion.source import Source
-from conversion.tensors import LogicalTensor, Rows, to_float
+from conversion.tensors import LogicalTensor, Rows
 from engines.models.config import Llama3Scaling, LlamaConfig
 from engines.models.names import expected_tensors
 
@@ -48,10 +50,9 @@ def _is_kept(name: str, num_layers: int) -> bool:
 def _load(tensor: LogicalTensor, rows: Rows | None, as_stored: bool) -> Tensor:
     """float32. `as_stored`: without putting Meta's rows into Hugging Face's order."""
     if as_stored:
-        tensor = LogicalTensor(tensor.name, tensor.shape, tensor.dtype, tensor.dim, tensor.parts)
+        tensor = replace(tensor, meta_head_dim=0)
     picked = np.arange(tensor.num_rows, dtype=np.int64) if rows is None else rows
-    values = to_float(tensor.read(picked), tensor.dtype)
-    return values.reshape(len(picked), *tensor.shape[1:])
+    return tensor.values(picked).reshape(len(picked), *tensor.shape[1:])
 
 
 def _hf_forward(source: Source, weights: dict[str, Tensor], num_layers: int) -> Tensor:

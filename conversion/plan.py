@@ -95,8 +95,7 @@ class Plan:
 
 def make_plan(source: Source, target: Target) -> Plan:
     """Raises CannotConvert: the model cannot be divided like that."""
-    if target.quantize is not None and target.format != "sluice":
-        raise CannotConvert("--quantize: only --to sluice has a place for scales")
+    _check_quantization(source, target)
     match target.format:
         case "hf":
             return Plan(tuple(_hf_files(source, target)), None, target)
@@ -104,6 +103,30 @@ def make_plan(source: Source, target: Target) -> Plan:
             return _meta_plan(source, target)
         case "sluice":
             return _rank_plan(source, target)
+
+
+def _check_quantization(source: Source, target: Target) -> None:
+    if target.quantize is not None and target.format != "sluice":
+        raise CannotConvert("--quantize: only --to sluice has a place for scales")
+    there = source.quantization
+    if there is None:
+        return
+    if target.quantize not in (None, there):
+        raise CannotConvert(
+            f"--quantize {target.quantize}: {source.root} is quantised ({there}) already, and would lose "
+            "more: quantise what it was made of"
+        )
+    if target.format != "sluice" and target.dtype is None:
+        raise CannotConvert(
+            f"{source.root}: is quantised ({there}), which --to {target.format} has no place for: "
+            "--dtype bfloat16 writes the values that it stands for"
+        )
+
+
+def _keeps_quantized(source: Source, target: Target) -> bool:
+    """Whether quantised tensors are taken over as they are, their scales with them."""
+    asked = target.quantize is not None or target.dtype is None
+    return target.format == "sluice" and source.quantization is not None and asked
 
 
 def _whole(spec: TensorSpec) -> Slice:
@@ -198,25 +221,33 @@ def _rank_plan(source: Source, target: Target) -> Plan:
             entries = [entry for _, entry in sorted(pairs, key=_file_order)]
             name = rank_file(tp_rank, tp, stage, pp)
             files.append(OutputFile(name, tuple(entries), {"format": "pt", "sluice_rank": name}))
-    return Plan(tuple(files), _layout(source, tp, stages, target.quantize), target)
+    quantization = source.quantization if _keeps_quantized(source, target) else target.quantize
+    return Plan(tuple(files), _layout(source, tp, stages, quantization), target)
 
 
 def _file_order(pair: tuple[TensorSpec, Entry]) -> tuple[int, int]:
     """Weights of a layer, then its biases, then its scales: what an engine fuses lies side by side."""
     spec, entry = pair
-    return spec.layer or 0, 2 * entry.encoding.is_scale + entry.name.endswith("bias")
+    return spec.layer or 0, 2 * entry.name.endswith("_scale") + entry.name.endswith("bias")
 
 
 def _rank_entries(source: Source, spec: TensorSpec, target: Target, rank: int) -> Iterator[Entry]:
     tensor = source.tensors[spec.name]
     part = slice_of(spec.rule.placement, spec.shape, source.config, rank, target.tp)
-    if target.quantize is None or not spec.is_projection:
+    keep = _keeps_quantized(source, target)
+    if not spec.is_projection or (target.quantize is None and not keep):
         yield Entry(spec.name, tensor, part, _dtype(tensor, target))
         return
+    of_scale = slice_of(spec.scale.rule.placement, spec.scale.shape, source.config, rank, target.tp)
+    if keep:
+        assert tensor.scale is not None
+        yield Entry(spec.name, tensor, part, tensor.dtype)
+        yield Entry(spec.scale.name, tensor.scale, of_scale, "F32")
+        return
+    assert target.quantize is not None
     encoding = Encoding(target.quantize)
     yield Entry(spec.name, tensor, part, encoding.dtype, encoding)
-    scale_part = part if part.dim == 0 else _whole(spec)
-    yield Entry(f"{spec.name}_scale", tensor, scale_part, "F32", encoding.scale)
+    yield Entry(spec.scale.name, tensor, of_scale, "F32", encoding.scale)
 
 
 def _layout(source: Source, tp: int, stages: list[range], quantization: str | None) -> Layout:

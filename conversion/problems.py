@@ -8,6 +8,8 @@ from conversion.tensors import LogicalTensor
 from engines.base import BadCheckpoint
 from engines.models.names import TensorSpec
 
+_QUANTIZED = ("I8", "F8_E4M3")
+
 
 class BadTensors(BadCheckpoint):
     """Tensors that are missing, unknown or of the wrong shape. The message is the first `problem`."""
@@ -25,7 +27,12 @@ def collect(
     problems, tensors = list(unknown), {}
     for spec in specs:
         try:
-            tensors[spec.name] = read(spec)
+            tensors[spec.name] = tensor = read(spec)
+            if tensor.scale is None and tensor.dtype in _QUANTIZED:
+                raise BadCheckpoint(
+                    f"{tensor.parts[0].path}: tensor {spec.name}: is {tensor.dtype} without scales that are "
+                    "known: quantised checkpoints of other tools cannot be converted"
+                )
         except BadCheckpoint as error:
             problems.append(str(error))
     if problems:

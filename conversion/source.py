@@ -35,6 +35,12 @@ class Source:
     replicas: tuple[tuple[LogicalTensor, LogicalTensor], ...] = field(default=(), repr=False)
     """Pairs that must be equal: the same tensor, as different shards store it."""
 
+    @property
+    def quantization(self) -> str | None:
+        """Of the projections: int8, fp8, or None."""
+        layout = self.manifest.layout if self.manifest is not None and self.format == "sluice" else None
+        return None if layout is None else layout.quantization
+
 
 @dataclass(frozen=True, slots=True)
 class Choices:

@@ -55,6 +55,7 @@ class LogicalTensor:
 
     `dim` is the one that `parts` split, in order and without gaps; rows beyond shape[0] of the last
     part are padding. `meta_head_dim`: rows lie in Meta's order within heads of that size; 0: they do not.
+    `scale`: of a quantised tensor, what each row is to be multiplied by.
     """
 
     name: str
@@ -63,6 +64,7 @@ class LogicalTensor:
     dim: int
     parts: tuple[Part, ...]
     meta_head_dim: int = 0
+    scale: LogicalTensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -86,6 +88,11 @@ class LogicalTensor:
             return self._columns(rows, start, stop)
         size = itemsize(self.dtype)
         return self._rows(rows, slice(start * size, stop * size))
+
+    def values(self, rows: Rows, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """As `read`, the numbers that are meant: float32 [len(rows), stop - start]."""
+        values = to_float(self.read(rows, start, stop), self.dtype)
+        return values if self.scale is None else values.mul_(self.scale.values(rows))
 
     def _rows(self, rows: Rows, columns: slice) -> Bytes:
         low, high = int(rows.min(initial=0)), int(rows.max(initial=0))

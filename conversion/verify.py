@@ -6,11 +6,14 @@ import hashlib
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
+
+import numpy as np
 
 from conversion.job import same_values
 from conversion.source import Source
-from conversion.tensors import CannotConvert
+from conversion.tensors import CannotConvert, LogicalTensor, windows
 from engines.base import BadCheckpoint
 from engines.models.checkpoint import read_header
 from engines.models.manifest import Manifest, WrittenFile, WrittenTensor
@@ -35,6 +38,8 @@ def differences(first: Source, second: Source) -> Iterator[Difference]:
         if one is None or two is None:
             missing = first.root if one is None else second.root
             yield Difference(name, f"missing from {missing}")
+        elif (one.scale is None) != (two.scale is None):
+            yield Difference(name, f"{one.dtype} and {two.dtype}, relative error {_error(one, two):.3%}")
         elif one.shape != two.shape or one.dtype != two.dtype:
             yield Difference(name, f"{one.dtype} {list(one.shape)} and {two.dtype} {list(two.shape)}")
         elif not same_values(one, two):
@@ -43,6 +48,18 @@ def differences(first: Source, second: Source) -> Iterator[Difference]:
         for one, two in source.replicas:
             if not same_values(one, two):
                 yield Difference(one.name, f"{two.parts[0].path} differs from {one.parts[0].path}")
+
+
+def _error(one: LogicalTensor, two: LogicalTensor) -> float:
+    """Root of the squared error over that of the squares of whichever is not quantised; streamed."""
+    exact, near = (one, two) if one.scale is None else (two, one)
+    error = squares = 0.0
+    for start, stop in windows(exact.num_rows, 4 * exact.num_columns, _CHUNK):
+        rows = np.arange(start, stop, dtype=np.int64)
+        values = exact.values(rows)
+        error += float((near.values(rows) - values).square().sum())
+        squares += float(values.square().sum())
+    return sqrt(error / squares) if squares else sqrt(error)
 
 
 def _config_difference(first: Source, second: Source) -> str:

@@ -8,7 +8,7 @@ reference code for the others.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -124,6 +124,13 @@ class TensorSpec:
     def meta_name(self) -> str:
         return self.rule.meta_name.format(layer=self.layer)
 
+    @property
+    def scale(self) -> TensorSpec:
+        """The scales of a quantised projection: one for each row, held by whoever holds a part of the row."""
+        is_row = self.rule.placement is Placement.ROW
+        rule = replace(self.rule, placement=Placement.REPLICATED) if is_row else self.rule
+        return TensorSpec(f"{self.name}_scale", rule, self.shape[:1], self.layer)
+
 
 def expected_tensors(config: LlamaConfig) -> dict[str, TensorSpec]:
     """Every tensor that a Hugging Face checkpoint of this model holds, by name, in the model's order."""
@@ -187,17 +194,27 @@ def slice_of(placement: Placement, shape: tuple[int, ...], config: LlamaConfig, 
             heads = kv_heads_of(config, rank, tp)
             return Slice(0, heads.start * config.head_dim, heads.stop * config.head_dim)
         case Placement.VOCAB:
-            share = -(-shape[0] // tp)
-            start, stop = min(rank * share, shape[0]), min((rank + 1) * share, shape[0])
-            return Slice(0, start, stop, pad=share - (stop - start))
+            return padded_share(shape[0], rank, tp)
+
+
+def padded_share(size: int, rank: int, tp: int) -> Slice:
+    """Rows of dim 0, as many on every rank: the last ones have zeros for what `size` lacks."""
+    share = -(-size // tp)
+    start, stop = min(rank * share, size), min((rank + 1) * share, size)
+    return Slice(0, start, stop, pad=share - (stop - start))
 
 
 def kv_heads_of(config: LlamaConfig, rank: int, tp: int) -> range:
+    """As kv_share."""
+    return kv_share(config.num_kv_heads, rank, tp)
+
+
+def kv_share(num_kv_heads: int, rank: int, tp: int) -> range:
     """The K/V heads of a rank: its share, or the one head that its query heads read."""
-    if config.num_kv_heads < tp:
-        head = rank * config.num_kv_heads // tp
+    if num_kv_heads < tp:
+        head = rank * num_kv_heads // tp
         return range(head, head + 1)
-    share = config.num_kv_heads // tp
+    share = num_kv_heads // tp
     return range(rank * share, (rank + 1) * share)
 
 

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engines.base import BadCheckpoint
+from engines.models.manifest import MANIFEST_NAME, Layout
+
 ENCODINGS = {"int8": ("I8", torch.int8), "fp8": ("F8_E4M3", torch.float8_e4m3fn)}
 """By the name in the manifest: safetensors' dtype and torch's."""
 
+
+def encoding_of(root: Path, layout: Layout) -> tuple[str, torch.dtype] | None:
+    """Of a layout's projections; None: they are not quantised. Raises BadCheckpoint: not one of these."""
+    if layout.quantization is None:
+        return None
+    if layout.quantization not in ENCODINGS:
+        raise BadCheckpoint(f"{root / MANIFEST_NAME}: quantization ({layout.quantization!r}) is unknown")
+    return ENCODINGS[layout.quantization]
+
+
+_FP8_CAPABILITY = (8, 9)
 _FEW_ROWS = 16  # up to here the int8 kernel is faster than unpacking the weight
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device computes with fp8."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
 
 
 class QuantizedLinear:

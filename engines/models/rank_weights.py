@@ -14,7 +14,7 @@ from engines.models.checkpoint import DTYPES, Checkpoint, StoredTensor
 from engines.models.config import LlamaConfig
 from engines.models.manifest import FORMAT, MANIFEST_NAME, Layout, rank_file, read_manifest, read_rank
 from engines.models.names import Slice, TensorSpec, expected_tensors, is_on_stage, slice_of
-from engines.models.quantized import ENCODINGS
+from engines.models.quantized import ENCODINGS, encoding_of, has_fp8
 from engines.runtime.mesh import Mesh
 
 _DTYPES = DTYPES | dict(ENCODINGS.values())
@@ -35,19 +35,25 @@ def open_weights(
     layout = manifest.layout
     if layout is None:
         raise BadCheckpoint(f"{root / MANIFEST_NAME}: layout: missing")
+    _check_device(root, layout, mesh)
     if _fits(layout, mesh, layers):
         return MappedRank(root, model, layout, mesh, layers)
-    if reshard and layout.quantization is None:
-        return ReshardingCheckpoint(root, model, layout)
+    if reshard:
+        return ReshardingCheckpoint(root, model, layout, mesh)
     raise UnsupportedModel(_misfit(root, layout, mesh))
 
 
-def _encoding(root: Path, layout: Layout) -> tuple[str, torch.dtype] | None:
-    if layout.quantization is None:
-        return None
-    if layout.quantization not in ENCODINGS:
-        raise BadCheckpoint(f"{root / MANIFEST_NAME}: quantization ({layout.quantization!r}) is unknown")
-    return ENCODINGS[layout.quantization]
+def _check_device(root: Path, layout: Layout, mesh: Mesh) -> None:
+    """Raises UnsupportedModel: fp8 on a device that does not compute with it."""
+    if layout.quantization != "fp8" or has_fp8(mesh.device):
+        return
+    device = "a CPU" if mesh.device.type == "cpu" else "an older one"
+    split = f"--to sluice --tp {mesh.tp_size} --pp {mesh.pp_size}"
+    raise UnsupportedModel(
+        f"{root}: is quantised to fp8, which is served on GPUs of compute capability 8.9 or more, and this "
+        f"is {device}: run `sluice convert {root} {root}-bf16 {split} --dtype bfloat16`, or "
+        f"`sluice convert SOURCE {root}-int8 {split} --quantize int8` on what it was made of"
+    )
 
 
 def _fits(layout: Layout, mesh: Mesh, layers: range) -> bool:
@@ -60,12 +66,6 @@ def _misfit(root: Path, layout: Layout, mesh: Mesh) -> str:
     target = f"{root}-tp{tp}-pp{pp}"
     same = (layout.tp, layout.pp) == (tp, pp)
     how = f"cut into the stages {layout.stages}" if same else f"for tp={layout.tp} pp={layout.pp}"
-    if layout.quantization is not None:
-        return (
-            f"{root}: its quantised files are {how}, and the group has tp={tp} pp={pp}: "
-            f"run `sluice convert SOURCE {target} --to sluice --tp {tp} --pp {pp} "
-            f"--quantize {layout.quantization}` on what it was made of"
-        )
     counts = [stop - start for start, stop in layout.stages]
     command = f"run `sluice convert {root} {target} --to sluice --tp {tp} --pp {pp}`"
     advice = f"set stageSplit: {counts}" if same else command
@@ -80,7 +80,7 @@ class MappedRank(Checkpoint):
 
     def __init__(self, root: Path, model: LlamaConfig, layout: Layout, mesh: Mesh, layers: range) -> None:
         self._model, self._layout, self._mesh, self._layers = model, layout, mesh, layers
-        self._encoding = _encoding(root, layout)
+        self._encoding = encoding_of(root, layout)
         self._path = root / rank_file(mesh.tp_rank, layout.tp, mesh.stage, layout.pp)
         super().__init__(root)
         size = self._path.stat().st_size
@@ -97,22 +97,20 @@ class MappedRank(Checkpoint):
     def check(self, expected: Iterable[TensorSpec], optional: frozenset[str] = frozenset()) -> None:
         here = [self._local(spec) for spec in expected if is_on_stage(spec, self._layers, self._model)]
         small = [spec for spec in here if self._encoding is not None and spec.is_projection]
-        names = {spec.name for spec in small}
-        scales = {f"{name}_scale" for name in names}
+        names, scales = {spec.name for spec in small}, {spec.scale.name for spec in small}
         super().check([spec for spec in here if spec.name not in names], optional | names | scales)
         for spec in small:
             self._check_quantized(spec)
 
     def _check_quantized(self, spec: TensorSpec) -> None:
         assert self._encoding is not None
-        for name, dtype, shape in (
-            (spec.name, self._encoding[0], spec.shape),
-            (f"{spec.name}_scale", "F32", spec.shape[:1]),
-        ):
-            stored = self.tensors.get(name)
-            if stored is None or (stored.dtype, stored.shape) != (dtype, shape):
+        for part, dtype in ((spec, self._encoding[0]), (spec.scale, "F32")):
+            stored = self.tensors.get(part.name)
+            if stored is None or (stored.dtype, stored.shape) != (dtype, part.shape):
                 found = "missing" if stored is None else f"{stored.dtype} {list(stored.shape)}"
-                raise BadCheckpoint(f"{self._path}: tensor {name}: is {found}, not {dtype} {list(shape)}")
+                raise BadCheckpoint(
+                    f"{self._path}: tensor {part.name}: is {found}, not {dtype} {list(part.shape)}"
+                )
 
     def _local(self, spec: TensorSpec) -> TensorSpec:
         """The shape that this rank holds."""
@@ -168,8 +166,13 @@ class MappedRank(Checkpoint):
 class ReshardingCheckpoint(Checkpoint):
     """All ranks' files as one checkpoint: slices are put together from those of the layout."""
 
-    def __init__(self, root: Path, model: LlamaConfig, layout: Layout) -> None:
-        self._model, self._layout, self._specs = model, layout, expected_tensors(model)
+    def __init__(self, root: Path, model: LlamaConfig, layout: Layout, mesh: Mesh) -> None:
+        self._model, self._layout, self._mesh = model, layout, mesh
+        self._encoding = encoding_of(root, layout)
+        self._specs = expected_tensors(model)
+        if self._encoding is not None:
+            scales = [spec.scale for spec in self._specs.values() if spec.is_projection]
+            self._specs |= {scale.name: scale for scale in scales}
         super().__init__(root)
 
     def _locate(self) -> dict[str, StoredTensor]:
@@ -181,6 +184,36 @@ class ReshardingCheckpoint(Checkpoint):
             shape = spec.shape if spec is not None else stored.shape
             tensors[name] = StoredTensor(stored.path, stored.dtype, shape, stored.offset, stored.num_bytes)
         return tensors
+
+    def check(self, expected: Iterable[TensorSpec], optional: frozenset[str] = frozenset()) -> None:
+        """As for other checkpoints; quantised projections must have their dtype, and scales."""
+        wanted = list(expected)
+        small = [spec for spec in wanted if self._encoding is not None and spec.is_projection]
+        known = {spec.name for spec in small} | {spec.scale.name for spec in small}
+        super().check([spec for spec in wanted if spec.name not in known], optional | known)
+        super().check([spec.scale for spec in small], optional | self.tensors.keys())
+        for spec in small:
+            assert self._encoding is not None
+            stored = self.tensors.get(spec.name)
+            if stored is None or stored.dtype != self._encoding[0]:
+                found = "missing" if stored is None else stored.dtype
+                raise BadCheckpoint(f"{self.root}: tensor {spec.name}: is {found}, not {self._encoding[0]}")
+
+    def quantized(self, names: Sequence[str]) -> tuple[Tensor, Tensor] | None:
+        if self._encoding is None or not self._specs[names[0]].is_projection:
+            return None
+        specs = [self._specs[name] for name in names]
+        weights = [self._local(spec, self._encoding[1]) for spec in specs]
+        return torch.cat(weights), torch.cat([self._local(spec.scale, torch.float32) for spec in specs])
+
+    def _local(self, spec: TensorSpec, dtype: torch.dtype) -> Tensor:
+        """What the rank of this group holds of a tensor."""
+        part = slice_of(spec.rule.placement, spec.shape, self._model, self._mesh.tp_rank, self._mesh.tp_size)
+        shape = list(spec.shape)
+        shape[part.dim] = part.length
+        out = torch.empty(shape, dtype=dtype)
+        self.read_into(out, spec.name, part)
+        return out
 
     def _files_of(self, rank: int) -> dict[str, StoredTensor]:
         found: dict[str, StoredTensor] = {}

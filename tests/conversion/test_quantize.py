@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conversion.open import open_checkpoint
 from conversion.plan import Target
+from conversion.tensors import CannotConvert
+from conversion.verify import differences
 from engines.base import BadCheckpoint, Engine, UnsupportedModel
+from engines.models.manifest import read_manifest
 from engines.models.quantized import QuantizedLinear
 from engines.runtime.context import ForwardContext, forward_context
 from tests.conversion.helpers import convert, weights
@@ -66,31 +70,29 @@ def logits_of(engine: Engine, ids: list[int]) -> torch.Tensor:
     return logits
 
 
-def restored(source: Path, quantized: Path, target: Path, shape: Shape) -> Path:
-    """A plain model of the values that the quantised files stand for."""
-    make_llama(target, shape)
-    held = rank(quantized, 0, 1)
-    from safetensors.torch import save_file
-
-    values = {
-        name: held[name].float() * held[f"{name}_scale"][:, None] if f"{name}_scale" in held else held[name]
-        for name in weights(source)
-    }
-    save_file(values, target / "model.safetensors")
-    return target
-
-
 @pytest.mark.parametrize("shape", [GQA, ODD])
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_served_as_the_values_that_the_files_stand_for(tmp_path: Path, shape: Shape, kind: str) -> None:
+def test_served_as_the_values_that_the_files_stand_for(tmp_path: Path, shape: Shape) -> None:
     hf = make_llama(tmp_path / "hf", shape, 3)
-    convert(hf, tmp_path / "q", Target("sluice", quantize=kind))
-    plain = native(restored(hf, tmp_path / "q", tmp_path / "plain", shape))
-    served = native(tmp_path / "q")
+    convert(hf, tmp_path / "q", Target("sluice", quantize="int8"))
+    convert(tmp_path / "q", tmp_path / "plain", Target("hf", dtype="F32"))
+    plain, served = native(tmp_path / "plain"), native(tmp_path / "q")
     ids = prompts_for(shape.vocab, 40)[0]
     assert torch.allclose(logits_of(served, ids), logits_of(plain, ids), atol=1e-4)
     prompts = prompts_for(shape.vocab, 3, 9)
     assert generate(served, prompts, 12) == generate(plain, prompts, 12)
+
+
+@pytest.mark.parametrize("how", ["native", "reshard"])
+def test_fp8_is_refused_on_a_cpu_with_the_commands_that_help(tmp_path: Path, how: str) -> None:
+    hf = make_llama(tmp_path / "hf", GQA, 3)
+    convert(hf, tmp_path / "q", Target("sluice", tp=2 if how == "reshard" else 1, quantize="fp8"))
+    with pytest.raises(UnsupportedModel, match="this is a CPU") as refused:
+        native(tmp_path / "q", reshard=how == "reshard")
+    root = tmp_path / "q"
+    assert f"sluice convert {root} {root}-bf16 --to sluice --tp 1 --pp 1 --dtype bfloat16`" in str(
+        refused.value
+    )
+    assert f"{root}-int8 --to sluice --tp 1 --pp 1 --quantize int8`" in str(refused.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -106,11 +108,108 @@ def test_both_ways_of_computing_agree(dtype: torch.dtype, rows: int) -> None:
     assert (out - exact).norm() / exact.norm() < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
-def test_quantised_files_are_refused_where_they_cannot_be_divided(tmp_path: Path) -> None:
+LAYOUTS = (
+    Target("sluice", tp=4, pp=2),
+    Target("sluice", pp=3),
+    Target("sluice", tp=8),
+    Target("sluice", tp=2),
+)
+
+
+@pytest.mark.parametrize("shape", [GQA, ODD])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_any_layout_to_any_other_keeps_every_bit(
+    tmp_path: Path, shape: Shape, kind: Literal["int8", "fp8"]
+) -> None:
+    """Through splits that cut rows and columns, replicate heads and give a stage one layer."""
+    hf = make_llama(tmp_path / "hf", shape, 5, torch.bfloat16)
+    convert(hf, tmp_path / "direct", Target("sluice", quantize=kind))
+    current = tmp_path / "direct"
+    for number, how in enumerate(how for how in LAYOUTS if how.tp <= shape.heads and how.pp <= shape.layers):
+        convert(current, tmp_path / str(number), how)
+        current = tmp_path / str(number)
+        assert not list(differences(open_checkpoint(tmp_path / "direct"), open_checkpoint(current)))
+        manifest = read_manifest(current)
+        assert manifest is not None
+        assert manifest.layout is not None
+        assert manifest.layout.quantization == kind
+    convert(current, tmp_path / "back", Target("sluice"))
+    whole, back = rank(tmp_path / "direct", 0, 1), rank(tmp_path / "back", 0, 1)
+    assert whole.keys() == back.keys()
+    assert all(torch.equal(whole[name].view(torch.uint8), back[name].view(torch.uint8)) for name in whole)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("how", [Target("hf", dtype="F32"), Target("meta", shards=2, dtype="F32")])
+def test_converted_back_to_the_values_that_it_stands_for(
+    tmp_path: Path, kind: Literal["int8", "fp8"], how: Target
+) -> None:
+    hf = make_llama(tmp_path / "hf", GQA, 6, torch.bfloat16)
+    convert(hf, tmp_path / "q1", Target("sluice", quantize=kind))
+    convert(hf, tmp_path / "q2", Target("sluice", tp=2, pp=2, quantize=kind))
+    convert(tmp_path / "q2", tmp_path / "plain", how)
+    convert(tmp_path / "plain", tmp_path / "out", Target("hf"))
+    held = rank(tmp_path / "q1", 0, 1)
+    for name, values in weights(tmp_path / "out").items():
+        scale = held.get(f"{name}_scale")
+        exact = held[name].float() if scale is None else held[name].float() * scale[:, None]
+        assert torch.equal(values, exact), name
+
+
+def test_what_would_lose_more_is_refused_with_the_remedy(tmp_path: Path) -> None:
     hf = make_llama(tmp_path / "hf", GQA, 2)
     convert(hf, tmp_path / "q", Target("sluice", tp=2, quantize="int8"))
-    for reshard in (False, True):
-        with pytest.raises(UnsupportedModel, match="--tp 1 --pp 1 --quantize int8` on what it was made of"):
-            native(tmp_path / "q", reshard=reshard)
-    with pytest.raises(BadCheckpoint, match=r"quantised \(int8\), which loses values: cannot be converted"):
+    for how in (Target("hf"), Target("meta")):
+        with pytest.raises(
+            CannotConvert, match=r"q: is quantised \(int8\), .*--dtype bfloat16 writes the values"
+        ):
+            convert(tmp_path / "q", tmp_path / "out", how)
+    with pytest.raises(CannotConvert, match=r"--quantize fp8: .* already, and would lose more"):
+        convert(tmp_path / "q", tmp_path / "out", Target("sluice", quantize="fp8"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_verify_tells_how_far_quantised_values_are(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", GQA, 2, torch.bfloat16)
+    manifest = convert(hf, tmp_path / "q", Target("sluice", quantize="int8"))
+    error = manifest.files["tp0-of-1/pp0-of-1.safetensors"].tensors[NAME].error
+    found = {d.what: d.why for d in differences(open_checkpoint(tmp_path / "q"), open_checkpoint(hf))}
+    assert len(found) == 7 * GQA.layers
+    assert found[NAME] == f"I8 and BF16, relative error {error:.3%}"
+
+
+@pytest.mark.parametrize("shape", [GQA, ODD])
+def test_divided_anew_at_the_start_or_refused_with_the_command(tmp_path: Path, shape: Shape) -> None:
+    hf = make_llama(tmp_path / "hf", shape, 2)
+    convert(hf, tmp_path / "q1", Target("sluice", quantize="int8"))
+    convert(hf, tmp_path / "q", Target("sluice", tp=4, pp=2, quantize="int8"))
+    with pytest.raises(UnsupportedModel) as refused:
+        native(tmp_path / "q")
+    assert f"sluice convert {tmp_path}/q {tmp_path}/q-tp1-pp1 --to sluice --tp 1 --pp 1`" in str(
+        refused.value
+    )
+    prompts = prompts_for(shape.vocab, 3, 9)
+    mapped, divided = native(tmp_path / "q1"), native(tmp_path / "q", reshard=True)
+    assert generate(divided, prompts, 12) == generate(mapped, prompts, 12)
+
+
+def test_a_damaged_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", GQA, 2)
+    convert(hf, tmp_path / "q", Target("sluice", tp=2, quantize="int8"))
+    path = tmp_path / "q" / "tp1-of-2" / "pp0-of-1.safetensors"
+    tensors = load_file(path)
+    del tensors[f"{NAME}_scale"]
+    save_file(tensors, path, metadata={"sluice_rank": "tp1-of-2/pp0-of-1.safetensors"})
+    with pytest.raises(BadCheckpoint, match=rf"{NAME}_scale: missing"):
         open_checkpoint(tmp_path / "q")
+    with pytest.raises(BadCheckpoint, match=rf"{NAME}_scale: missing"):
+        native(tmp_path / "q", reshard=True)
+
+
+def test_int8_without_scales_is_another_tools(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", GQA, 2)
+    tensors = load_file(hf / "model.safetensors")
+    tensors[NAME] = tensors[NAME].to(torch.int8)
+    save_file(tensors, hf / "model.safetensors")
+    with pytest.raises(BadCheckpoint, match="is I8 without scales"):
+        open_checkpoint(hf)
