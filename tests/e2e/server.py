@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,8 +73,9 @@ class Server:
 
     def workers(self) -> dict[int, psutil.Process]:
         """The ranks by number."""
-        ranks = [process for process in self.tree() if "engines.worker" in _command(process)[:4]]
-        return {int(rank.environ()["RANK"]): rank for rank in ranks}
+        programs = {"engines.worker", "tests.fake_group.process"}
+        ranks = [process for process in self.tree() if programs & set(_command(process)[:4])]
+        return {int(rank.environ().get("RANK", "0")): rank for rank in ranks}
 
     def torchrun(self) -> psutil.Process:
         found = [process for process in self.tree() if "torch.distributed.run" in _command(process)[:3]]
@@ -124,13 +125,18 @@ def _command(process: psutil.Process) -> list[str]:
     return []
 
 
+SERVE = (str(Path(sys.executable).with_name("sluice")), "serve")
+FAKE_SERVE = (sys.executable, "-m", "tests.fake_group.serve")
+"""Over groups without torch."""
+
+
 @contextmanager
-def serving(*arguments: str, wait: bool = True) -> Iterator[Server]:
+def serving(*arguments: str, wait: bool = True, program: Sequence[str] = SERVE) -> Iterator[Server]:
     """`sluice serve ARGUMENTS` on a free port. Whatever happens, nothing of it is left afterwards."""
     home = Path(tempfile.mkdtemp(prefix="sluice-e2e-"))  # short: a unix socket's path has 107 characters
     (home / "tmp").mkdir()
     port = free_port()
-    argv = [str(Path(sys.executable).with_name("sluice")), "serve", *arguments]
+    argv = [*program, *arguments]
     argv += ["--omp-threads", "1", "--port", str(port), "--log-dir", str(home / "logs")]
     environment = {**os.environ, "TMPDIR": str(home / "tmp")}
     with (home / "output").open("wb") as output:
