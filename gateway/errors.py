@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 import pydantic
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from gateway.generation import NoChatTemplate
 from gateway.prompt.template import TemplateRefused
@@ -35,6 +36,22 @@ class InvalidKey(Exception):  # noqa: N818
 
 class BodyTooLarge(Exception):  # noqa: N818
     """The body is longer than the server allows."""
+
+
+class MalformedRequest(Exception):  # noqa: N818
+    """What came over the connection is not HTTP, or not safely so."""
+
+
+class HeadersTooLarge(Exception):  # noqa: N818
+    """More headers, or longer ones, than the server allows."""
+
+
+class ReceiptTimeout(Exception):  # noqa: N818
+    """The request was not complete in time."""
+
+
+class TooManyConnections(Exception):  # noqa: N818
+    """As many connections are open as the server holds."""
 
 
 class ClientGone(Exception):  # noqa: N818
@@ -68,9 +85,14 @@ TABLE: dict[type[Exception], Row] = {
     InvalidKey: Row(401, _INVALID, "invalid_api_key"),
     ModelNotFound: Row(404, _INVALID, "model_not_found"),
     BodyTooLarge: Row(413, _INVALID, "request_too_large"),
+    MalformedRequest: Row(400, _INVALID, "malformed_request"),
+    HeadersTooLarge: Row(431, _INVALID, "headers_too_large"),
+    ReceiptTimeout: Row(408, _INVALID, "request_timeout"),
     ClientGone: Row(499, _INVALID, "client_gone", "The client closed the connection."),
+    ClientDisconnect: Row(499, _INVALID, "client_gone", "The client closed the connection."),
     QueueFull: Row(429, "rate_limit_error", "queue_full", retry_after=1),
     SequenceFailed: Row(500, _SERVER, "generation_failed", "The generation failed.", should_retry=False),
+    TooManyConnections: Row(503, _SERVER, "too_many_connections", retry_after=1),
     ShuttingDown: Row(503, _SERVER, "shutting_down", retry_after=1),
     WorkerUnavailable: Row(
         503, _SERVER, "model_not_ready", "The model is not ready. Try again.", retry_after=1
