@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from engines.config import ModelConfig, ParallelType
+from gateway.bench import machine
 from tests.engines.harness import running
 from tests.models import B1, SMALL, Shape, make_llama
 
@@ -64,9 +65,13 @@ def main() -> None:
             sizes = f"{above / 2**20:8.1f} MiB, weights {weights / 2**20:.1f} MiB"
             print(f"{name:10} {sizes}: {found[name]:.3f}")
     if args.json:
-        args.json.write_text(
-            json.dumps({"shape": args.shape, "weights_bytes": weights, "ratio": found}, indent=2)
-        )
+        record = {
+            "command": f"python -m tests.bench.bench_load --shape {args.shape}",
+            "machine": machine(),
+            "weights_bytes": weights,
+            "bytes of all ranks above idle ones, over the weights'": found,
+        }
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
     raise SystemExit(any(ratio > BOUND for ratio in found.values()))
 
 

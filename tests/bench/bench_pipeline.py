@@ -28,6 +28,7 @@ import torch
 
 from engines.config import ModelConfig, ParallelType, StageSplit
 from engines.wire import Generate, SamplingParams, Stats
+from gateway.bench import machine
 from tests.engines.harness import Ended, Group, running
 from tests.models import SMALL, TINY, make_llama
 
@@ -156,16 +157,29 @@ def main() -> None:
             print(
                 f"{layout.name:32} {found.tokens_per_second:8.1f} tok/s  {shares}  bubble {found.bubble:.3f}"
             )
+    record = report(layouts, results)
+    record["command"] = f"python -m tests.bench.bench_pipeline --shape {args.shape} --split {args.split}"
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def report(layouts: list[Layout], results: dict[str, list[Measured]]) -> dict[str, object]:
+    """Prints the medians; returns all there is to keep."""
     first, *others = layouts
+    ratios = {}
     for layout in others:
         pairs = zip(results[first.name], results[layout.name], strict=True)
         ratio = median(one.tokens_per_second / other.tokens_per_second for one, other in pairs)
-        print(f"{first.name} / {layout.name}: {ratio:.3f}")
-    print(f"bubble, median: {median(found.bubble for found in results[first.name]):.3f}")
-    if args.json:
-        args.json.write_text(
-            json.dumps({name: [asdict(one) for one in found] for name, found in results.items()}, indent=2)
-        )
+        ratios[f"{first.name} / {layout.name}"] = round(ratio, 3)
+    bubble = round(median(found.bubble for found in results[first.name]), 3)
+    print(json.dumps({"median ratios": ratios, "median bubble": bubble}, indent=2))
+    return {
+        "machine": machine(),
+        "torch": torch.__version__,
+        "median ratios": ratios,
+        "median bubble": bubble,
+        "rounds": {name: [asdict(one) for one in found] for name, found in results.items()},
+    }
 
 
 if __name__ == "__main__":
