@@ -265,16 +265,26 @@ async def run(
 
 # --- what to show ------------------------------------------------------------------------------
 
+_VECTOR_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+"""What matrices are multiplied with; the names of processors in virtual machines do not tell."""
+
 
 def machine() -> dict[str, object]:
     """What the client ran on; figures from elsewhere do not compare."""
     return {
         "cpu": _cpu_model(),
+        "vector instructions": [name for name in _VECTOR_FLAGS if name in _cpu_flags()],
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.release().split('-')[0]}",
         "python": platform.python_version(),
         "sluice": version("sluice"),
     }
+
+
+def _cpu_flags() -> list[str]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
 
 
 def _cpu_model() -> str:
