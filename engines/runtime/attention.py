@@ -1,6 +1,10 @@
 """Causal attention of a step over the paged K/V: writes the step's keys and values, reads the contexts.
 
 Works for any mixture of sequences: a decode step is a query of one token, a prefill chunk one of many.
+
+No sequence harms another through the K/V, whatever it leaves there. Kernels read whole blocks and multiply
+what is masked by 0, and 0 * NaN is NaN. So the step that begins a block clears it (`begun_blocks`): past its
+owner's tokens are zeros, never what the last owner wrote; and past its table a sequence reads its own blocks.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ class AttentionStep(Protocol):
     """One way to attend, prepared for one step: it works out once what all layers share."""
 
     def write(self, key: Tensor, value: Tensor, cache: LayerCache) -> None:
-        """Put the step's [T, Hkv, D] into their slots."""
+        """Put the step's [T, Hkv, D] into their slots; what else is in the blocks it begins becomes 0."""
 
     def attend(self, query: Tensor, cache: LayerCache, scale: float) -> Tensor:
         """[T, Hq, D] to [T, Hq, D], over everything written so far."""

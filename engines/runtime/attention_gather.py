@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engines.base import Batch
 from engines.runtime.cpu import compute_dtype
-from engines.runtime.kv_cache import LayerCache
+from engines.runtime.kv_cache import LayerCache, begun_blocks
 
 MAX_SCORES = 2 << 20  # query-key pairs of a call, heads counted: what they take stays near the caches
 CONTEXT_STEP = 32  # padded contexts are multiples: oneDNN compiles a kernel for each new length
@@ -85,11 +85,14 @@ class GatherStep:
         self.slots = (
             (slots // size * (2 * heads) + head_rows) * size + slots % size
         ).flatten()  # [T * 2 Hkv]
+        self.begun = begun_blocks(batch, cache)
         tables = batch.block_tables.to(device, torch.int64)
         groups = plan_spans(batch.query_start_list, batch.context_lens_list, num_heads)
         self.groups = [_Group(spans, tables, cache, num_heads, batch.num_tokens) for spans in groups]
 
     def write(self, key: Tensor, value: Tensor, cache: LayerCache) -> None:
+        if self.begun is not None:
+            cache.data.index_fill_(0, self.begun, 0.0)
         rows = torch.cat((key, value), dim=1).flatten(0, 1)  # [T * 2 Hkv, D]
         cache.data.view(-1, rows.shape[-1]).index_copy_(0, self.slots, rows)
 
@@ -124,12 +127,12 @@ class _Group:
     def _block_rows(self, spans: list[Span], tables: Tensor, cache: LayerCache) -> Tensor:
         """[2 * S * Hkv * W]: where each head's part of each block lies, keys before values."""
         device, heads, width = tables.device, self.num_kv_heads, self.context // cache.block_size
-        used = tables.new_zeros(self.num_spans, width)  # what is past a table is block 0, masked
-        num_columns = min(width, tables.shape[1])
         own = [span.sequence for span in spans]
-        used[:, :num_columns] = tables[
-            own if own != list(range(tables.shape[0])) else slice(None), :num_columns
-        ]
+        if own != list(range(tables.shape[0])):
+            tables = tables[own]
+        used = tables[:, :width]
+        if width > tables.shape[1]:  # what is past a table is its first block, masked
+            used = torch.cat((used, tables[:, :1].expand(-1, width - tables.shape[1])), dim=1)
         parts = torch.arange(2 * heads, device=device).view(2, 1, heads, 1)
         return (used.unsqueeze(1) * (2 * heads) + parts).flatten()
 

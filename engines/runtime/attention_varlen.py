@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from engines.base import Batch
-from engines.runtime.kv_cache import LayerCache
+from engines.runtime.kv_cache import LayerCache, begun_blocks
 
 
 class VarlenStep:
@@ -13,6 +13,7 @@ class VarlenStep:
 
     def __init__(self, batch: Batch, cache: LayerCache) -> None:
         device = cache.data.device
+        self.begun = begun_blocks(batch, cache)
         self.slots = batch.slot_mapping.to(device)
         self.query_start = batch.query_start.to(device)
         self.context_lens = batch.context_lens.to(device)
@@ -20,6 +21,8 @@ class VarlenStep:
         self.max_query_len, self.max_context_len = batch.max_query_len, batch.max_context_len
 
     def write(self, key: Tensor, value: Tensor, cache: LayerCache) -> None:
+        if self.begun is not None:
+            cache.data.index_fill_(1, self.begun, 0.0)
         keys, values = cache.data.flatten(1, 2).unbind(0)  # [num_slots, Hkv, D] each
         keys.index_copy_(0, self.slots, key)
         values.index_copy_(0, self.slots, value)

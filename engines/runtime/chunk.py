@@ -46,12 +46,13 @@ class BlockTables:
     def write(self, slot: int, first: int, blocks: list[int]) -> None:
         self._tables[slot, first : first + len(blocks)] = blocks
 
-    def clear(self, slot: int, num_blocks: int) -> None:
-        self._tables[slot, :num_blocks] = 0
-
-    def gather(self, slots: Int32, max_context_len: int) -> Int32:
-        """[S, W], W just wide enough."""
-        return self._tables[slots, : -(-max_context_len // self.block_size)]
+    def gather(self, slots: Int32, context_lens: Int32) -> Int32:
+        """[S, W], W just wide enough. Past its own context a table repeats its first block, so that what
+        a kernel reads beyond what it needs is the sequence's own."""
+        width = -(-int(context_lens.max()) // self.block_size)
+        tables = self._tables[slots, :width]
+        is_read = np.arange(0, width * self.block_size, self.block_size) < context_lens[:, None]
+        return np.where(is_read, tables, tables[:, :1])
 
     def slot_mapping(self, token_slots: Int32, positions: Int32) -> Int32:
         """[T]: where in the K/V each token goes."""
@@ -100,7 +101,7 @@ def build_plan(chunks: list[Chunk], tables: BlockTables) -> StepPlan:
         slots=slots,
         logit_rows=np.array(rows.index, np.int32),
         row_use=np.array(rows.use, np.int32),
-        block_tables=tables.gather(slots, int(context_lens.max())),
+        block_tables=tables.gather(slots, context_lens),
         sampling=tuple(rows.sampling),
         tag=chunks,
     )

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from engines.base import KVSpec
+from engines.base import Batch, KVSpec
 
 FLASH_BLOCK_SIZE = 256  # FlashAttention-2's pages are multiples of this
 
@@ -40,15 +40,27 @@ class LayerCache:
         return self.data.shape[2 if self.layout is Layout.GATHER else 3]
 
 
+def begun_blocks(batch: Batch, cache: LayerCache) -> Tensor | None:
+    """The blocks whose first token this step writes and whose last it does not, on the cache's device.
+    None: there are none, as in most steps."""
+    size, starts = cache.block_size, batch.query_start_list
+    places = [
+        (sequence, context // size)
+        for sequence, context in enumerate(batch.context_lens_list)
+        if 0 < context % size <= starts[sequence + 1] - starts[sequence]
+    ]
+    if not places:
+        return None
+    rows, columns = zip(*places, strict=True)
+    return batch.block_tables[list(rows), list(columns)].to(cache.data.device, torch.int64)
+
+
 class TooLittleMemory(ValueError):  # noqa: N818
     """No room for a single block of K/V. Says the sums."""
 
 
 def allocate(spec: KVSpec, num_blocks: int, block_size: int) -> list[LayerCache]:
-    """Zeroed caches, one a layer of `spec`, each on its layer's device.
-
-    Zeroed, because attention multiplies what it masks by 0, and 0 * NaN is NaN.
-    """
+    """Zeroed caches, one a layer of `spec`, each on its layer's device."""
     return [_allocate_layer(spec, device, num_blocks, block_size) for device in spec.devices]
 
 

@@ -72,7 +72,7 @@ class StepPlan:
     """One step.
 
     Sequence s owns tokens query_start[s] .. query_start[s + 1]; its K/V is `context_lens[s]` long once
-    they are written; block_tables[s] names its blocks in order (padded with 0). `slot_mapping[t]` is
+    they are written; block_tables[s] names its blocks in order (padded with its first). `slot_mapping[t]` is
     block * block_size + offset, where token t's K/V goes. `slots[s]` is where device state of sequence s
     lives, stable from admission until it leaves. `logit_rows` index into T, ascending.
     """

@@ -168,7 +168,6 @@ class ContinuousScheduler:
     def _stop_running(self, sequence: Sequence) -> None:
         """Take back its blocks and its slot."""
         self._running.remove(sequence)
-        self._tables.clear(sequence.slot, len(sequence.block_table))
         self._free_slots.append(sequence.slot)
         self._pool.release(sequence.block_table)
         sequence.block_table = []

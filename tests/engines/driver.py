@@ -44,7 +44,9 @@ def make_batch(rows: Sequence[Row], counts: Sequence[int], block_size: int) -> B
         starts.append(len(ids))
         contexts.append(stop)
     widths = [-(-context // block_size) for context in contexts]
-    tables = [row.blocks[:w] + [0] * (max(widths) - w) for row, w in zip(rows, widths, strict=True)]
+    tables = [
+        row.blocks[:w] + row.blocks[:1] * (max(widths) - w) for row, w in zip(rows, widths, strict=True)
+    ]
     return Batch(
         input_ids=torch.tensor(ids),
         positions=torch.tensor(positions),

@@ -28,6 +28,8 @@ def attend_paged(sequences: Sequences, block_size: int, tensors: list[torch.Tens
     num_blocks = sum(-(-(past + new) // block_size) for past, new in sequences)
     order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1)).tolist()
     caches, rows = allocate(spec, num_blocks, block_size), []
+    for cache in caches:
+        cache.data.fill_(torch.nan)  # whatever the blocks' last owners left, nobody reads it
     for past, new in sequences:
         blocks = [order.pop() for _ in range(-(-(past + new) // block_size))]
         rows.append(Row([0] * (past + new), blocks, 0))

@@ -45,7 +45,7 @@ def fake_varlen_attn(*args: Any, **kwargs: Any) -> Tensor:
 
 def test_a_chunk_and_a_decode_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", fake_varlen_attn)
-    cache = LayerCache(torch.zeros(2, 8, BLOCK, KV_HEADS, DIM), Layout.VARLEN)
+    cache = LayerCache(torch.full((2, 8, BLOCK, KV_HEADS, DIM), torch.nan), Layout.VARLEN)
     qkv = torch.randn(2, 11, HEADS + 2 * KV_HEADS, DIM, generator=torch.Generator().manual_seed(0))
     rows = [Row([0] * 11, [6, 0, 3], 0), Row([0] * 11, [1, 7, 2], 0)]
 
@@ -62,6 +62,8 @@ def test_a_chunk_and_a_decode_in_one_call(monkeypatch: pytest.MonkeyPatch) -> No
         return list(torch.split(out, counts))
 
     steps = [step([5, 10]), step([6, 1])]
+    used = cache.data[:, [6, 0, 3, 1, 7, 2]]
+    assert used.isfinite().all(), "a kernel may read a block whole: nothing is left of its last owner"
     for i in range(2):
         query, key, value = qkv[i].transpose(0, 1)[None].tensor_split((HEADS, HEADS + KV_HEADS), dim=1)
         expected = F.scaled_dot_product_attention(
