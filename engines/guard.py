@@ -35,12 +35,14 @@ def main(argv: list[str]) -> int:
     if len(argv) < 3 or argv[1] != "--" or len(Path(argv[0]).name) < MIN_NAME_LENGTH:
         print(_USAGE, file=sys.stderr)
         return 2
-    run_dir, command = Path(argv[0]), argv[2:]
+    run_dir, command, gateway = Path(argv[0]), argv[2:], os.getppid()
     wakeup = _wake_on_signals()
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    code = _wait(_start(command), wakeup)
+    code, gateway_lives = _wait(_start(command), wakeup)
     kill_descendants()
     remove_traces(run_dir)
+    if not gateway_lives:
+        _remove_sockets(run_dir.parent, gateway)
     return code
 
 
@@ -48,7 +50,7 @@ def kill_descendants() -> None:
     """SIGKILL to every process below this one, over and over until none is left. Needs a subreaper:
     then 'no children' means 'no descendants'."""
     while True:
-        for pid in _descendants(os.getpid()):
+        for pid in descendants(os.getpid()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         _, has_others = _reap()
@@ -64,6 +66,13 @@ def remove_traces(run_dir: Path) -> None:
     for entry in SHARED_MEMORY.glob(f"*{run_dir.name}*"):
         with contextlib.suppress(FileNotFoundError, PermissionError, IsADirectoryError):
             entry.unlink()
+
+
+def _remove_sockets(directory: Path, gateway: int) -> None:
+    """Those where the gateway that had this pid could be reached: gateway/handover.py."""
+    for path in directory.glob(f"sluice.{gateway}.*.sock"):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _start(command: list[str]) -> int:
@@ -87,8 +96,9 @@ def _become(command: list[str], guard: int) -> NoReturn:
         os._exit(127)
 
 
-def _wait(child: int, wakeup: int) -> int:
-    """Until `child` exits, stdin or the parent ends or an ending signal comes. Reaps orphans meanwhile."""
+def _wait(child: int, wakeup: int) -> tuple[int, bool]:
+    """Until `child` exits, stdin or the parent ends or an ending signal comes. Reaps orphans meanwhile.
+    The exit code, and whether the gateway still lives: it closes our stdin only by its own end."""
     poll = select.poll()
     parent = _parent()
     for source in (0, wakeup, parent):
@@ -96,13 +106,13 @@ def _wait(child: int, wakeup: int) -> int:
     while True:
         ready = [fd for fd, _ in poll.poll()]
         if parent in ready or (0 in ready and not os.read(0, 4096)):
-            return 128 + signal.SIGTERM
+            return 128 + signal.SIGTERM, False
         if wakeup in ready and any(number in _ENDING for number in os.read(wakeup, 4096)):
-            return 128 + signal.SIGTERM
+            return 128 + signal.SIGTERM, True
         ended, _ = _reap()
         if child in ended:
             code = os.waitstatus_to_exitcode(ended[child])
-            return code if code >= 0 else 128 - code
+            return (code if code >= 0 else 128 - code), True
 
 
 def _parent() -> int:
@@ -124,7 +134,7 @@ def _reap() -> tuple[dict[int, int], bool]:
         ended[pid] = status
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     """Processes below `pid`, nearest first. Those that come and go meanwhile may be missed."""
     found = [pid]
     for parent in found:

@@ -128,6 +128,14 @@ def serve(
     access_log: Annotated[
         bool, typer.Option("--access-log", envvar="SLUICE_ACCESS_LOG", help="Log a line for each request.")
     ] = False,
+    replace: Annotated[
+        bool,
+        typer.Option(
+            "--replace",
+            envvar="SLUICE_REPLACE",
+            help="Once ready, take the port over from the sluice that listens there, which ends what it has.",
+        ),
+    ] = False,
 ) -> None:
     """Serve models over HTTP: POST /v1/chat/completions, /v1/completions; GET /v1/models."""
     flags: dict[str, object] = {
@@ -148,6 +156,8 @@ def serve(
     from engines.config import ConfigError
     from gateway import model_source
     from gateway import serve as serving
+    from gateway.handover import CannotReplace
+    from gateway.listener import CannotListen
     from gateway.workers.placement import DoesNotFit
 
     options = serving.Options(
@@ -158,9 +168,11 @@ def serve(
         log_level=log_level.value,
         log_dir=log_dir,
         access_log=access_log,
+        replace=replace,
     )
     sources: list[str | None] = [*models] if models else [None]
-    with clear_errors(ConfigError, serving.CannotServe, cannot=DoesNotFit):
+    wrong = (ConfigError, serving.CannotServe, CannotListen, CannotReplace)
+    with clear_errors(*wrong, cannot=DoesNotFit):
         serving.run([model_source.resolve(source, flags) for source in sources], options)
 
 

@@ -9,15 +9,16 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engines import config_devices
 from engines.config import ConfigError, ModelConfig
-from gateway import check, console, model_source
+from gateway import check, console, handover, model_source
+from gateway.listener import from_systemd, listen, notify_systemd, url_of
 from gateway.workers.group import Group
 from gateway.workers.protocol import GroupState
 from gateway.workers.supervisor import Supervisor, torchrun_group
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _FLUSH_SECONDS = 5  # for answers to reach their clients once every sequence has ended
-_BACKLOG = 2048
+_LOOK_SECONDS = 0.02
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
@@ -39,7 +40,8 @@ class CannotServe(ValueError):  # noqa: N818
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What is not about a model. `grace` in seconds; port 0 is any free one."""
+    """What is not about a model. `grace` in seconds; port 0 is any free one; `replace`: the gateway that
+    listens there hands over when we are ready."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -48,12 +50,13 @@ class Options:
     log_level: str = "info"
     log_dir: Path | None = None
     access_log: bool = False
+    replace: bool = False
 
 
 def run(configs: Sequence[ModelConfig], options: Options) -> None:
     """Serve until SIGTERM or SIGINT.
 
-    Raises ConfigError, DoesNotFit and CannotServe, with nothing left running."""
+    Raises ConfigError, DoesNotFit, CannotListen, CannotReplace and CannotServe, with nothing left running."""
     import uvloop
 
     _set_up_logging(options)
@@ -62,31 +65,33 @@ def run(configs: Sequence[ModelConfig], options: Options) -> None:
     placement = check.fit(configs, config_devices.this_machine())
     for warning in (*(w for config in configs for w in config.warnings), *placement.warnings):
         log.warning(warning)
-    listener = listen(options.host, options.port)
+    door = _open_door(options)
     specs = [torchrun_group(group.name, group.config, group.devices) for group in placement.groups]
-    supervisor = Supervisor(specs, options.log_dir or default_log_dir(listener.getsockname()[1]))
+    supervisor = Supervisor(specs, options.log_dir or default_log_dir(door.listener.getsockname()[1]))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_Service(configs, options, supervisor, listener).run())
+        runner.run(_Service(configs, options, supervisor, door).run())
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens. Clients that come early wait in its queue until the app is there.
+@dataclass(frozen=True, slots=True)
+class _Door:
+    """Where clients come in. When others hold the listener too, or will, its queue is not ours alone: we do
+    not accept from it before we can answer, nor once we are to end."""
 
-    Raises CannotServe."""
-    remedy = "choose another with --port (0: any free one) or --host"
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise CannotServe(f"cannot listen on {host}:{port}: {error.strerror}; {remedy}") from None
-    sock = socket.socket(family, kind)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(_BACKLOG)
-    except OSError as error:
-        sock.close()
-        raise CannotServe(f"cannot listen on {host}:{port}: {error.strerror}; {remedy}") from None
-    return sock
+    listener: socket.socket
+    from_systemd: bool = False
+    predecessor: handover.Predecessor | None = None
+
+    @property
+    def is_shared(self) -> bool:
+        return self.from_systemd or self.predecessor is not None
+
+
+def _open_door(options: Options) -> _Door:
+    if (passed := from_systemd()) is not None:
+        return _Door(passed, from_systemd=True)
+    if options.replace and (found := handover.find_predecessor(options.host, options.port)) is not None:
+        return _Door(found.listener, predecessor=found)
+    return _Door(listen(options.host, options.port))
 
 
 def default_log_dir(port: int) -> Path:
@@ -95,27 +100,17 @@ def default_log_dir(port: int) -> Path:
     return Path(state) / "sluice" / str(port)
 
 
-def url_of(listener: socket.socket) -> str:
-    """The API's base address, as a client on this machine would write it."""
-    host, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-
-
 class _Service:
     """One run of the gateway: start the groups, serve, drain, end."""
 
     def __init__(
-        self,
-        configs: Sequence[ModelConfig],
-        options: Options,
-        supervisor: Supervisor,
-        listener: socket.socket,
+        self, configs: Sequence[ModelConfig], options: Options, supervisor: Supervisor, door: _Door
     ) -> None:
         self._configs, self._options = configs, options
-        self._supervisor, self._listener = supervisor, listener
+        self._supervisor, self._door = supervisor, door
         self._groups = supervisor.groups
         self._failures: list[str] = []
+        self._settled = asyncio.Event()  # every group is ready, or failed for good
 
     async def run(self) -> None:
         """Raises CannotServe when a model cannot be served here, or none of the groups can start."""
@@ -125,19 +120,35 @@ class _Service:
         try:
             # The web framework is imported while the groups' processes start.
             server = await asyncio.to_thread(self._make_server)
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(server.serve(sockets=[self._listener]))
-                announcing = tasks.create_task(self._announce(ending))
-                await ending.first.wait()
+            async with handover.offer(self._door.listener) as taken, asyncio.TaskGroup() as tasks:
+                serving = tasks.create_task(self._serve(server))
+                announcing = tasks.create_task(self._announce(server, ending))
+                await _first_of(ending.first.wait(), taken.wait())
                 announcing.cancel()
-                await self._drain(ending)
+                notify_systemd("STOPPING=1")
+                await self._leave(server, ending, has_heir=taken.is_set() or self._door.from_systemd)
                 server.should_exit = True
+                if not server.started:
+                    serving.cancel()
         except BaseException:
             await self._supervisor.stop(0.0)
             raise
         if self._failures:
             raise CannotServe("\n".join(self._failures))
         print("stopped", flush=True)
+
+    async def _serve(self, server: Server) -> None:
+        """Answer, from the start on if nobody else can: a probe shall see how far the loading is."""
+        if self._door.is_shared:
+            await self._until_answers()
+        await server.serve(sockets=[self._door.listener])
+
+    async def _until_answers(self) -> None:
+        """Until we have an answer for every model; to take over from a predecessor, with all our groups."""
+        if self._door.predecessor is not None:
+            await self._settled.wait()
+        while not all(_has_answer(self._groups, config) for config in self._configs):
+            await asyncio.sleep(_LOOK_SECONDS)
 
     def _start_groups(self) -> None:
         try:
@@ -159,34 +170,72 @@ class _Service:
             raise CannotServe(str(error)) from error
         return make_server(app, access_log=self._options.access_log, flush_seconds=_FLUSH_SECONDS)
 
-    async def _announce(self, ending: _Signals) -> None:
+    async def _announce(self, server: Server, ending: _Signals) -> None:
         """Show the groups' progress; say when they are ready. When none can be, there is nothing to serve."""
         with console.display() as display:
             await console.watch(self._groups, display)
         failed = [group for group in self._groups if group.state is GroupState.FAILED]
         failures = [f"{group.name}: {group.failure}" for group in failed]
-        if len(failed) == len(self._groups):
+        if len(failed) == len(self._groups) or (failed and self._door.predecessor is not None):
             self._failures = failures
             ending.end()
             return
         for failure in failures:
             log.error(failure)
         if any(group.state is GroupState.READY for group in self._groups):
+            self._settled.set()
+            await self._take_over(server)
             names = ", ".join(_describe(config) for config in self._configs)
-            print(f"ready on {url_of(self._listener)} ({names})", flush=True)
+            print(f"ready on {url_of(self._door.listener)} ({names})", flush=True)
 
-    async def _drain(self, ending: _Signals) -> None:
-        """Until every sequence has ended, the grace is over, or a second signal comes."""
+    async def _take_over(self, server: Server) -> None:
+        """Tell whoever waits for it that we accept."""
+        while not server.started:
+            await asyncio.sleep(_LOOK_SECONDS)
+        if self._door.predecessor is not None:
+            self._door.predecessor.dismiss()
+        notify_systemd("READY=1")
+
+    async def _leave(self, server: Server, ending: _Signals, *, has_heir: bool) -> None:
+        """Until what runs has ended, the grace is over, or a second signal comes.
+
+        With an heir to the listener, new connections are the heir's, and what comes over those that we have
+        is answered. Without one we go on accepting, to refuse in words."""
+        from gateway import leaving
+
+        ends_at = time.monotonic() + self._options.grace
+        self._say_what_runs("another gateway has taken over; " if has_heir else "")
+        if server.started:
+            leaving.close_after_answers(server)
+        if server.started and has_heir:
+            leaving.stop_accepting(server)
+            unused = leaving.until_unused(server)
+            await _first_of(unused, ending.second.wait(), timeout=self._options.grace)
+        grace = max(0.0, ends_at - time.monotonic())
+        await _first_of(self._supervisor.stop(grace), ending.second.wait())
+
+    def _say_what_runs(self, why: str) -> None:
         running = sum(group.num_outstanding for group in self._groups)
         if running:
             running_ones = "1 sequence has" if running == 1 else f"{running} sequences have"
-            log.info("%s %g s to end; signal again to hurry", running_ones, self._options.grace)
-        stopping = asyncio.create_task(self._supervisor.stop(self._options.grace))
-        hurry = asyncio.create_task(ending.second.wait())
-        await asyncio.wait([stopping, hurry], return_when=asyncio.FIRST_COMPLETED)
-        for task in (stopping, hurry):
+            log.info("%s%s %g s to end; signal again to hurry", why, running_ones, self._options.grace)
+
+
+async def _first_of(*waits: Coroutine[Any, Any, object], timeout: float | None = None) -> None:
+    """Until one of them returns, or the time is up; the others are cancelled, and have ended on return."""
+    tasks = [asyncio.create_task(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
             task.cancel()
-        await asyncio.wait([stopping, hurry])
+        await asyncio.wait(tasks)
+
+
+def _has_answer(groups: Sequence[Group], config: ModelConfig) -> bool:
+    """The model can be asked, or it is certain that it never can."""
+    states = [group.state for group in groups if group.config.model_name == config.model_name]
+    return GroupState.READY in states or all(state is GroupState.FAILED for state in states)
 
 
 class _Signals:

@@ -35,7 +35,6 @@ from gateway.workers.protocol import WorkerLost
 Report = Progress | Ready | Failed | Stats
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 GROUP_DIED = "the worker group died"
-_HEARTBEAT_SECONDS = 0.75  # between two Stats, with something to spare
 
 
 class Inbox:
@@ -82,22 +81,16 @@ class Inbox:
 
 class Connection(asyncio.Protocol):
     """Demultiplexes what a group sends. `on_report` gets everything but tokens; `on_lost` is called once
-    with the reason when the group is gone (or babbles), unless `close` was called first; `on_silence` when
-    nothing came for a sequence in time, with the seconds for which the group has finished no step."""
+    with the reason when the group is gone (or babbles), unless `close` was called first."""
 
-    def __init__(
-        self,
-        on_report: Callable[[Report], None],
-        on_lost: Callable[[str], None],
-        on_silence: Callable[[float], None],
-    ) -> None:
-        self._on_report, self._on_lost, self._on_silence = on_report, on_lost, on_silence
+    def __init__(self, on_report: Callable[[Report], None], on_lost: Callable[[str], None]) -> None:
+        self._on_report, self._on_lost = on_report, on_lost
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._frames = wire.FrameBuffer()
         self._inboxes: dict[str, Inbox] = {}
         self._num_steps = -1
-        self._last_step_at = self._loop.time()
+        self.num_signs = 0  # messages that told of a step finished since the one before
         self.is_connected = False
         self.idle = asyncio.Event()  # nothing outstanding
         self.idle.set()
@@ -134,7 +127,6 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
         self.is_connected = True
-        self._last_step_at = self._loop.time()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lose(GROUP_DIED)  # `exc` only tells whether it left something unread
@@ -154,13 +146,14 @@ class Connection(asyncio.Protocol):
             return
         if isinstance(message, Stats) and message.num_steps != self._num_steps:
             self._num_steps = message.num_steps
-            self._last_step_at = self._loop.time()
+            self.num_signs += 1
         assert not isinstance(message, Tokens)
         if self.is_connected:  # a report before it may have closed this
             self._on_report(message)
 
     def _deliver(self, deltas: list[TokenDelta]) -> None:
-        now = self._last_step_at = self._loop.time()
+        self.num_signs += 1
+        now = self._loop.time()
         inboxes = self._inboxes
         for delta in deltas:
             inbox = inboxes.get(delta.id)
@@ -185,7 +178,6 @@ class Connection(asyncio.Protocol):
             return
         self._end(inbox, TimeoutError(f"no token within responseTimeout, {timeout:g} s"))
         self._send(Abort(inbox.id))
-        self._on_silence(now - self._last_step_at)
 
     def _send(self, message: ToWorker) -> None:
         if self.is_connected and self._transport is not None:
@@ -195,12 +187,6 @@ class Connection(asyncio.Protocol):
         if self.is_connected:
             self.close(reason)
             self._on_lost(reason)
-
-
-def is_hang(stood_still: float, timeout: float) -> bool:
-    """Whether a sequence that got nothing for `timeout` seconds tells of a group that works no more: its
-    step counter, which the heartbeat brings twice a second, has not moved since about then either."""
-    return stood_still >= max(timeout - _HEARTBEAT_SECONDS, 0.75 * timeout)
 
 
 def listen(path: Path) -> socket.socket:
@@ -228,7 +214,7 @@ async def accept(listener: socket.socket, path: Path, connection: Connection) ->
     loop = asyncio.get_running_loop()
     while True:
         peer, _ = await loop.sock_accept(listener)
-        if _uid(peer) == os.getuid():
+        if peer_uid(peer) == os.getuid():
             break
         peer.close()
     listener.close()
@@ -236,6 +222,7 @@ async def accept(listener: socket.socket, path: Path, connection: Connection) ->
     await loop.connect_accepted_socket(lambda: connection, peer)
 
 
-def _uid(peer: socket.socket) -> int:
+def peer_uid(peer: socket.socket) -> int:
+    """Which user is at the other end of a unix socket."""
     credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     return int(_CREDENTIALS.unpack(credentials)[1])

@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from engines.config import ModelConfig
-from gateway import cli, model_source, serve
+from gateway import cli, listener, model_source, serve
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -144,14 +144,14 @@ def test_a_port_in_use_is_said_before_anything_starts(tmp_path: Path) -> None:
 
 
 def test_an_unknown_host_is_said() -> None:
-    with pytest.raises(serve.CannotServe, match=r"no\.such\.host\.invalid"):
-        serve.listen("no.such.host.invalid", 0)
+    with pytest.raises(listener.CannotListen, match=r"no\.such\.host\.invalid"):
+        listener.listen("no.such.host.invalid", 0)
 
 
 def test_the_address_is_written_as_a_client_would() -> None:
     for host, expected in (("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::1", "[::1]")):
-        with serve.listen(host, 0) as sock:
-            assert serve.url_of(sock) == f"http://{expected}:{sock.getsockname()[1]}/v1"
+        with listener.listen(host, 0) as sock:
+            assert listener.url_of(sock) == f"http://{expected}:{sock.getsockname()[1]}/v1"
 
 
 def test_bench_says_what_it_cannot_reach() -> None:
