@@ -9,9 +9,11 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from gateway.admission import Admission
 from gateway.auth import ApiKeys, RequestContext
 from gateway.body_limit import BodyLimit
 from gateway.errors import to_api_error
+from gateway.keys import KeyRing
 from gateway.metrics import Metrics
 from gateway.router import Router, ServedModel
 from gateway.routes import chat, completions, models, ops
@@ -26,16 +28,30 @@ def create_app(
 ) -> FastAPI:
     """The application for these models. `lifespan` starts and stops what stands behind them.
 
-    Raises ValueError when two models share a name.
+    Raises ValueError when two models share a name, BadKeyFile.
     """
-    app = FastAPI(title="Sluice", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    gateway = Gateway(settings, Router(served_models), Metrics(served_models))
+    app = FastAPI(
+        title="Sluice",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,  # it would answer with an address made of the request's Host
+        lifespan=lifespan,
+    )
+    metrics = Metrics(served_models)
+    gateway = Gateway(
+        settings,
+        Router(served_models),
+        metrics,
+        KeyRing(settings.api_keys, settings.api_key_file),
+        {model.name: Admission(model, metrics.of(model), settings.queue_timeout) for model in served_models},
+    )
     app.state.gateway = gateway
     for routes in (chat, completions, models, ops):
         app.include_router(routes.router)
     app.add_exception_handler(HTTPException, _no_such_route)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    app.add_middleware(ApiKeys, keys=settings.api_keys)
+    app.add_middleware(ApiKeys, keys=gateway.keys)
     app.add_middleware(RequestContext, metrics=gateway.metrics)  # added last: outermost
     return app
 

@@ -5,20 +5,18 @@ They are plain ASGI, not Starlette's BaseHTTPMiddleware, which would put a queue
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import re
 import secrets
-from collections.abc import Sequence
 from time import perf_counter
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import APIError, InvalidKey, to_api_error
+from gateway.keys import KeyRing
 from gateway.metrics import Metrics
 
-OPEN_PATHS = frozenset({"/livez", "/readyz"})
+OPEN_PATHS = frozenset({b"/livez", b"/readyz"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -73,28 +71,50 @@ def _request_id(given: str | None) -> str:
 
 
 class ApiKeys:
-    """Refuses every request without a known key, whatever its method and path, but for OPEN_PATHS."""
+    """Refuses what comes without a known key, whatever it is, but for GET and HEAD of OPEN_PATHS; and counts
+    a key's POST requests against its limits."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
         self._app = app
-        self._digests = [_digest(key.encode()) for key in keys]
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._is_allowed(scope):
+        if scope["type"] == "lifespan" or _is_open(scope):
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            raise InvalidKey("Only HTTP is served here.")
+        tenant = self._keys.find(_key(Headers(scope=scope)))
+        if tenant is None:
             raise InvalidKey(
                 "Incorrect API key provided, or none: send it in the Authorization header,"
                 " as 'Authorization: Bearer KEY'."
             )
-        await self._app(scope, receive, send)
-
-    def _is_allowed(self, scope: Scope) -> bool:
-        if not self._digests:
-            return True
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        digest = _digest(key.strip().encode("latin-1"))
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
+        scope.setdefault("state", {})["tenant"] = tenant
+        if scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        with tenant.request():
+            await self._app(scope, receive, send)
 
 
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
+def _is_open(scope: Scope) -> bool:
+    """By the path as it was sent, byte for byte; `path` has been decoded, and is what the routes go by."""
+    return (
+        scope["type"] == "http"
+        and scope["method"] in ("GET", "HEAD")
+        and scope.get("raw_path") in OPEN_PATHS
+        and scope["path"].encode() == scope["raw_path"]
+    )
+
+
+def _key(headers: Headers) -> bytes | None:
+    """Of the Authorization header, or of x-api-key, which Anthropic's clients send."""
+    authorization = headers.get("authorization")
+    if authorization is None:
+        key = headers.get("x-api-key", "")
+    else:
+        scheme, _, key = authorization.partition(" ")
+        if scheme.lower() != "bearer":
+            return None
+    return key.strip().encode("latin-1")

@@ -15,13 +15,16 @@ import pydantic
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from gateway.admission import QueueTimeout
 from gateway.generation import NoChatTemplate
 from gateway.prompt.template import TemplateRefused
 from gateway.prompt.tokenizer import ControlTokenInText
 from gateway.protocol.common import InvalidField, MalformedBody
 from gateway.protocol.fields import UnknownField, UnsupportedField
+from gateway.recovery import PoisonedRequest
 from gateway.router import ModelFailed, ModelNotFound, ShuttingDown
 from gateway.sequence_stream import ContextLengthExceeded, SequenceFailed, SequenceRefused
+from gateway.tenant import LargerThanLimit, RateLimited
 from gateway.workers.protocol import QueueFull, WorkerLost, WorkerUnavailable
 
 if TYPE_CHECKING:
@@ -90,9 +93,19 @@ TABLE: dict[type[Exception], Row] = {
     ReceiptTimeout: Row(408, _INVALID, "request_timeout"),
     ClientGone: Row(499, _INVALID, "client_gone", "The client closed the connection."),
     ClientDisconnect: Row(499, _INVALID, "client_gone", "The client closed the connection."),
+    RateLimited: Row(429, "rate_limit_error", "rate_limit_exceeded", retry_after=1),
+    LargerThanLimit: Row(429, "rate_limit_error", "request_over_limit", should_retry=False),
     QueueFull: Row(429, "rate_limit_error", "queue_full", retry_after=1),
     SequenceFailed: Row(500, _SERVER, "generation_failed", "The generation failed.", should_retry=False),
     TooManyConnections: Row(503, _SERVER, "too_many_connections", retry_after=1),
+    QueueTimeout: Row(503, _SERVER, "queue_timeout", retry_after=1),
+    PoisonedRequest: Row(
+        500,
+        _SERVER,
+        "request_poisoned",
+        "The workers ended twice while they served this request. It is not tried again.",
+        should_retry=False,
+    ),
     ShuttingDown: Row(503, _SERVER, "shutting_down", retry_after=1),
     WorkerUnavailable: Row(
         503, _SERVER, "model_not_ready", "The model is not ready. Try again.", retry_after=1

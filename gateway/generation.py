@@ -1,22 +1,23 @@
 """The use case: a request becomes sequences, their tokens become text, usage and finish reasons.
 
-A request of p prompts and n choices is p * n sequences; choice c of prompt i has index i * n + c.
-Closing `Generation.events()` closes every sequence's iterator, which aborts it in its group.
+A request of p prompts and n choices is p * n sequences; choice c of prompt i has index i * n + c. Each waits
+for its turn (admission.py) and is then sent to a group. Closing `Generation.events()` closes every sequence's
+iterator, which takes it out of the queue or aborts it in its group.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Literal
 
 from engines.wire import Generate, Ready, SamplingParams
+from gateway.admission import Admission
 from gateway.choice import ChoiceAssembler, ChoiceDelta, CollectedChoice
 from gateway.merge import merge
-from gateway.metrics import ModelMetrics
 from gateway.prompt.tokenizer import LARGE_TEXT_CHARS
 from gateway.protocol.common import (
     GenerationParams,
@@ -24,8 +25,9 @@ from gateway.protocol.common import (
     PromptTokensDetails,
     Usage,
 )
-from gateway.router import ServedModel, pick, ready_groups
+from gateway.router import ServedModel, ready_groups
 from gateway.sequence_stream import ContextLengthExceeded, SequenceStream
+from gateway.tenant import Tenant
 
 NUM_CONTEXT_IDS = 6
 """Prompt ids that a completion's first token is decoded behind: enough for any character."""
@@ -69,43 +71,52 @@ async def completion_prompts(
     ]
 
 
+@dataclass(slots=True)
+class _Sequence:
+    """One choice of one prompt: what will be sent, and what came of it."""
+
+    wire: Generate
+    assembler: ChoiceAssembler
+    num_cached_tokens: int = 0
+
+
 class Generation:
     """One request underway. Iterate `events()` once."""
 
     def __init__(
         self,
-        model: ServedModel,
+        admission: Admission,
         prompts: Sequence[list[int]],
         params: GenerationParams,
-        metrics: ModelMetrics,
+        tenant: Tenant,
         *,
         prompt_param: Literal["messages", "prompt"],
     ) -> None:
-        """Checks every limit and chooses the groups; sends nothing yet.
+        """Checks every limit; sends nothing yet.
 
         `prompt_param` is the field that the prompts come from. The text goes on where a raw `prompt` ends,
         so its first word keeps its space; an answer to `messages` starts afresh.
-        Raises InvalidField, ContextLengthExceeded, WorkerUnavailable, ModelFailed, QueueFull.
+        Raises InvalidField, ContextLengthExceeded, WorkerUnavailable, ModelFailed, QueueFull, RateLimited,
+        LargerThanLimit.
         """
-        self._params = params
-        self._metrics = metrics
-        self._sequences: list[SequenceStream] = []
+        self._admission, self._params, self._tenant = admission, params, tenant
+        self._metrics = admission.metrics
+        self._sequences: list[_Sequence] = []
         self._prompt_tokens = sum(len(prompt) for prompt in prompts)
-        self.fingerprint: str | None = None
-        planned: Counter[str] = Counter()
+        model = admission.model
+        info = ready_groups(model)[0].info
+        assert info is not None, "a ready group has said what it is"
+        self.fingerprint = info.fingerprint
         seed = secrets.randbits(63) if params.seed is None else params.seed % 2**63
         for number, prompt in enumerate(prompts):
-            group = pick(model, planned, params.n)
-            planned[group.name] += params.n
-            info = group.info
-            assert info is not None, "a ready group has said what it is"
-            self.fingerprint = info.fingerprint
-            wires = _wire_requests(prompt, prompt_param, params, info, seed)
+            wires = _wire_requests(prompt, prompt_param, params, info, seed, tenant.cache_salt)
             context = prompt[-NUM_CONTEXT_IDS:] if prompt_param == "prompt" else []
             for choice, wire in enumerate(wires):
                 index = number * params.n + choice
                 assembler = ChoiceAssembler(index, model.tokenizer, params, context)
-                self._sequences.append(SequenceStream(group, wire, assembler))
+                self._sequences.append(_Sequence(wire, assembler))
+        admission.require_room(tenant.name, len(self._sequences))
+        tenant.take_prompt(self._prompt_tokens)
 
     @property
     def num_choices(self) -> int:
@@ -113,7 +124,7 @@ class Generation:
 
     def usage(self) -> Usage:
         """So far. A prompt is counted once, whatever n is."""
-        completion_tokens = sum(sequence.num_tokens for sequence in self._sequences)
+        completion_tokens = sum(sequence.assembler.num_tokens for sequence in self._sequences)
         cached = sum(sequence.num_cached_tokens for sequence in self._sequences[:: self._params.n])
         return Usage(
             prompt_tokens=self._prompt_tokens,
@@ -125,18 +136,33 @@ class Generation:
     async def events(self) -> AsyncGenerator[list[ChoiceDelta], None]:
         """What is new, as soon as there is something; several at once when they are ready together.
 
-        Raises SequenceRefused, SequenceFailed, ContextLengthExceeded, WorkerUnavailable, WorkerLost and
-        TimeoutError. When one choice fails, the others are aborted.
+        Raises QueueFull, QueueTimeout, SequenceRefused, SequenceFailed, ContextLengthExceeded,
+        WorkerUnavailable, WorkerLost and TimeoutError. When one choice fails, the others are aborted.
         """
         self._metrics.num_prompt_tokens += self._prompt_tokens
         if len(self._sequences) == 1:
-            async with aclosing(self._sequences[0].deltas(self._metrics)) as deltas:
+            async with aclosing(self._deltas(self._sequences[0])) as deltas:
                 async for delta in deltas:
                     yield [delta]
         else:
-            async with aclosing(merge([s.deltas(self._metrics) for s in self._sequences])) as batches:
+            async with aclosing(merge([self._deltas(sequence) for sequence in self._sequences])) as batches:
                 async for batch in batches:
                     yield batch
+
+    async def _deltas(self, sequence: _Sequence) -> AsyncGenerator[ChoiceDelta, None]:
+        """One sequence: its wait, its group, its text; and its tokens on its key's account."""
+        wire, assembler, key = sequence.wire, sequence.assembler, self._tenant.name
+        num_prompt = len(wire.prompt_ids) if wire.choice == 0 else 0  # the others share it
+        async with self._admission.slot(key, num_prompt):
+            stream = SequenceStream(self._admission.model, wire, assembler)
+            try:
+                async with aclosing(stream.deltas(self._metrics)) as deltas:
+                    async for delta in deltas:
+                        sequence.num_cached_tokens = stream.num_cached_tokens
+                        yield delta
+            finally:
+                self._admission.charge(key, assembler.num_tokens)
+                self._tenant.count_answer(assembler.num_tokens)
 
 
 def require_ready(model: ServedModel) -> None:
@@ -145,7 +171,7 @@ def require_ready(model: ServedModel) -> None:
 
 
 def _wire_requests(
-    prompt: list[int], prompt_param: str, params: GenerationParams, info: Ready, seed: int
+    prompt: list[int], prompt_param: str, params: GenerationParams, info: Ready, seed: int, cache_salt: bytes
 ) -> list[Generate]:
     """The n sequences of one prompt."""
     if not prompt:
@@ -176,6 +202,7 @@ def _wire_requests(
             sampling=sampling,
             choice=choice,
             group=group,
+            cache_salt=cache_salt,
         )
         for choice in range(params.n)
     ]

@@ -76,6 +76,11 @@ class ModelMetrics:
         self.finished: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0, "error": 0})
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
+        self.resumed: Counter[str] = Counter({"replica": 0, "restarted": 0})
+        self.num_poisoned = 0
+        self.recovery_failed: Counter[str] = Counter({"timeout": 0, "changed": 0, "failed": 0, "stopping": 0})
+        self.num_queued = 0  # sequences that wait in the gateway
+        self.queue_time = Histogram(TTFT_BUCKETS)
 
 
 class SequenceTimer:
@@ -121,6 +126,7 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield from self._request_metrics()
+        yield from self._recovery_metrics()
         yield from self._group_metrics()
         yield from self._pipeline_metrics()
         errors = CounterMetricFamily("sluice:request_errors", "Requests refused or failed.", labels=("code",))
@@ -137,7 +143,15 @@ class Metrics(Collector):
         ttft = _histogram("time_to_first_token_seconds", "From sending a sequence to its first token.")
         itl = _histogram("inter_token_latency_seconds", "Between tokens of a sequence.")
         e2e = _histogram("e2e_request_latency_seconds", "From sending a sequence to its end.")
+        queued = GaugeMetricFamily(
+            "sluice:num_requests_queued",
+            "Sequences that wait in the gateway for a place in a group.",
+            labels=("model_name",),
+        )
+        queue_time = _histogram("queue_time_seconds", "In the gateway's queue, of those that had to wait.")
         for name, metrics in self._by_model.items():
+            queued.add_metric((name,), metrics.num_queued)
+            queue_time.add_metric((name,), metrics.queue_time.cumulated(), metrics.queue_time.sum)
             prompt.add_metric((name,), metrics.num_prompt_tokens)
             generated.add_metric((name,), metrics.num_generated_tokens)
             for reason, count in metrics.finished.items():
@@ -145,7 +159,27 @@ class Metrics(Collector):
             ttft.add_metric((name,), metrics.time_to_first_token.cumulated(), metrics.time_to_first_token.sum)
             itl.add_metric((name,), metrics.inter_token_latency.cumulated(), metrics.inter_token_latency.sum)
             e2e.add_metric((name,), metrics.e2e_request_latency.cumulated(), metrics.e2e_request_latency.sum)
-        yield from (prompt, generated, finished, ttft, itl, e2e)
+        yield from (queued, queue_time, prompt, generated, finished, ttft, itl, e2e)
+
+    def _recovery_metrics(self) -> Iterator[Metric]:
+        resumed = CounterMetricFamily(
+            "sluice:streams_resumed",
+            "Sequences that went on after their group died: on another replica, or once one was restarted.",
+            labels=("model_name", "where"),
+        )
+        poisoned = _counter("requests_poisoned", "Sequences refused because two groups died with them.")
+        failed = CounterMetricFamily(
+            "sluice:recovery_failed",
+            "Sequences lost with their group: none was ready in time, or would go on with them.",
+            labels=("model_name", "reason"),
+        )
+        for name, metrics in self._by_model.items():
+            poisoned.add_metric((name,), metrics.num_poisoned)
+            for where, count in metrics.resumed.items():
+                resumed.add_metric((name, where), count)
+            for reason, count in metrics.recovery_failed.items():
+                failed.add_metric((name, reason), count)
+        yield from (resumed, poisoned, failed)
 
     def _group_metrics(self) -> Iterator[Metric]:
         up = GaugeMetricFamily("sluice:group_ready", "1 when the group is ready.", labels=_GROUP_LABELS)

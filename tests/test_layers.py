@@ -20,6 +20,7 @@ TORCH_FREE_RUNTIME = (
     "sequence",
     "intake",
     "outcome",
+    "faults",
     "blocks",
     "scheduler",
     "static",
@@ -89,7 +90,7 @@ SHARED = (
 SCHEDULING = tuple(f"engines.runtime.{name}" for name in TORCH_FREE_RUNTIME)
 GENERATION = tuple(
     f"gateway.{name}"
-    for name in ("generation", "sequence_stream", "choice", "merge", "recovery", "admission")
+    for name in ("generation", "sequence_stream", "choice", "merge", "recovery", "admission", "tenant")
 )
 WEB = ("fastapi", "starlette", "uvicorn", "sse_starlette")
 

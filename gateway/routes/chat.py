@@ -22,7 +22,7 @@ from gateway.protocol.chat import (
     chat_logprobs,
 )
 from gateway.protocol.common import encoder, parse_body
-from gateway.routes.common import Answer, Gateway, gateway_of, json_response, new_answer
+from gateway.routes.common import Answer, gateway_of, json_response, new_answer, tenant_of
 from gateway.sse import DONE, Chunks, event, open_stream, unless_gone
 
 router = APIRouter()
@@ -32,7 +32,7 @@ router = APIRouter()
 async def create_chat_completion(request: Request) -> Response:
     gateway = gateway_of(request)
     body = parse_body(await request.body(), ChatCompletionRequest)
-    generation = await _start(gateway, body)
+    generation = await _start(request, body)
     answer = new_answer("chatcmpl", body.model, generation.fingerprint)
     if body.stream:
         chunks = _chunks(generation, body, answer)
@@ -41,12 +41,14 @@ async def create_chat_completion(request: Request) -> Response:
     return json_response(await unless_gone(request.receive, _completion(generation, answer)))
 
 
-async def _start(gateway: Gateway, body: ChatCompletionRequest) -> Generation:
+async def _start(request: Request, body: ChatCompletionRequest) -> Generation:
+    gateway = gateway_of(request)
     model = gateway.router.find(body.model)
     params = body.params()
     require_ready(model)
     prompt = await chat_prompt(model, [message.for_template() for message in body.messages])
-    return Generation(model, [prompt], params, gateway.metrics.of(model), prompt_param="messages")
+    admission = gateway.admissions[model.name]
+    return Generation(admission, [prompt], params, tenant_of(request), prompt_param="messages")
 
 
 async def _completion(generation: Generation, answer: Answer) -> ChatCompletion:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,11 +12,14 @@ import msgspec
 from fastapi import Request
 from starlette.responses import Response
 
+from gateway.admission import Admission
 from gateway.errors import to_api_error
+from gateway.keys import KeyRing
 from gateway.metrics import Metrics
 from gateway.router import Router
 from gateway.settings import Settings
 from gateway.sse import DescribeError
+from gateway.tenant import Tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,8 @@ class Gateway:
     settings: Settings
     router: Router
     metrics: Metrics
+    keys: KeyRing
+    admissions: Mapping[str, Admission]  # by the model's name
 
     def error_describer(self, request: Request) -> DescribeError:
         """Gives the error object as JSON, for this request's stream when it fails underway. Counts it."""
@@ -50,6 +56,11 @@ class Answer:
 
 def gateway_of(request: Request) -> Gateway:
     return cast(Gateway, request.app.state.gateway)
+
+
+def tenant_of(request: Request) -> Tenant:
+    """Who asks."""
+    return cast(Tenant, request.state.tenant)
 
 
 def new_answer(prefix: str, model: str, fingerprint: str | None) -> Answer:

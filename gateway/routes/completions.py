@@ -12,7 +12,7 @@ from gateway.choice import ChoiceDelta
 from gateway.generation import Generation, collect, completion_prompts, require_ready
 from gateway.protocol.common import encoder, parse_body
 from gateway.protocol.completions import Completion, CompletionChoice, CompletionRequest, completion_logprobs
-from gateway.routes.common import Answer, Gateway, gateway_of, json_response, new_answer
+from gateway.routes.common import Answer, gateway_of, json_response, new_answer, tenant_of
 from gateway.sse import DONE, Chunks, event, open_stream, unless_gone
 
 router = APIRouter()
@@ -22,7 +22,7 @@ router = APIRouter()
 async def create_completion(request: Request) -> Response:
     gateway = gateway_of(request)
     body = parse_body(await request.body(), CompletionRequest)
-    generation = await _start(gateway, body)
+    generation = await _start(request, body)
     answer = new_answer("cmpl", body.model, generation.fingerprint)
     if body.stream:
         chunks = _chunks(generation, body, answer)
@@ -31,12 +31,14 @@ async def create_completion(request: Request) -> Response:
     return json_response(await unless_gone(request.receive, _completion(generation, body, answer)))
 
 
-async def _start(gateway: Gateway, body: CompletionRequest) -> Generation:
+async def _start(request: Request, body: CompletionRequest) -> Generation:
+    gateway = gateway_of(request)
     model = gateway.router.find(body.model)
     params = body.params()
     require_ready(model)
     prompts = await completion_prompts(model, body.prompt)
-    return Generation(model, prompts, params, gateway.metrics.of(model), prompt_param="prompt")
+    admission = gateway.admissions[model.name]
+    return Generation(admission, prompts, params, tenant_of(request), prompt_param="prompt")
 
 
 async def _completion(generation: Generation, body: CompletionRequest, answer: Answer) -> Completion:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from engines.wire import Progress, RequestError
@@ -17,6 +19,7 @@ from gateway.app import create_app
 from gateway.settings import Settings
 from gateway.workers.protocol import GroupState, WorkerLost, WorkerUnavailable
 from tests.fakes import FakeGroup
+from tests.gateway.groups import until
 from tests.gateway.serving import (
     client_of,
     data_of,
@@ -468,13 +471,23 @@ async def test_a_model_that_is_not_ready_is_503(
 
 
 async def test_a_full_queue_is_429(model_dir: Path, group: FakeGroup) -> None:
-    group.num_outstanding = 64 + 1_024
-    response = await chat(model_dir, group)
-    assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_full")
-    assert response.headers["retry-after"] == "1"
-    group.num_outstanding -= 2
-    assert (await chat(model_dir, group, n=3)).status_code == 429
-    assert (await chat(model_dir, group, n=2)).status_code == 200
+    """Two run and three may wait, two of them in the group."""
+    assert group.info is not None
+    group.info, group.waits_after = msgspec.structs.replace(group.info, max_num_seqs=2), 0
+    app = create_app(Settings(), [make_served(model_dir, group, max_queued=3)])
+    async with client_of(app) as client:
+        first = asyncio.create_task(client.post("/v1/completions", json=RAW | {"n": 3}))
+        await until(lambda: group.num_outstanding == 3)
+        refused = await client.post("/v1/completions", json=RAW | {"n": 3})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        assert refused.headers["retry-after"] == "1"
+        second = asyncio.create_task(client.post("/v1/completions", json=RAW | {"n": 2}))
+        await until(lambda: group.num_outstanding == 4)
+        assert (await client.post("/v1/completions", json=RAW)).status_code == 429
+        assert 'num_requests_queued{model_name="demo"} 1.0' in (await client.get("/metrics")).text
+        group.go_on.set()
+        assert [(await task).status_code for task in (first, second)] == [200, 200]
+        assert (await client.post("/v1/completions", json=RAW)).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
@@ -642,8 +655,15 @@ async def test_replicas_get_the_least_outstanding_work(model_dir: Path) -> None:
     down = make_group(model_dir, name="fake/2", state=GroupState.RESTARTING)
     app = make_app(model_dir, first, second, down)
     first.num_outstanding = 2
+    first.waits_after = second.waits_after = 0
     async with client_of(app) as client:
-        await client.post("/v1/completions", json=RAW | {"prompt": ["a", "b", "c", "d"]})
+        asking = asyncio.create_task(
+            client.post("/v1/completions", json=RAW | {"prompt": ["a", "b", "c", "d"]})
+        )
+        await until(lambda: first.num_outstanding + second.num_outstanding == 6)
+        first.go_on.set()
+        second.go_on.set()
+        assert (await asking).status_code == 200
     assert (len(first.requests), len(second.requests), len(down.requests)) == (1, 3, 0)
 
 
