@@ -14,6 +14,7 @@ from gateway.workers.protocol import GroupState, QueueFull, WorkerGroup, WorkerU
 
 QUEUE_RETRY_SECONDS = 1
 LOADING_RETRY_SECONDS = 5
+RECOVERY_WAIT_SECONDS = 60.0
 
 
 class ModelNotFound(ValueError):  # noqa: N818
@@ -27,6 +28,10 @@ class ShuttingDown(WorkerUnavailable):
 
 class ModelFailed(Exception):  # noqa: N818
     """Every group of the model has failed for good: asking again does not help."""
+
+
+class ModelChanged(Exception):  # noqa: N818
+    """The groups that are ready serve other weights, or in another way, than those before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +52,7 @@ class ServedModel:
     """A model under its names, with everything the gateway needs of it.
 
     `groups` are its replicas. `max_queued`: sequences that may wait per group, beyond those that run.
+    `recovery_wait`: seconds that a sequence waits for a group to go on in when its own has died.
     """
 
     name: str
@@ -57,6 +63,7 @@ class ServedModel:
     aliases: tuple[str, ...] = ()
     owned_by: str = "sluice"
     max_queued: int = 1_024
+    recovery_wait: float = RECOVERY_WAIT_SECONDS
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -90,6 +97,7 @@ def load_served_model(
     aliases: tuple[str, ...] = (),
     owned_by: str = "sluice",
     max_queued: int = 1_024,
+    recovery_wait: float = RECOVERY_WAIT_SECONDS,
     chat_template: Path | None = None,
 ) -> ServedModel:
     """Reads the model directory's tokenizer.json and chat template (`chat_template` replaces it).
@@ -110,6 +118,7 @@ def load_served_model(
         aliases=aliases,
         owned_by=owned_by,
         max_queued=max_queued,
+        recovery_wait=recovery_wait,
     )
 
 
@@ -157,12 +166,20 @@ def ready_groups(model: ServedModel) -> list[WorkerGroup]:
     raise WorkerUnavailable(f"The model '{model.name}' is not ready.", LOADING_RETRY_SECONDS)
 
 
-def pick(model: ServedModel, planned: Mapping[str, int], num_sequences: int) -> WorkerGroup:
+def pick(
+    model: ServedModel, planned: Mapping[str, int], num_sequences: int, fingerprint: str | None = None
+) -> WorkerGroup:
     """The ready group with the least outstanding work, with room for the sequences.
 
-    `planned`: sequences about to be sent, by group name. Raises WorkerUnavailable, ModelFailed, QueueFull.
+    `planned`: sequences about to be sent, by group name. `fingerprint`: of a group that has begun them; only
+    such groups go on with them. Raises WorkerUnavailable, ModelFailed, QueueFull, ModelChanged.
     """
-    group = min(ready_groups(model), key=lambda group: _load(group, planned))
+    groups = ready_groups(model)
+    if fingerprint is not None:
+        groups = [group for group in groups if group.info and group.info.fingerprint == fingerprint]
+        if not groups:
+            raise ModelChanged(f"The model '{model.name}' is not the one that was served before.")
+    group = min(groups, key=lambda group: _load(group, planned))
     room = model.max_queued + (group.info.max_num_seqs if group.info else 0)
     if _load(group, planned) + num_sequences > room:
         raise QueueFull(f"The model '{model.name}' has too many requests waiting.", QUEUE_RETRY_SECONDS)

@@ -1,15 +1,15 @@
-"""One sequence in its group, from the request to the end of its text."""
+"""One sequence, from the request to the end of its text."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import cast
 
-from engines.wire import Generate, RequestError, TokenDelta
+from engines.wire import Generate, RequestError
 from gateway.choice import ChoiceAssembler, ChoiceDelta
 from gateway.metrics import ModelMetrics, SequenceTimer
-from gateway.workers.protocol import WorkerGroup
+from gateway.recovery import Recovery
+from gateway.router import ServedModel
 
 
 class ContextLengthExceeded(ValueError):  # noqa: N818
@@ -29,10 +29,10 @@ class SequenceFailed(Exception):  # noqa: N818
 
 
 class SequenceStream:
-    """One sequence in its group, and its text."""
+    """One sequence, in whatever group it is, and its text."""
 
-    def __init__(self, group: WorkerGroup, wire: Generate, assembler: ChoiceAssembler) -> None:
-        self._group = group
+    def __init__(self, model: ServedModel, wire: Generate, assembler: ChoiceAssembler) -> None:
+        self._model = model
         self._wire = wire
         self._assembler = assembler
         self.num_cached_tokens = 0
@@ -45,10 +45,9 @@ class SequenceStream:
         """Ends after the delta with the finish reason, and aborts what is left of the sequence."""
         timer = SequenceTimer(metrics)
         reason = "abort"
-        # The protocol says that it can be closed; an AsyncIterator's type does not.
-        source = cast("AsyncGenerator[TokenDelta, None]", self._group.generate(self._wire))
+        recovery = Recovery(self._model, self._wire, metrics)
         try:
-            async with aclosing(source):
+            async with aclosing(recovery.deltas()) as source:
                 async for delta in source:
                     if delta.error is not None:
                         raise _request_error(delta.error)

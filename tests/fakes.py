@@ -44,7 +44,8 @@ def ready(vocab_size: int, max_model_len: int = 512, max_num_seqs: int = 64) -> 
 class FakeGroup:
     """Says `says`, one token a delta, whatever it is asked; then, if there is room, the end token.
 
-    `fails_after` tokens it raises `failure`; after `waits_after` tokens it waits for `go_on`.
+    `fails_after` tokens it raises `failure` (and is ready no more if that is the end of the group); after
+    `waits_after` tokens it waits for `go_on`.
     """
 
     says: list[int]
@@ -74,7 +75,7 @@ class FakeGroup:
         has_ended = False
         try:
             for place, delta in enumerate(self._deltas(request)):
-                num_sent = place * self.tokens_per_delta
+                num_sent = len(request.resume_token_ids) + place * self.tokens_per_delta
                 if self.waits_after is not None and num_sent >= self.waits_after:
                     await self.go_on.wait()
                 if self.fails_after is not None and num_sent >= self.fails_after:
@@ -87,6 +88,8 @@ class FakeGroup:
                 self.closed_early.append(request.id)
 
     def _failure(self, request: Generate) -> TokenDelta:
+        if isinstance(self.fails_with, WorkerLost):
+            self.state = GroupState.RESTARTING
         if isinstance(self.fails_with, Exception):
             raise self.fails_with
         return TokenDelta(id=request.id, error=self.fails_with)
@@ -98,7 +101,7 @@ class FakeGroup:
             ids = [*ids, self.eos_id]
         reason: FinishReason = "stop" if is_stop else "length"
         deltas = []
-        for start in range(0, len(ids), self.tokens_per_delta):
+        for start in range(len(request.resume_token_ids), len(ids), self.tokens_per_delta):
             some = ids[start : start + self.tokens_per_delta]
             is_last = start + len(some) == len(ids)
             num_top = request.sampling.logprobs

@@ -1,24 +1,39 @@
-"""From a Generate to a Sequence, or to the reason why it cannot be one. Common to all batching policies."""
+"""From a Generate to a Sequence, or to the reason why it cannot be one. Common to all batching policies.
+
+Whatever passes here cannot make the model, the sampler or the scheduler fail: every value is within
+engines.bounds and every id within the vocabulary, whatever the gateway has checked.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+from engines import bounds
+from engines.runtime.faults import failed
 from engines.runtime.sequence import Sequence, root_hash
 from engines.wire import FinishReason, Generate, RequestError, TokenDelta
 
 
 class Intake:
-    """`max_model_len` bounds prompt and generated tokens of one sequence."""
+    """`max_model_len` bounds prompt and generated tokens of one sequence, `vocab_size` the ids in it."""
 
-    def __init__(self, max_model_len: int, eos_token_ids: Iterable[int], prefix_cache: bool) -> None:
+    def __init__(
+        self, max_model_len: int, eos_token_ids: Iterable[int], prefix_cache: bool, vocab_size: int
+    ) -> None:
         self.max_model_len = max_model_len
+        self._vocab_size = vocab_size
         self._eos_ids = frozenset(eos_token_ids)
         self._prefix_cache = prefix_cache
         self._num_arrivals = 0
 
     def take(self, request: Generate) -> Sequence | TokenDelta:
-        """A delta is its end: it was refused, or there is nothing to generate."""
+        """A delta is its end: it was refused, or there is nothing to generate. Never raises."""
+        try:
+            return self._take(request)
+        except Exception as error:  # in what it asks for: its own
+            return TokenDelta(id=request.id, error=failed("taking it in", error))
+
+    def _take(self, request: Generate) -> Sequence | TokenDelta:
         if (error := self._refusal(request)) is not None:
             return TokenDelta(id=request.id, error=error)
         sequence = self._new_sequence(request)
@@ -28,8 +43,10 @@ class Intake:
     def _refusal(self, request: Generate) -> RequestError | None:
         if not request.prompt_ids:
             return RequestError("invalid_request", "the prompt is empty; it needs at least one token")
+        if (message := next(out_of_bounds(request, self._vocab_size), None)) is not None:
+            return RequestError("invalid_request", message)
         num_tokens = len(request.prompt_ids) + len(request.resume_token_ids)
-        will_generate = request.max_tokens > len(request.resume_token_ids)
+        will_generate = request.max_tokens > 0 and not request.resume_token_ids
         if num_tokens + will_generate <= self.max_model_len:
             return None
         message = (
@@ -50,6 +67,7 @@ class Intake:
             stop_ids=eos_ids.union(request.stop_token_ids),
             hash_root=self._hash_root(request),
             prompt_logprobs=[None] if scores_prompt else None,
+            has_reported=bool(request.resume_token_ids),
         )
 
     def _hash_root(self, request: Generate) -> bytes | None:
@@ -57,6 +75,37 @@ class Intake:
         if self._prefix_cache:
             return root_hash(request.cache_salt, "")
         return root_hash(request.cache_salt, request.group) if request.group else None
+
+
+def out_of_bounds(request: Generate, vocab_size: int) -> Iterator[str]:
+    """What in `request` no engine could serve, in sentences. The length is the model's to bound."""
+    for part, ranges in ((request, bounds.GENERATE), (request.sampling, bounds.SAMPLING)):
+        for name, allowed in ranges.items():
+            value = getattr(part, name)
+            if value is not None and not allowed.holds(value):
+                yield f"'{name}' is {value}; {allowed.min} to {allowed.max} is allowed"
+    bias = request.sampling.logit_bias
+    for name, ids in (
+        ("prompt_ids", request.prompt_ids),
+        ("resume_token_ids", request.resume_token_ids),
+        ("stop_token_ids", request.stop_token_ids),
+        ("logit_bias", bias),
+    ):
+        if ids and not (0 <= min(ids) and max(ids) < vocab_size):
+            wrong = min(ids) if min(ids) < 0 else max(ids)
+            yield f"'{name}' has the token id {wrong}; this model's are 0 to {vocab_size - 1}"
+    if not all(map(bounds.LOGIT_BIAS.holds, bias.values())):
+        low, high = bounds.LOGIT_BIAS
+        yield f"'logit_bias' has a value that is not a number from {low} to {high}"
+    for name, items, most in (
+        ("logit_bias", bias, bounds.MAX_LOGIT_BIASES),
+        ("stop_token_ids", request.stop_token_ids, bounds.MAX_STOP_TOKEN_IDS),
+        ("id", request.id, bounds.MAX_LABEL_CHARS),
+        ("group", request.group, bounds.MAX_LABEL_CHARS),
+        ("cache_salt", request.cache_salt, bounds.MAX_LABEL_CHARS),
+    ):
+        if len(items) > most:
+            yield f"'{name}' has {len(items)} items; at most {most} are allowed"
 
 
 def _ended_before(sequence: Sequence) -> FinishReason | None:

@@ -9,7 +9,7 @@ from hashlib import blake2b
 import numpy as np
 
 from engines.runtime.plan import Int32
-from engines.wire import Generate, TokenLogprob
+from engines.wire import Generate, RequestError, TokenLogprob
 
 _DIGEST_BYTES = 32
 
@@ -49,8 +49,9 @@ class Sequence:
     num_hashed_blocks: int = 0  # of block_table, offered to the prefix cache (or read from it)
     slot: int = -1
     is_finished: bool = False
-    has_reported: bool = False
+    has_reported: bool = False  # what is said once; of a resumed one the group before has said it
     num_cached_tokens: int | None = None  # prompt tokens read from the cache when first admitted
+    error: RequestError | None = None  # its own work failed: it ends with its next result
     prompt_logprobs: list[TokenLogprob | None] | None = None  # collected so far; None: not asked for
     _history: array[int] = field(default_factory=lambda: array("i"))
 

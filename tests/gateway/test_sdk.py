@@ -10,6 +10,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from gateway.settings import Settings
+from gateway.workers.protocol import WorkerUnavailable
 from tests.fakes import FakeGroup
 from tests.gateway.serving import listening, make_app, make_group, make_model_dir
 
@@ -135,13 +136,11 @@ def test_a_stream_that_breaks_raises(client: OpenAI, group: FakeGroup) -> None:
     assert caught.value.code == "worker_lost"
 
 
-@pytest.mark.parametrize(("failure", "num_tries"), [(None, 2), (TimeoutError("x"), 1)])
+@pytest.mark.parametrize(("failure", "num_tries"), [(WorkerUnavailable("x"), 2), (TimeoutError("x"), 1)])
 def test_only_what_may_go_better_is_tried_again(
-    client: OpenAI, group: FakeGroup, failure: Exception | None, num_tries: int
+    client: OpenAI, group: FakeGroup, failure: Exception, num_tries: int
 ) -> None:
-    group.fails_after = 0
-    if failure is not None:
-        group.fails_with = failure
+    group.fails_after, group.fails_with = 0, failure
     with pytest.raises(openai.InternalServerError):
         client.with_options(max_retries=1).chat.completions.create(model="demo", messages=MESSAGES)
     assert len(group.requests) == num_tries
