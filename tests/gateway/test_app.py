@@ -620,7 +620,7 @@ async def test_metrics_count_what_happened(model_dir: Path, group: FakeGroup) ->
     num_generated = 3 + 3 + len(group.says) + 1 + len(ids_of(model_dir, "Hello world, how")) + 1
     assert samples['sluice:generation_tokens_total{model_name="demo"}'] == f"{num_generated}.0"
     assert samples['sluice:request_errors_total{code="model_not_found"}'] == "1.0"
-    assert samples['sluice:group_ready{engine="0",model_name="demo"}'] == "1.0"
+    assert samples['sluice:group_ready{engine="0",model_name="demo"}'] == "0.0"  # it died
     assert "hostile" not in text
 
 
