@@ -148,7 +148,8 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, tag="
     num_generated_tokens: int = 0
     num_computed_tokens: int = 0  # by finished steps: prompts, again what was preempted, and what was drawn
     num_step_tokens: int = 0  # of the largest plan in flight: how much the step in progress computes
-    active_seconds: float = 0.0  # of rounds with plans in flight
+    num_active_steps: int = 0  # of num_steps, those with plans in flight
+    active_seconds: float = 0.0  # that they took
     stage_busy_seconds: list[float] = []  # of each pipeline stage, first to last; empty without stages
 
 

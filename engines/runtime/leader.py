@@ -69,7 +69,7 @@ class Leader:
         self._inbox = inbox
         self._plans_in_flight = plans_in_flight
         self._stage_busy_seconds = stage_busy_seconds
-        self._num_steps = 0
+        self._num_steps = self._num_active_steps = 0
         self._num_computed_tokens = 0
         self._tokens_in_flight: deque[int] = deque()  # of each plan
         self._active_seconds = 0.0
@@ -90,6 +90,7 @@ class Leader:
             self._num_computed_tokens += self._tokens_in_flight.popleft()
             self._emit(self._scheduler.update(plan, result))
             self._active_seconds += perf_counter() - started
+            self._num_active_steps += 1
         else:
             # work that no plan takes up is a static batch that may still fill
             self._inbox.wait(BATCH_WAIT_SECONDS if self._scheduler.has_work else IDLE_WAIT_SECONDS)
@@ -100,6 +101,7 @@ class Leader:
             self._scheduler.stats(self._num_steps),
             num_computed_tokens=self._num_computed_tokens,
             num_step_tokens=max(self._tokens_in_flight, default=0),
+            num_active_steps=self._num_active_steps,
             active_seconds=self._active_seconds,
             stage_busy_seconds=self._stage_busy_seconds(),
         )

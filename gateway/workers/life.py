@@ -7,17 +7,19 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 
 from engines.config import ModelConfig
 from engines.wire import Failed, Ready
-from gateway.workers.connection import GROUP_DIED, Connection, Report, accept, is_hang, listen
+from gateway.workers.connection import GROUP_DIED, Connection, Report, accept, listen
 from gateway.workers.group import Group
+from gateway.workers.hang import LOOK_SECONDS, Evidence, Look, Watch, verdict
 from gateway.workers.lastwords import describe_exit, is_echo, last_words, names_a_rank
 from gateway.workers.process import Command, GuardedProcess
 from gateway.workers.protocol import GroupState
+from gateway.workers.pulse import Pulse, ranks
 from gateway.workers.rundir import run_directory
 
 log = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ class Life:
         self._death: asyncio.Future[Failed] = asyncio.get_running_loop().create_future()
         self._look_in_logs = False
         self._ready_at: float | None = None
-        self._connection = Connection(self._on_report, self._on_lost, self._on_silence)
+        self._connection = Connection(self._on_report, self._on_lost)
 
     async def run(self) -> Death:
         """Until the group is dead and nothing of it is left, also when cancelled."""
@@ -87,13 +89,15 @@ class Life:
             accepting = asyncio.create_task(accept(listener, path, self._connection))
             accepting.add_done_callback(self._on_accepted)
             starting = asyncio.create_task(self._limit_start())
+            watching = asyncio.create_task(self._watch(process.pid))
+            watching.add_done_callback(self._on_watched)
             try:
                 yield process
             finally:
-                starting.cancel()
-                accepting.cancel()
+                for task in (accepting, starting, watching):
+                    task.cancel()
                 self._connection.close("the worker group is being stopped")
-                await process.end()
+                await _to_its_end(process.end())
         finally:
             listener.close()
 
@@ -113,9 +117,36 @@ class Life:
             where = f" (in {progress.phase}, at {progress.fraction:.0%})" if progress else ""
             self._die(f"not ready within startupTimeout, {timeout:g} s{where}")
 
+    async def _watch(self, guard: int) -> None:
+        """Until the group hangs."""
+        pulse, watch = Pulse(guard), Watch(self._spec.config.response_timeout)
+        evidence = Evidence()
+        while (reason := verdict(evidence)) is None:
+            await asyncio.sleep(LOOK_SECONDS)
+            evidence = watch.see(self._look(pulse, closely=evidence.stood > 0))
+        log.warning("%s: hangs: %s; %s", self._spec.name, reason, evidence)
+        self._die(f"hangs: {reason}")
+
+    def _look(self, pulse: Pulse, closely: bool) -> Look:
+        now, info = time.monotonic(), self._group.info
+        if self._ready_at is None or info is None:
+            return Look(now, pulse.is_any_stopped(has_loaded=False))
+        return Look(
+            now=now,
+            is_stopped=pulse.is_any_stopped(has_loaded=True),
+            ranks=ranks(info.pids, closely),
+            num_signs=self._connection.num_signs,
+            stats=self._group.stats,
+        )
+
     def _on_accepted(self, accepting: asyncio.Task[None]) -> None:
         if not accepting.cancelled() and (error := accepting.exception()) is not None:
             self._die(f"cannot accept the connection of the workers: {error}")
+
+    def _on_watched(self, watching: asyncio.Task[None]) -> None:
+        """A watch that fails must not leave the group unwatched."""
+        if not watching.cancelled() and (error := watching.exception()) is not None:
+            self._die(f"cannot watch the workers: {error!r}")
 
     def _on_report(self, message: Report) -> None:
         self._group.report(message)
@@ -131,10 +162,6 @@ class Life:
 
     def _on_lost(self, reason: str) -> None:
         self._die(reason, look_in_logs=True)
-
-    def _on_silence(self, stood_still: float) -> None:
-        if is_hang(stood_still, self._spec.config.response_timeout):
-            self._die(f"hangs: no step finished for {stood_still:.1f} s while requests waited")
 
     def _on_exit(self, _: asyncio.Future[int]) -> None:
         if self._connection.is_connected:  # its end is on the way
@@ -174,3 +201,16 @@ class Life:
 
     def _ready_seconds(self) -> float:
         return time.monotonic() - self._ready_at if self._ready_at is not None else 0.0
+
+
+async def _to_its_end(work: Coroutine[None, None, None]) -> None:
+    """Await `work` even if cancelled meanwhile, however often; then be cancelled."""
+    task, cancelled = asyncio.ensure_future(work), False
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            cancelled = True
+    task.result()
+    if cancelled:
+        raise asyncio.CancelledError

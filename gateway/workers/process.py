@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class GuardedProcess:
         """Kill whatever is left and wait until it is gone."""
         if not self.exited.done():
             self._popen.terminate()
+            self._popen.send_signal(signal.SIGCONT)  # a guard that somebody has stopped shall hear it
             await asyncio.wait([self.exited], timeout=_END_SECONDS)
         if not self.exited.done():
             log.error("processes under pid %d do not end after SIGKILL; left to the system", self.pid)
