@@ -92,7 +92,7 @@ class Recovery:
     def _send(self, group: WorkerGroup) -> AsyncGenerator[TokenDelta, None]:
         assert group.info is not None, "a ready group has said what it is"
         self._group, self._fingerprint = group, group.info.fingerprint
-        request = msgspec.structs.replace(self._request, resume_token_ids=self._delivered)
+        request = msgspec.structs.replace(self._request, resume_token_ids=[*self._delivered])
         # The protocol says that it can be closed; an AsyncIterator's type does not.
         return cast("AsyncGenerator[TokenDelta, None]", group.generate(request))
 
