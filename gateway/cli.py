@@ -121,6 +121,14 @@ def serve(
         float,
         typer.Option(min=0, envvar="SLUICE_GRACE", help="Seconds that running requests get at SIGTERM."),
     ] = 30.0,
+    recovery_wait: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            envvar="SLUICE_RECOVERY_WAIT",
+            help="Seconds that a stream waits to go on when its workers have died.",
+        ),
+    ] = 60.0,
     log_level: Annotated[LogLevel, typer.Option(envvar="SLUICE_LOG_LEVEL")] = LogLevel.INFO,
     log_dir: Annotated[
         Path | None, typer.Option(envvar="SLUICE_LOG_DIR", help="Where the ranks' logs go.")
@@ -165,6 +173,7 @@ def serve(
         port=port,
         api_keys=tuple(api_key or ()),
         grace=grace,
+        recovery_wait=recovery_wait,
         log_level=log_level.value,
         log_dir=log_dir,
         access_log=access_log,

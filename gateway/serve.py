@@ -40,13 +40,14 @@ class CannotServe(ValueError):  # noqa: N818
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What is not about a model. `grace` in seconds; port 0 is any free one; `replace`: the gateway that
-    listens there hands over when we are ready."""
+    """What is not about a model. `grace` and `recovery_wait` in seconds; port 0 is any free one; `replace`:
+    the gateway that listens there hands over when we are ready."""
 
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
     grace: float = 30.0
+    recovery_wait: float = 60.0
     log_level: str = "info"
     log_dir: Path | None = None
     access_log: bool = False
@@ -164,7 +165,9 @@ class _Service:
 
         settings = Settings(api_keys=self._options.api_keys)
         try:
-            models = [_served_model(config, self._groups) for config in self._configs]
+            models = [
+                _served_model(config, self._groups, self._options.recovery_wait) for config in self._configs
+            ]
             app = create_app(settings, models)
         except (OSError, ValueError) as error:
             raise CannotServe(str(error)) from error
@@ -251,7 +254,7 @@ class _Signals:
         (self.second if self.first.is_set() else self.first).set()
 
 
-def _served_model(config: ModelConfig, groups: Sequence[Group]) -> ServedModel:
+def _served_model(config: ModelConfig, groups: Sequence[Group], recovery_wait: float) -> ServedModel:
     from gateway.router import load_served_model
 
     name, *aliases = config.served_model_names
@@ -262,6 +265,7 @@ def _served_model(config: ModelConfig, groups: Sequence[Group]) -> ServedModel:
         groups=[group for group in groups if group.config.model_name == config.model_name],
         created=int(time.time()),
         max_queued=config.job_queue_size,
+        recovery_wait=recovery_wait,
         chat_template=Path(config.chat_template) if config.chat_template else None,
     )
 
