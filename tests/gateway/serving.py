@@ -11,11 +11,11 @@ from pathlib import Path
 from threading import Thread
 
 import httpx
-import uvicorn
 from fastapi import FastAPI
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from gateway.app import create_app
+from gateway.http_server import make_server
 from gateway.router import ServedModel, load_served_model
 from gateway.settings import Settings
 from gateway.workers.protocol import WorkerGroup
@@ -83,7 +83,12 @@ def make_group(
 
 
 def make_served(directory: Path, *groups: WorkerGroup, **options: object) -> ServedModel:
-    named = {"name": "demo", "aliases": ("org/demo",), "created": 1_700_000_000} | options
+    named = {
+        "name": "demo",
+        "aliases": ("org/demo",),
+        "created": 1_700_000_000,
+        "recovery_wait": 0.05,
+    } | options
     return load_served_model(directory, groups=groups, **named)  # type: ignore[arg-type]
 
 
@@ -102,7 +107,7 @@ async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 @contextmanager
 def listening(app: FastAPI) -> Iterator[str]:
     """The application on a free port of 127.0.0.1, in a thread with an event loop of its own."""
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    server = make_server(app, access_log=False, flush_seconds=5)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = Thread(target=lambda: asyncio.run(server.serve([listener])))
         thread.start()
