@@ -292,6 +292,7 @@ def _scheduler(config: ModelConfig, ready: Ready, engine: Engine) -> Scheduler:
             eos_token_ids=ready.eos_token_ids,
             now=time.monotonic,
             min_prompt_len=getattr(engine, "min_prompt_len", 1),
+            vocab_size=ready.vocab_size,
         )
     return ContinuousScheduler(
         num_blocks=ready.num_blocks,
@@ -303,6 +304,7 @@ def _scheduler(config: ModelConfig, ready: Ready, engine: Engine) -> Scheduler:
         prefix_cache=config.prefix_cache,
         max_plans_in_flight=engine.plans_in_flight,
         min_prompt_tokens=_MIN_PROMPT_TOKENS[ready.device] if engine.plans_in_flight > 1 else None,
+        vocab_size=ready.vocab_size,
     )
 
 

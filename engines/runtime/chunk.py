@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from engines.runtime.faults import failed
 from engines.runtime.plan import LAST_SAMPLED, Int32, RowSampling, RowUse, StepKind, StepPlan
 from engines.runtime.sequence import Sequence
 from engines.wire import SamplingParams
@@ -15,8 +16,9 @@ from engines.wire import SamplingParams
 
 @dataclass(slots=True, eq=False)
 class Chunk:
-    """The consecutive tokens of one sequence that one plan computes, and the rows of logits it wants:
-    first those of `num_prompt_rows` prompt positions, then, if `samples`, one for each draft and one more.
+    """The consecutive tokens of one sequence that one plan computes, and the rows of logits it wants: first
+    those of `num_prompt_rows` prompt positions; then, if it `samples`, one for each draft and one more, else
+    one that tells whether what it computed is finite.
     """
 
     sequence: Sequence
@@ -33,7 +35,7 @@ class Chunk:
 
     @property
     def num_rows(self) -> int:
-        return self.num_prompt_rows + (len(self.drafts) + 1 if self.samples else 0)
+        return self.num_prompt_rows + len(self.drafts) + 1
 
 
 class BlockTables:
@@ -82,8 +84,7 @@ def build_plan(chunks: list[Chunk], tables: BlockTables) -> StepPlan:
         chunk.first_row = len(rows.index)
         _add_prompt_rows(rows, chunk, offset=len(input_ids) - chunk.start)
         input_ids.extend(_input_ids(chunk))
-        if chunk.samples:
-            _add_sample_rows(rows, chunk, last=len(input_ids) - 1)
+        _add_last_rows(rows, chunk, last=len(input_ids) - 1)
     starts = np.array([chunk.start for chunk in chunks], np.int32)
     lengths = np.array([chunk.num_tokens for chunk in chunks], np.int32)
     slots = np.array([chunk.sequence.slot for chunk in chunks], np.int32)
@@ -132,13 +133,22 @@ def _add_prompt_rows(rows: _Rows, chunk: Chunk, offset: int) -> None:
     chunk.num_prompt_rows = max(0, last - first)
 
 
-def _add_sample_rows(rows: _Rows, chunk: Chunk, last: int) -> None:
-    """A row for each draft, and one for the token after them."""
-    drafts = chunk.drafts
-    for index, draft in enumerate(drafts):
-        sampling = _row_sampling(chunk, index, target_id=draft)
-        rows.add(last - len(drafts) + index, RowUse.VERIFY, sampling)
-    rows.add(last, RowUse.SAMPLE, _row_sampling(chunk, len(drafts), target_id=-1))
+def _add_last_rows(rows: _Rows, chunk: Chunk, last: int) -> None:
+    """A row for each draft, and one for the token after them; a row that is checked where none is drawn."""
+    if chunk.samples:
+        try:
+            samplings = [_row_sampling(chunk, i, draft) for i, draft in enumerate((*chunk.drafts, -1))]
+        except Exception as error:  # in its history: its own
+            chunk.sequence.error = failed("its sampling parameters", error)
+            samplings = [RowSampling(_CHECKING, chunk.end)] * (len(chunk.drafts) + 1)
+        uses = [RowUse.VERIFY] * len(chunk.drafts) + [RowUse.SAMPLE]
+    elif chunk.sequence.is_finished:  # of a static batch, carried on
+        return
+    else:
+        samplings, uses = [RowSampling(_CHECKING, chunk.end)], [RowUse.CHECK]
+    first = last + 1 - len(uses)
+    for index, (use, sampling) in enumerate(zip(uses, samplings, strict=True), first):
+        rows.add(index, use, sampling)
 
 
 def _row_sampling(chunk: Chunk, num_drafts: int, target_id: int) -> RowSampling:
@@ -162,6 +172,7 @@ def _row_sampling(chunk: Chunk, num_drafts: int, target_id: int) -> RowSampling:
 
 
 _NO_HISTORY = np.empty(0, np.int32)
+_CHECKING = SamplingParams(temperature=0.0)
 
 
 @lru_cache(maxsize=64)

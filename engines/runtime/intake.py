@@ -91,7 +91,7 @@ def out_of_bounds(request: Generate, vocab_size: int) -> Iterator[str]:
         ("stop_token_ids", request.stop_token_ids),
         ("logit_bias", bias),
     ):
-        if ids and not (0 <= min(ids) and max(ids) < vocab_size):
+        if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
             wrong = min(ids) if min(ids) < 0 else max(ids)
             yield f"'{name}' has the token id {wrong}; this model's are 0 to {vocab_size - 1}"
     if not all(map(bounds.LOGIT_BIAS.holds, bias.values())):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engines.runtime.chunk import Chunk
+from engines.runtime.faults import failed
 from engines.runtime.plan import StepResult
 from engines.runtime.sequence import Sequence
 from engines.wire import FinishReason, RequestError, TokenDelta, TokenLogprob
@@ -10,13 +11,28 @@ from engines.wire import FinishReason, RequestError, TokenDelta, TokenLogprob
 
 def take_result(chunk: Chunk, token_ids: list[int], result: StepResult) -> TokenDelta | None:
     """Give the chunk's sequence its tokens and prompt log-probabilities; None if there is nothing to send.
+    Never raises: what fails is that sequence's end.
 
     `token_ids` are those of `result` as a list. With drafts, those drawn as guessed are accepted, and
     the first that was not: it is what the model drew instead.
     """
     sequence = chunk.sequence
     if result.errors and (message := _first_error(chunk, result)) is not None:
-        return TokenDelta(id=sequence.id, error=RequestError("internal", message))
+        return end_with(sequence, RequestError("internal", message))
+    if sequence.error is not None:
+        return end_with(sequence, sequence.error)
+    try:
+        return _take_result(chunk, token_ids, result)
+    except Exception as error:  # in what it asked for: its own
+        return end_with(sequence, failed("taking its result", error))
+
+
+def end_with(sequence: Sequence, error: RequestError) -> TokenDelta:
+    return TokenDelta(id=sequence.request.id, error=error)
+
+
+def _take_result(chunk: Chunk, token_ids: list[int], result: StepResult) -> TokenDelta | None:
+    sequence = chunk.sequence
     if chunk.num_prompt_rows:
         _collect_prompt_logprobs(chunk, result)
     if chunk.samples:

@@ -32,6 +32,7 @@ class RowUse(IntEnum):
     SAMPLE = 0
     PROMPT_LOGPROBS = 1
     VERIFY = 2  # score a drafted token
+    CHECK = 3  # only that it is finite: the last token of a chunk that samples nothing
 
 
 class RowSampling(msgspec.Struct, frozen=True, eq=False):
@@ -127,10 +128,10 @@ class StepPlan:
 class StepResult:
     """What the rows of a plan gave, in the order of `plan.logit_rows`.
 
-    `errors` maps a row to why its own work failed (a penalty, a bias, a grammar): that sequence ends,
-    its batch-mates go on, and its token id is -1.
+    `errors` maps a row to why its own work failed (a penalty, a bias, a grammar, logits that are NaN): that
+    sequence ends, its batch-mates go on, and its token id is -1.
     """
 
-    token_ids: Int32  # [L]; the drawn token (SAMPLE, VERIFY), the target for PROMPT_LOGPROBS
+    token_ids: Int32  # [L]; the drawn token (SAMPLE, VERIFY), the target for PROMPT_LOGPROBS, -1 for CHECK
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # row -> value, for rows that asked
     errors: dict[int, str] = field(default_factory=dict)

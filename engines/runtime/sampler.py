@@ -2,16 +2,20 @@
 
 Order: penalties, bias, bans; then temperature, top_k, top_p, min_p; then one draw by inverse CDF in
 vocabulary order. Log-probabilities are of the model's own distribution, before all of that.
+
+A row harms no other: what raises for many rows at once is done again row by row, and a row whose largest
+logit is not a number (anything that is not finite in a sequence's K/V makes its logits so) is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engines.runtime.faults import describe
 from engines.runtime.plan import RowSampling, RowUse, StepResult
 from engines.runtime.random import uniforms
 from engines.wire import TokenLogprob
@@ -26,31 +30,55 @@ def sample(logits: Tensor, rows: Sequence[RowSampling], row_use: Sequence[int]) 
     Args:
         logits: [L, V] float32; changed in place.
         rows: how to treat each row.
-        row_use: RowUse of each row; rows for PROMPT_LOGPROBS draw nothing.
+        row_use: RowUse of each row; only rows for SAMPLE and VERIFY draw.
     """
     raw = logits.log_softmax(-1) if any(row.params.logprobs is not None for row in rows) else None
-    errors = _adjust(logits, rows, row_use)
-    tokens = _draw(logits, rows, row_use)
+    errors: dict[int, str] = {}
+    drawn = [i for i, use in enumerate(row_use) if use in _DRAWN]
+    for i in filter(lambda i: _is_adjusted(rows[i]), drawn):
+        _guarded([i], lambda own: _adjust_row(logits[own[0]], rows[own[0]]), "penalties and biases", errors)
+    tokens = _likeliest(logits, errors)
+    random = [i for i in drawn if rows[i].params.temperature > 0 and i not in errors]
+    _guarded(random, lambda some: _put_random(tokens, logits, rows, some), "sampling", errors)
     for i, row in enumerate(rows):
-        if row_use[i] == RowUse.PROMPT_LOGPROBS:
+        if row_use[i] not in _DRAWN:
             tokens[i] = row.target_id
-    for i in errors:
-        tokens[i] = -1
-    logprobs = {} if raw is None else _logprobs(raw, rows, tokens, errors)
+    logprobs: dict[int, TokenLogprob] = {}
+    if raw is not None:
+        asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None and i not in errors]
+        _guarded(asked, lambda some: logprobs.update(_logprobs(raw, rows, tokens, some)), "logprobs", errors)
+    tokens[list(errors)] = -1
     return StepResult(tokens.astype(np.int32), logprobs, errors)
 
 
-def _adjust(logits: Tensor, rows: Sequence[RowSampling], row_use: Sequence[int]) -> dict[int, str]:
-    """Penalties, bias and bans, row by row, so that a failure is that row's own."""
-    errors: dict[int, str] = {}
-    for i, row in enumerate(rows):
-        if row_use[i] == RowUse.PROMPT_LOGPROBS:
-            continue
-        try:
-            _adjust_row(logits[i], row)
-        except Exception as error:  # whatever it is, it is this request's own
-            errors[i] = f"sampling parameters could not be applied: {type(error).__name__}: {error}"
-    return errors
+_DRAWN = (RowUse.SAMPLE, RowUse.VERIFY)
+
+
+def _guarded(rows: list[int], work: Callable[[list[int]], object], name: str, errors: dict[int, str]) -> None:
+    """`work(rows)`; if that raises, `work([row])` for each, and those that still raise are in error."""
+    if not rows:
+        return
+    try:
+        work(rows)
+    except Exception as error:  # whatever it is, it is somebody's own
+        if len(rows) == 1:
+            errors[rows[0]] = describe(name, error)
+            return
+        for row in rows:
+            _guarded([row], work, name, errors)
+
+
+def _likeliest(logits: Tensor, errors: dict[int, str]) -> np.ndarray:
+    """[L, V] to [L]. A maximum is NaN where anything is: that row is in error."""
+    values, best = logits.max(-1)
+    tokens: np.ndarray = best.masked_fill_(~values.isfinite(), -1).cpu().numpy()
+    for i in np.flatnonzero(tokens < 0).tolist():
+        errors.setdefault(i, "the model gave logits that are not finite")
+    return tokens
+
+
+def _is_adjusted(row: RowSampling) -> bool:
+    return bool(len(row.token_ids) or row.params.logit_bias or row.banned_ids)
 
 
 def _adjust_row(logits: Tensor, row: RowSampling) -> None:
@@ -78,14 +106,10 @@ def _penalise(logits: Tensor, row: RowSampling) -> None:
         logits[ids] -= params.presence_penalty + params.frequency_penalty * times
 
 
-def _draw(logits: Tensor, rows: Sequence[RowSampling], row_use: Sequence[int]) -> np.ndarray:
-    tokens: np.ndarray = logits.argmax(-1).cpu().numpy()
-    drawn = (i for i in range(len(rows)) if row_use[i] != RowUse.PROMPT_LOGPROBS)
-    random = [i for i in drawn if rows[i].params.temperature > 0]
-    if random:
-        chosen = logits if len(random) == len(rows) else logits[random]
-        tokens[random] = _draw_random(chosen, [rows[i] for i in random]).cpu().numpy()
-    return tokens
+def _put_random(tokens: np.ndarray, logits: Tensor, rows: Sequence[RowSampling], random: list[int]) -> None:
+    """Draw for the rows `random` into `tokens`."""
+    chosen = logits if len(random) == len(rows) else logits[random]
+    tokens[random] = _draw_random(chosen, [rows[i] for i in random]).cpu().numpy()
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
@@ -137,13 +161,10 @@ def _cut(probs: Tensor, top_k: list[int], top_p: list[float]) -> Tensor:
 
 
 def _logprobs(
-    raw: Tensor, rows: Sequence[RowSampling], tokens: np.ndarray, errors: dict[int, str]
+    raw: Tensor, rows: Sequence[RowSampling], tokens: np.ndarray, asked: list[int]
 ) -> dict[int, TokenLogprob]:
     """Of the drawn (or target) token and of the likeliest, for the rows that asked."""
-    asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None and i not in errors]
-    if not asked:
-        return {}
-    width = max(rows[i].params.logprobs or 0 for i in asked)
+    width = min(max(rows[i].params.logprobs or 0 for i in asked), raw.shape[1])
     chosen = raw[asked].gather(1, torch.from_numpy(tokens[asked]).to(raw.device).long().unsqueeze(1))
     top = raw[asked].topk(max(width, 1), dim=-1)
     values, ids = top.values.tolist(), top.indices.tolist()

@@ -13,8 +13,9 @@ from typing import Protocol
 
 from engines.runtime.blocks import BlockPool
 from engines.runtime.chunk import BlockTables, Chunk, build_plan
+from engines.runtime.faults import failed
 from engines.runtime.intake import Intake
-from engines.runtime.outcome import has_ended, take_result
+from engines.runtime.outcome import end_with, has_ended, take_result
 from engines.runtime.plan import StepKind, StepPlan, StepResult
 from engines.runtime.sequence import Sequence
 from engines.wire import Generate, RequestError, Stats, TokenDelta
@@ -85,6 +86,7 @@ class ContinuousScheduler:
         drafter: Drafter | None = None,
         max_draft_tokens: int = 4,
         min_prompt_tokens: int | None = None,
+        vocab_size: int = 2**31,
     ) -> None:
         assert min(block_size, max_num_seqs, max_num_batched_tokens, max_plans_in_flight) > 0
         self.block_size = block_size
@@ -92,7 +94,7 @@ class ContinuousScheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = min(max_model_len, num_blocks * block_size)  # so that any sequence fits alone
         self.max_plans_in_flight = max_plans_in_flight
-        self._intake = Intake(self.max_model_len, eos_token_ids, prefix_cache)
+        self._intake = Intake(self.max_model_len, eos_token_ids, prefix_cache, vocab_size)
         self._prefix_cache = prefix_cache
         self._run_ahead = run_ahead
         self._drafter = drafter
@@ -295,7 +297,11 @@ class ContinuousScheduler:
         )
         if max_tokens <= 0:
             return ()
-        drafts = tuple(self._drafter.draft(sequence.token_ids, max_tokens)[:max_tokens])
+        try:
+            drafts = tuple(self._drafter.draft(sequence.token_ids, max_tokens)[:max_tokens])
+        except Exception as error:  # over its tokens: its own
+            sequence.error = failed("its draft", error)
+            return ()
         has_room = self._make_room(sequence, len(sequence.token_ids) + len(drafts))
         assert has_room, "drafts were bounded by the blocks available"
         return drafts
@@ -322,6 +328,13 @@ class ContinuousScheduler:
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         """The blocks from which it can read the K/V of its first tokens."""
+        try:
+            return self._look_up(sequence)
+        except Exception as error:  # over its tokens: its own
+            sequence.error = failed("its prefix", error)
+            return []
+
+    def _look_up(self, sequence: Sequence) -> list[int]:
         prefix: list[int] = []
         if sequence.hash_root is None:
             return prefix
@@ -386,8 +399,7 @@ class ContinuousScheduler:
             sequence.num_plans_in_flight -= 1
             if sequence.is_finished:
                 continue  # aborted, or ended before this plan, which had run ahead, came back
-            delta = take_result(chunk, token_ids, result)
-            self._offer_blocks(sequence, min(chunk.end, len(sequence.token_ids) - chunk.samples))
+            delta = self._take_result(chunk, token_ids, result)
             if delta is None:
                 continue
             deltas.append(delta)
@@ -396,8 +408,19 @@ class ContinuousScheduler:
                 self._remove(sequence)
         return deltas
 
+    def _take_result(self, chunk: Chunk, token_ids: list[int], result: StepResult) -> TokenDelta | None:
+        sequence = chunk.sequence
+        delta = take_result(chunk, token_ids, result)
+        if delta is not None and delta.error is not None:
+            return delta  # others shall not find what it computed
+        try:
+            self._offer_blocks(sequence, min(chunk.end, len(sequence.token_ids) - chunk.samples))
+        except Exception as error:  # over its tokens: its own
+            return end_with(sequence, failed("offering its blocks", error))
+        return delta
+
     def _offer_blocks(self, sequence: Sequence, num_computed: int) -> None:
-        """Let others find its full blocks up to there, now that they have been computed."""
+        """Let others find its full blocks up to there, now that they have been computed and are finite."""
         if sequence.hash_root is not None:
             for index in range(sequence.num_hashed_blocks, num_computed // self.block_size):
                 block_hash = sequence.hash_of_block(index, self.block_size)

@@ -33,13 +33,14 @@ class StaticScheduler:
         eos_token_ids: Iterable[int],
         now: Callable[[], float],
         min_prompt_len: int = 1,
+        vocab_size: int = 2**31,
     ) -> None:
         self.batch_size = batch_size
         self.max_batch_delay = max_batch_delay
         self.max_model_len = max_model_len
         self.min_prompt_len = min_prompt_len  # shorter ones look like a decoding step to some engines
         self._now = now
-        self._intake = Intake(max_model_len, eos_token_ids, prefix_cache=False)
+        self._intake = Intake(max_model_len, eos_token_ids, prefix_cache=False, vocab_size=vocab_size)
         self._tables = BlockTables(batch_size, 1, max_model_len)
         for row in range(batch_size):
             self._tables.write(row, 0, [row])

@@ -104,7 +104,7 @@ class FakePagedRunner:
     def _sample(self, result: StepResult, row: int, state: int, use: RowUse, sampling: RowSampling) -> None:
         history = tuple(sampling.token_ids.tolist())
         token_id = sampling.target_id
-        if use != RowUse.PROMPT_LOGPROBS:
+        if use in (RowUse.SAMPLE, RowUse.VERIFY):
             banned = frozenset(sampling.banned_ids)
             params = sampling.params
             token_id = draw(state, params.seed, sampling.choice, sampling.position, history, banned)

@@ -82,7 +82,11 @@ def test_only_the_last_chunk_of_a_prompt_samples() -> None:
     _, leader = make(max_num_batched_tokens=4)
     leader.add(request(prompt_len=10, max_tokens=1))
     leader.run()
-    assert [len(plan.logit_rows) for plan in leader.plans] == [0, 0, 1]
+    assert [plan.row_use.tolist() for plan in leader.plans] == [
+        [RowUse.CHECK],
+        [RowUse.CHECK],
+        [RowUse.SAMPLE],
+    ]
 
 
 def test_no_more_than_max_num_seqs_run() -> None:
