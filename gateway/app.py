@@ -52,7 +52,7 @@ def create_app(
     app.add_exception_handler(HTTPException, _no_such_route)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(ApiKeys, keys=gateway.keys)
-    app.add_middleware(RequestContext, metrics=gateway.metrics)  # added last: outermost
+    app.add_middleware(RequestContext, metrics=metrics, access_log=settings.access_log)  # last: outermost
     return app
 
 

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import MutableMapping
 from time import perf_counter
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway import logs
 from gateway.errors import APIError, InvalidKey, to_api_error
 from gateway.keys import KeyRing
 from gateway.metrics import Metrics
+from gateway.tenant import Tenant
 
 OPEN_PATHS = frozenset({b"/livez", b"/readyz"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -30,12 +34,13 @@ async def send_error(error: APIError, send: Send) -> None:
 
 
 class RequestContext:
-    """The outermost layer: x-request-id and openai-processing-ms on every response, and the last word
-    on an exception: to the client a general 500, to the log the traceback."""
+    """The outermost layer: x-request-id, openai-processing-ms and x-ratelimit-* on every response, a line in
+    the access log, and the last word on an exception: to the client a general 500, to the log the rest."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool = False) -> None:
         self._app = app
         self._metrics = metrics
+        self._access_log = access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -43,16 +48,20 @@ class RequestContext:
             return
         started = perf_counter()
         request_id = _request_id(Headers(scope=scope).get("x-request-id"))
-        scope.setdefault("state", {})["request_id"] = request_id
-        has_started = False
+        logs.request_id.set(request_id)
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        status: int | None = None
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal has_started
+            nonlocal status
             if message["type"] == "http.response.start":
-                has_started = True
+                status = message["status"]
                 headers = MutableHeaders(raw=message["headers"])
                 headers["x-request-id"] = request_id
                 headers["openai-processing-ms"] = str(round(1000 * (perf_counter() - started)))
+                if (tenant := _tenant(state)) is not None:
+                    headers.update(tenant.headers())
             await send(message)
 
         try:
@@ -60,9 +69,21 @@ class RequestContext:
         except Exception as error:
             api_error = to_api_error(error, method=scope["method"], path=scope["path"], request_id=request_id)
             self._metrics.errors[api_error.label] += 1
-            if has_started:
+            if status is not None:
                 raise
             await send_error(api_error, send_with_headers)
+        finally:
+            if self._access_log:
+                tenant = _tenant(state)
+                key = tenant.name if tenant is not None else None
+                seconds = perf_counter() - started
+                logs.log_access(scope["method"], scope.get("raw_path") or b"", status or 499, seconds, key)
+
+
+def _tenant(state: MutableMapping[str, Any]) -> Tenant | None:
+    """Who asks, once ApiKeys knows it."""
+    tenant = state.get("tenant")
+    return tenant if isinstance(tenant, Tenant) else None
 
 
 def _request_id(given: str | None) -> str:
