@@ -149,18 +149,12 @@ def fill(
     for number, (name, part) in enumerate(parts.items(), 1):
         key = (stored[name], part)
         if key not in read:
-            read[key] = nn.Parameter(_read(checkpoint, *key, model.dtype).to(device), requires_grad=False)
+            read[key] = nn.Parameter(
+                hf.read_part(checkpoint, *key, model.dtype).to(device), requires_grad=False
+            )
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._parameters[leaf] = read[key]
         report(number / len(parts))
-
-
-def _read(checkpoint: Checkpoint, name: str, part: Slice, dtype: torch.dtype) -> Tensor:
-    shape = list(checkpoint.tensors[name].shape)
-    shape[part.dim] = part.length
-    value = torch.empty(shape, dtype=dtype)
-    checkpoint.read_into(value, name, part)
-    return value
 
 
 def part_of(model: nn.Module, name: str, shape: tuple[int, ...]) -> Slice:

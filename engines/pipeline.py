@@ -32,7 +32,7 @@ from torch import Tensor
 from engines.base import Batch, KVSpec, ReportProgress, UnsupportedModel
 from engines.models.config import LlamaConfig, is_llama
 from engines.models.llama import Llama, WeightLoader
-from engines.models.names import indivisible, kv_heads_of
+from engines.models.names import indivisible, kv_heads_of, kv_share
 from engines.models.rank_weights import open_weights
 from engines.models.stages import BadSplit, Sizes, sizes_of, split_layers
 from engines.runtime.mesh import Mesh
@@ -151,21 +151,18 @@ def _load_llama(config: ModelConfig, mesh: Mesh, report: ReportProgress) -> _Sta
 
 
 def _load_hugging_face(config: ModelConfig, mesh: Mesh, report: ReportProgress) -> _Stage:
-    """Whole layers only: a pp plan does not say how they divide over tensor-parallel ranks."""
-    from engines.models import hf, hf_inspect, hf_stage  # they import transformers, which takes seconds
+    """Each rank its parts of the layers of its stage, as transformers' plans divide them."""
+    from engines.models import hf, hf_inspect, hf_stage, hf_tp  # transformers takes seconds to import
 
     found = hf_inspect.inspect_model(config.model_path, config.max_model_len)
-    if mesh.tp_size != 1:
-        raise UnsupportedModel(
-            f"{found.path}: stages of model_type {found.config.model_type!r} cannot be split over "
-            f"{mesh.tp_size} ranks each, those of a llama can: write parallelType: pp, or tensorParallel: 1"
-        )
+    hf_tp.check_heads(found, mesh.tp_size)
     checkpoint = hf.open_checkpoint(found)
     shape, dtype = found.shape, hf.dtype_of(found, checkpoint, config.dtype)
+    num_kv_heads = len(kv_share(shape.num_kv_heads, mesh.tp_rank, mesh.tp_size))
     layers = _layers_of(hf_stage.sizes_of(found, checkpoint), config, mesh)
     return _Stage(
-        hf_stage.HFStage(found, checkpoint, dtype, layers, mesh.device, report),
-        KVSpec(shape.num_kv_heads, shape.head_dim, dtype, (mesh.device,) * len(layers)),
+        hf_stage.HFStage(found, checkpoint, dtype, layers, mesh, report),
+        KVSpec(num_kv_heads, shape.head_dim, dtype, (mesh.device,) * len(layers)),
         found.config.hidden_size,
         shape.vocab_size,
         shape.max_positions,

@@ -34,11 +34,15 @@ PAGED = "sluice_paged"
 DeviceOf = Callable[[str], torch.device | None]
 """Where the parameter of that name belongs. None: not into memory."""
 
+PartOf = Callable[[str], Slice]
+"""Which part of the stored tensor of that name is this rank's."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
     """What the attention of a model asks of the K/V, and where its attention modules are."""
 
+    num_heads: int
     num_kv_heads: int
     head_dim: int
     attention_names: tuple[str, ...]  # the dotted name of each layer's attention module
@@ -83,7 +87,7 @@ def dtype_of(model: HFModel, checkpoint: Checkpoint, configured: str) -> torch.d
 
 def build_empty(model: HFModel, dtype: torch.dtype) -> PreTrainedModel:
     """The model with parameters that take no memory (on the meta device) and buffers that are real."""
-    AttentionInterface.register(PAGED, _paged_attention_function)
+    AttentionInterface.register(PAGED, paged_attention_function)
     with no_init_weights(), _parameters_on_meta():
         made = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             model.config, attn_implementation=PAGED, dtype=dtype
@@ -109,16 +113,24 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def fill(model: PreTrainedModel, checkpoint: Checkpoint, device_of: DeviceOf, report: ReportProgress) -> None:
+def fill(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    device_of: DeviceOf,
+    report: ReportProgress,
+    part_of: PartOf | None = None,
+) -> None:
     """Read every parameter that has a device into memory there, in the model's dtype, one at a time.
 
-    Tied ones are read once. `checkpoint` is of `open_checkpoint`. Raises BadCheckpoint.
+    Tied ones are read once; without `part_of`, all are read whole. `checkpoint` is of `open_checkpoint`.
+    Raises BadCheckpoint.
     """
     own = list(_own_parameters(model))
     for number, (name, parameter) in enumerate(own, 1):
         device = device_of(name)
         if device is not None:
-            _set(model, name, _read(checkpoint, name, parameter).to(device))
+            part = part_of(name) if part_of else Slice(0, 0, parameter.shape[0])
+            _set(model, name, read_part(checkpoint, name, part, parameter.dtype).to(device))
         report(number / len(own))
     for target, source in model.all_tied_weights_keys.items():
         _set(model, target, model.get_parameter(source))
@@ -131,9 +143,12 @@ def _own_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter
 
 
-def _read(checkpoint: Checkpoint, name: str, empty: Tensor) -> Tensor:
-    out = torch.empty(empty.shape, dtype=empty.dtype)
-    checkpoint.read_into(out, name, Slice(0, 0, out.shape[0]))
+def read_part(checkpoint: Checkpoint, name: str, part: Slice, dtype: torch.dtype) -> Tensor:
+    """A part of a stored tensor, its padding included. Raises BadCheckpoint."""
+    shape = list(checkpoint.tensors[name].shape)
+    shape[part.dim] = part.length
+    out = torch.empty(shape, dtype=dtype)
+    checkpoint.read_into(out, name, part)
     return out
 
 
@@ -215,7 +230,7 @@ class _FastLinear(nn.Module):
         return self._op(x)
 
 
-def _paged_attention_function(
+def paged_attention_function(
     module: nn.Module,
     query: Tensor,
     key: Tensor,

@@ -187,6 +187,7 @@ def _shape(model: PreTrainedModel, calls: list[_Call], max_positions: int) -> Mo
     names = {module: name for name, module in model.named_modules()}
     embedding = model.get_input_embeddings()
     return ModelShape(
+        num_heads=calls[0].query[1],
         num_kv_heads=calls[0].key[1],
         head_dim=calls[0].key[3],
         attention_names=tuple(names[call.module] for call in calls),

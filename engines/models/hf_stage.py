@@ -1,7 +1,8 @@
-"""One pipeline stage of a Hugging Face model: some of its layers, by its pp plan.
+"""One pipeline stage of a Hugging Face model: some of its layers, as its pp plan divides it.
 
 The plan (`base_model_pp_plan`) names what hidden states pass through: embedding, layers, norm. The model's
 own `forward` runs a stage's layers on given hidden states, its embedding and norm being left out of it.
+Over the ranks of a stage, engines/models/hf_tp.py divides each layer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from transformers import PreTrainedModel
 from engines.base import ReportProgress, UnsupportedModel
 from engines.models import hf
 from engines.models.checkpoint import Checkpoint
+from engines.models.hf_tp import TensorParallel
 from engines.models.stages import Sizes, sizes_by_name
+from engines.runtime.mesh import Mesh
 
 _PLAN = {"embed_tokens", "layers", "norm"}
 _OTHER_ENGINE = "serve it in one process (parallelType: custom, engine: accelerate)"
@@ -35,18 +38,21 @@ class HFStage:
         checkpoint: Checkpoint,
         dtype: torch.dtype,
         layers: range,
-        device: torch.device,
+        mesh: Mesh,
         report: ReportProgress,
     ) -> None:
         found = replace(found, config=deepcopy(found.config))  # it is made shorter below
         model = hf.build_empty(found, dtype)
         self._base: nn.Module = model.base_model
         _check_plan(found, self._base, dtype)
-        is_mine = _Mine(found, model, layers)
-        hf.fill(model, checkpoint, lambda name: device if is_mine(name) else None, report)
+        share = TensorParallel(found, model, mesh)
+        is_mine, device = _Mine(found, model, layers), mesh.device
+        hf.fill(model, checkpoint, lambda name: device if is_mine(name) else None, report, share.part_of)
+        hf.pack_linears(model)
+        share.connect()
         for index, name in enumerate(found.shape.attention_names[layers.start : layers.stop]):
             model.get_submodule(name).layer_idx = index  # type: ignore[assignment]
-        self.embed = model.get_input_embeddings()
+        self.embed, self.logits = share.embed, share.logits
         self.norm = cast(nn.Module, self._base.norm)
         if not is_mine.is_first:
             self._base.embed_tokens = nn.Identity()
@@ -56,8 +62,6 @@ class HFStage:
         for module in model.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
                 module._buffers[name] = buffer.to(device)
-        hf.pack_linears(model)
-        self.logits = hf.HFDecoder(model, ()).logits
 
     def run_layers(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """[T, H] to [T, H]. Inside `forward_context`."""
@@ -94,7 +98,7 @@ class _Mine:
 def _check_plan(found: hf.HFModel, base: nn.Module, dtype: torch.dtype) -> None:
     """Without its layers and norm, the model must give back the hidden states that it is given."""
     kind = found.config.model_type
-    plan = getattr(found.config, "base_model_pp_plan", None) or {}
+    plan = type(found.config).base_model_pp_plan or {}
     if set(plan) != _PLAN:
         raise UnsupportedModel(
             f"{found.path}: model_type {kind!r} has no pipeline plan of embed_tokens, layers and norm: "

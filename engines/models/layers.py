@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from engines.models.config import Llama3Scaling, Rope
 from engines.runtime import cpu
+
+if TYPE_CHECKING:
+    from engines.runtime.mesh import Mesh
 
 
 class LinearOp(Protocol):
@@ -146,6 +150,16 @@ class Rotary:
         """`heads` [T, Hq + Hkv, D], queries and keys together."""
         swapped = heads.roll(self.half, -1)
         torch.addcmul(heads.mul_(cos), swapped, sin, out=heads)
+
+
+def embed_share(input_ids: Tensor, lookup: Callable[[Tensor], Tensor], num_rows: int, mesh: Mesh) -> Tensor:
+    """[T] to [T, H]: `lookup` has this rank's `num_rows` of the vocabulary; what the ranks find is summed."""
+    if mesh.tp_size == 1:
+        return lookup(input_ids)
+    local = input_ids - mesh.tp_rank * num_rows
+    is_mine = (local >= 0) & (local < num_rows)
+    rows = lookup(local.clamp_(0, num_rows - 1))
+    return mesh.all_reduce(rows.mul_(is_mine.unsqueeze(-1)))
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ Embedding and head are split by the vocabulary, so that a rank's memory is its s
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from engines.base import ReportProgress
 from engines.models.checkpoint import Checkpoint
 from engines.models.config import LlamaConfig
-from engines.models.layers import LinearOp, RMSNorm, Rotary, make_linear, swiglu
+from engines.models.layers import LinearOp, RMSNorm, Rotary, embed_share, make_linear, swiglu
 from engines.models.names import Slice, expected_tensors, kv_heads_of, slice_of
 from engines.models.quantized import QuantizedLinear
 from engines.runtime.attention import paged_attention
@@ -199,10 +201,5 @@ class Llama:
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """[T] to [T, H]: each rank looks up what its part of the vocabulary holds, zeros elsewhere."""
-        if self.mesh.tp_size == 1:
-            return F.embedding(input_ids, self.embedding)
-        num_rows = self.embedding.shape[0]
-        local = input_ids - self.mesh.tp_rank * num_rows
-        is_mine = (local >= 0) & (local < num_rows)
-        rows = F.embedding(local.clamp_(0, num_rows - 1), self.embedding)
-        return self.mesh.all_reduce(rows.mul_(is_mine.unsqueeze(-1)))
+        lookup = partial(F.embedding, weight=self.embedding)
+        return embed_share(input_ids, lookup, self.embedding.shape[0], self.mesh)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 import os
-import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from engines.base import UnsupportedModel
 from engines.config import ModelConfig
@@ -21,9 +16,9 @@ from engines.models import deepspeed_comm
 from engines.models.hf_inspect import inspect_model
 from engines.models.hf_support import EXACT_TYPES
 from engines.runtime.mesh import Mesh
-from tests.engines.driver import generate
 from tests.engines.models.hf_models import make_hf
 from tests.engines.models.test_hf import CHANGES, hf_tokens, prompts
+from tests.engines.ranks import run_ranks
 
 SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
     "three_kv_heads": ("llama", {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}),
@@ -50,46 +45,8 @@ def config_of(model: Path, tp: int, **changes: Any) -> ModelConfig:
     return ModelConfig(**settings | {"engine": "deepspeed_tp", "dtype": "float32"} | changes)
 
 
-def run_rank(rank: int, world: int, root: Path, names: list[str]) -> None:
-    """The tokens of every model, or why it is refused."""
-    torch.set_num_threads(1)
-    init, timeout = f"file://{root}/init{world}", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world, timeout=timeout)
-    group = dist.new_group(list(range(world)))
-    mesh = Mesh(rank=rank, tp_size=world, pp_size=1, device=torch.device("cpu"), tp_group=group)
-    results: dict[str, Any] = {}
-    for name in names:
-        try:
-            engine = DeepSpeedTPEngine(config_of(root / name, world), mesh, lambda fraction: None)
-        except UnsupportedModel as refusal:
-            results[name] = str(refusal)
-            continue
-        results[name] = generate(engine, prompts(), 12, stagger=2, group=group)
-    results["shared memory"] = [entry.name for entry in Path("/dev/shm").glob(f"*pid{os.getppid()}*")]
-    (root / f"tp{world}-rank{rank}.json").write_text(json.dumps(results))
-    dist.barrier()
-    os._exit(0)  # as a worker ends
-
-
-def run_ranks(world: int, root: Path, names: list[str]) -> dict[str, Any]:
-    """What rank 0 found. All ranks to their end; none outlives the test."""
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=run_rank, args=(rank, world, root, names)) for rank in range(world)]
-    try:
-        for process in ranks:
-            process.start()
-        deadline = time.monotonic() + 240
-        while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
-            if any(process.exitcode for process in ranks):
-                break  # the others would wait for it
-            time.sleep(0.05)
-        assert [process.exitcode for process in ranks] == [0] * world
-    finally:
-        for process in ranks:
-            process.kill()
-            process.join()
-    results: dict[str, Any] = json.loads((root / f"tp{world}-rank0.json").read_text())
-    return results
+def load(model: Path, mesh: Mesh) -> DeepSpeedTPEngine:
+    return DeepSpeedTPEngine(config_of(model, mesh.tp_size), mesh, lambda fraction: None)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +65,7 @@ def expected(models: Path) -> dict[str, list[list[int]]]:
 
 @pytest.fixture(scope="module")
 def on_two_ranks(models: Path) -> dict[str, Any]:
-    return run_ranks(2, models, sorted({*EXACT_TYPES, *SPECIAL}))
+    return run_ranks(2, models, sorted({*EXACT_TYPES, *SPECIAL}), load)
 
 
 @pytest.mark.parametrize("name", sorted({*EXACT_TYPES, *SPECIAL} - set(REFUSED)))
@@ -125,11 +82,12 @@ def test_what_deepspeed_would_split_wrongly_is_refused(name: str, on_two_ranks: 
 
 
 def test_no_name_is_left_in_shared_memory(on_two_ranks: dict[str, Any]) -> None:
-    assert on_two_ranks["shared memory"] == []
+    assert on_two_ranks
+    assert not list(Path("/dev/shm").glob(f"*pid{os.getpid()}*"))
 
 
 def test_four_ranks(models: Path, expected: dict[str, list[list[int]]]) -> None:
-    found = run_ranks(4, models, sorted(FOUR_RANKS))
+    found = run_ranks(4, models, sorted(FOUR_RANKS), load)
     assert found["four_kv_heads"] == expected["four_kv_heads"]
     assert "num_key_value_heads (2) is less than 4 ranks" in found["mistral"]
 

@@ -1,0 +1,67 @@
+"""An engine over real ranks without a worker group: what several models give, or why they are refused."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from engines.base import Engine, UnsupportedModel
+from engines.runtime.mesh import Mesh
+from tests.engines.driver import generate
+from tests.engines.models.test_hf import prompts
+
+Load = Callable[[Path, Mesh], Engine]
+"""A function of a module, for processes to find it by its name."""
+
+
+def run_ranks(world: int, root: Path, names: list[str], load: Load) -> dict[str, Any]:
+    """12 greedy tokens for each of `prompts()` from each model of `root`, or the refusal, as rank 0 has it.
+
+    Tensor parallelism over `world` ranks, all to their end; none outlives the test.
+    """
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=_run, args=(rank, world, root, names, load)) for rank in range(world)]
+    try:
+        for process in ranks:
+            process.start()
+        deadline = time.monotonic() + 240
+        while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+            if any(process.exitcode for process in ranks):
+                break  # the others would wait for it
+            time.sleep(0.05)
+        assert [process.exitcode for process in ranks] == [0] * world
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+    results: dict[str, Any] = json.loads((root / f"tp{world}.json").read_text())
+    return results
+
+
+def _run(rank: int, world: int, root: Path, names: list[str], load: Load) -> None:
+    torch.set_num_threads(1)
+    init, timeout = f"file://{root}/init{world}", timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world, timeout=timeout)
+    group = dist.new_group(list(range(world)))
+    mesh = Mesh(rank=rank, tp_size=world, pp_size=1, device=torch.device("cpu"), tp_group=group)
+    results: dict[str, Any] = {}
+    for name in names:
+        try:
+            engine = load(root / name, mesh)
+        except UnsupportedModel as refusal:
+            results[name] = str(refusal)
+            continue
+        results[name] = generate(engine, prompts(), 12, stagger=2, group=group)
+    if rank == 0:
+        (root / f"tp{world}.json").write_text(json.dumps(results))
+    dist.barrier()
+    os._exit(0)  # as a worker ends
