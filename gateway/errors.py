@@ -19,8 +19,9 @@ from gateway.admission import QueueTimeout
 from gateway.generation import NoChatTemplate
 from gateway.prompt.template import TemplateRefused
 from gateway.prompt.tokenizer import ControlTokenInText
-from gateway.protocol.common import InvalidField, MalformedBody
+from gateway.protocol.common import InvalidField
 from gateway.protocol.fields import UnknownField, UnsupportedField
+from gateway.protocol.json_body import MalformedBody
 from gateway.recovery import PoisonedRequest
 from gateway.router import ModelFailed, ModelNotFound, ShuttingDown
 from gateway.sequence_stream import ContextLengthExceeded, SequenceFailed, SequenceRefused

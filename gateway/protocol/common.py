@@ -7,16 +7,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import msgspec
-import pydantic_core
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from gateway.protocol import bounds
 from gateway.protocol.bounds import Range
 from gateway.protocol.fields import STREAM_OPTIONS, Rule, without_unused
-
-
-class MalformedBody(ValueError):  # noqa: N818
-    """The body is not a JSON object."""
+from gateway.protocol.json_body import parse_object
 
 
 class InvalidField(ValueError):  # noqa: N818
@@ -209,10 +205,4 @@ def parse_body(body: bytes, model: type[Request]) -> Request:
 
     Raises MalformedBody, UnknownField, UnsupportedField, InvalidField, pydantic.ValidationError.
     """
-    try:
-        content = pydantic_core.from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise MalformedBody(f"The body is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise MalformedBody("The body must be a JSON object")
-    return model.model_validate(content)
+    return model.model_validate(parse_object(body))
