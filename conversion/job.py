@@ -29,7 +29,7 @@ from conversion.write import write_file
 from engines.base import BadCheckpoint
 from engines.models.manifest import MANIFEST_NAME, Manifest, WrittenFile
 
-_BUFFERS = 8  # windows that a file may hold at once: as read, put in order, converted, written
+_BUFFERS = 10  # windows that a file may hold at once: as read, put in order, converted, waiting
 
 
 class Stopped(Exception):  # noqa: N818

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -173,21 +172,17 @@ def to_float(data: Bytes, dtype: str) -> torch.Tensor:
     return values.float()
 
 
-_EXPONENTS: dict[str, tuple[type[np.unsignedinteger[Any]], int, int]] = {
-    "F16": (np.uint16, 0x7C00, 0x7FFF),
-    "BF16": (np.uint16, 0x7F80, 0x7FFF),
-    "F32": (np.uint32, 0x7F800000, 0x7FFFFFFF),
-    "F64": (np.uint64, 0x7FF0000000000000, 0x7FFFFFFFFFFFFFFF),
-}
-"""As unsigned numbers: infinity, whose exponent is the largest, and the mask that leaves out the sign."""
+_INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000, "F64": 0x7FF0000000000000}
+"""As a whole number of its bits; what is not a number is above it, what is finite below."""
 
 
 def is_finite(data: Bytes, dtype: str) -> bool:
     """Whether no value of contiguous `data` is infinite or not a number."""
-    if dtype not in _EXPONENTS or not data.size:
+    if dtype not in _INFINITY or not data.size:
         return True
-    unsigned, infinity, mask = _EXPONENTS[dtype]
-    if data.ctypes.data % itemsize(dtype):
+    size, infinity = itemsize(dtype), _INFINITY[dtype]
+    if data.ctypes.data % size:
         data = data.copy()
-    magnitude = data.reshape(-1).view(unsigned) & unsigned(mask)
-    return bool(magnitude.max() < infinity)
+    signed, unsigned = (data.reshape(-1).view(f"{kind}{size}") for kind in "iu")
+    negative_infinity = infinity + (1 << (8 * size - 1))  # signed.max() does not see the negative ones
+    return bool(signed.max() < infinity and unsigned.max() < negative_infinity)

@@ -34,7 +34,9 @@ def _write_safetensors(
     out: HashedFile, file: OutputFile, window_bytes: int, advance: Advance
 ) -> dict[str, WrittenTensor]:
     out.write(safetensors_header(file))
-    return {entry.name: _write_entry(entry, window_bytes, out.write, advance, file) for entry in file.entries}
+    return {
+        entry.name: _write_entry(out, entry, window_bytes, out.write, advance, file) for entry in file.entries
+    }
 
 
 def safetensors_header(file: OutputFile) -> bytes:
@@ -57,12 +59,13 @@ def _write_pth(
     tensors = {}
     for index, entry in enumerate(file.entries):
         with writer.storage(index) as write:
-            tensors[entry.name] = _write_entry(entry, window_bytes, write, advance, file)
+            tensors[entry.name] = _write_entry(out, entry, window_bytes, write, advance, file)
     writer.close()
     return tensors
 
 
 def _write_entry(
+    out: HashedFile,
     entry: Entry,
     window_bytes: int,
     write: Callable[[memoryview], object],
@@ -80,6 +83,7 @@ def _write_entry(
             num_bytes += view.nbytes
             squared_error, squares = squared_error + window.squared_error, squares + window.squares
             advance(view.nbytes)
+        out.drain()  # an error is this tensor's
     except OSError as error:
         error.add_note(f"{file.name}: tensor {entry.name}")
         raise

@@ -4,9 +4,14 @@
 
 Writes a random Meta checkpoint of about that size (its tensors have the shapes of a Llama, its values are
 random bits of bfloat16 numbers), then converts it to files for four ranks and to Hugging Face's. They
-take turns; times are the best of the rounds, memory is the peak of private (anonymous) pages, sampled.
---transformers4 names a directory that holds transformers 4.40.2, tokenizers 0.19.1 and huggingface-hub
-0.29.3 (`pip install --target DIR --no-deps ...`): later packages leave the converter out.
+take turns, each starting with nothing left to write to the disk and the source in the page cache; times are
+the best of the rounds, memory is the peak of private (anonymous) pages, sampled. Sluice returns when its
+files are on the disk; the others leave that to the kernel.
+
+--transformers4 names a directory made by
+    pip install --target DIR --no-deps transformers==4.40.2 tokenizers==0.19.1 huggingface-hub==0.29.3 \
+        requests==2.34.2 urllib3==2.8.0 idna==3.20 certifi==2026.10.18 charset-normalizer==3.5.2
+later transformers leave the converter out. Room for three times the size is needed.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -22,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +38,7 @@ from conversion.params import to_params
 from conversion.pth import PthWriter
 from engines.models.config import LlamaConfig
 from engines.models.names import expected_tensors
+from gateway.bench import machine
 from tests.models import Shape
 
 _SAMPLE_SECONDS = 0.05
@@ -40,9 +48,10 @@ Run = Callable[[Path, Path], "Measured"]
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds and the peak of private memory in MB, all processes of the command."""
+    """Of all processes of the command: `cpu_seconds` of all cores, the peak of private memory."""
 
     seconds: float
+    cpu_seconds: float
     private_mb: float
 
 
@@ -104,7 +113,8 @@ def children(pid: int) -> list[int]:
 
 def measure(argv: Sequence[str], env: dict[str, str] | None = None) -> Measured:
     """Raises SystemExit with the output if the command fails."""
-    start, peak = time.perf_counter(), 0.0
+    os.sync()
+    start, cpu, peak = time.perf_counter(), cpu_of_children(), 0.0
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(argv, stdout=log, stderr=log, env={**os.environ, **(env or {})})
         while process.poll() is None:
@@ -114,7 +124,12 @@ def measure(argv: Sequence[str], env: dict[str, str] | None = None) -> Measured:
         if process.returncode:
             log.seek(0)
             raise SystemExit(f"{' '.join(argv)}: {log.read()}")
-    return Measured(seconds, peak)
+    return Measured(seconds, cpu_of_children() - cpu, peak)
+
+
+def cpu_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def cp_and_hash(source: Path, target: Path) -> Measured:
@@ -162,19 +177,36 @@ def main() -> None:
             for name, run in runs.items():
                 measured[name].append(run(root / "meta", root / "out"))
                 shutil.rmtree(root / "out")
-    report(total, measured, args.json)
+    report(total, measured, args)
 
 
-def report(total: int, measured: dict[str, list[Measured]], file: Path | None) -> None:
+def report(total: int, measured: dict[str, list[Measured]], args: argparse.Namespace) -> None:
+    best = {name: min(run.seconds for run in runs) for name, runs in measured.items()}
     print(f"{total / 1e9:.2f} GB of tensors, {os.cpu_count()} cores")
-    print(f"{'':16}{'seconds':>9}{'GB/s':>7}{'private MB':>12}")
+    print(f"{'':16}{'seconds':>9}{'GB/s':>7}{'CPU s':>8}{'private MB':>12}")
     for name, runs in measured.items():
-        best = min(run.seconds for run in runs)
-        memory = max(run.private_mb for run in runs)
-        print(f"{name:16}{best:9.2f}{total / 1e9 / best:7.2f}{memory:12.0f}")
-    if file is not None:
-        result = {name: [asdict(run) for run in runs] for name, runs in measured.items()}
-        file.write_text(json.dumps({"bytes": total, **result}, indent=1))
+        cpu, memory = min(run.cpu_seconds for run in runs), max(run.private_mb for run in runs)
+        print(f"{name:16}{best[name]:9.2f}{total / 1e9 / best[name]:7.2f}{cpu:8.2f}{memory:12.0f}")
+    ratios = {
+        f"{name} over {peer}": round(best[peer] / best[name], 2)
+        for name in best
+        for peer in best
+        if name.startswith("sluice") and not peer.startswith("sluice")
+    }
+    for name, ratio in ratios.items():
+        print(f"speed of {name}: {ratio}")
+    if args.json is not None:
+        found = () if args.transformers4 is None else distributions(path=[str(args.transformers4)])
+        libraries = {"peer's transformers": d.version for d in found if d.name == "transformers"}
+        record = {
+            "command": f"python -m tests.bench.bench_convert --gb {args.gb:g} --rounds {args.rounds}",
+            "machine": machine(),
+            "versions": {name: version(name) for name in ("torch", "numpy", "sluice")} | libraries,
+            "bytes": total,
+            "speed_ratios": ratios,
+            "runs": {name: [asdict(run) for run in runs] for name, runs in measured.items()},
+        }
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
