@@ -17,11 +17,12 @@ from typing import Generic, TypeVar
 
 from engines.wire import Stats
 from gateway.metrics import ModelMetrics
-from gateway.router import ServedModel, ready_groups
+from gateway.router import ServedModel, ShuttingDown, ready_groups
 from gateway.workers.protocol import GroupState, QueueFull, WorkerGroup, WorkerUnavailable
 
 _LOOK_SECONDS = 0.05  # between two looks at groups and ages while somebody waits
 _MAX_RETRY_SECONDS = 30
+_CLOSED_RETRY_SECONDS = 1
 
 Item = TypeVar("Item")
 
@@ -174,13 +175,22 @@ class Admission:
         self._looking: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._idle.set()
+        self.is_closed = False
 
     @property
     def num_waiting(self) -> int:
         return len(self._queue)
 
+    def close(self) -> None:
+        """Take nothing new; those that wait get their turn."""
+        self.is_closed = True
+
     def require_room(self, key: str, num_sequences: int) -> None:
-        """Refuses early what could not even wait. Raises QueueFull."""
+        """Refuses early what could not even wait. Raises QueueFull, ShuttingDown."""
+        if self.is_closed:
+            raise ShuttingDown(
+                "The server is shutting down and takes no new requests.", _CLOSED_RETRY_SECONDS
+            )
         free = max(0, self._capacity() - self._num_admitted - len(self._queue))
         self._queue.max_items = self._max_waiting()
         if num_sequences > free and not self._queue.has_room(key, num_sequences - free):

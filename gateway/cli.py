@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from gateway import cli_conversion
+from gateway import cli_admin, cli_conversion
 
 app = typer.Typer(
     name="sluice",
@@ -41,6 +41,11 @@ class LogLevel(StrEnum):
     INFO = "info"
     WARNING = "warning"
     ERROR = "error"
+
+
+class LogFormat(StrEnum):
+    TEXT = "text"
+    JSON = "json"
 
 
 def fail(message: str, code: int = WRONG) -> NoReturn:
@@ -117,6 +122,19 @@ def serve(
         list[str] | None,
         typer.Option(envvar="SLUICE_API_KEY", help="A key that clients must send; may be repeated."),
     ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="SLUICE_API_KEY_FILE",
+            help="Keys that clients must send, with names and limits; `sluice key`.",
+        ),
+    ] = None,
+    queue_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0.1, envvar="SLUICE_QUEUE_TIMEOUT", help="Seconds that a request may wait for its turn."
+        ),
+    ] = 60.0,
     grace: Annotated[
         float,
         typer.Option(min=0, envvar="SLUICE_GRACE", help="Seconds that running requests get at SIGTERM."),
@@ -130,6 +148,7 @@ def serve(
         ),
     ] = 60.0,
     log_level: Annotated[LogLevel, typer.Option(envvar="SLUICE_LOG_LEVEL")] = LogLevel.INFO,
+    log_format: Annotated[LogFormat, typer.Option(envvar="SLUICE_LOG_FORMAT")] = LogFormat.TEXT,
     log_dir: Annotated[
         Path | None, typer.Option(envvar="SLUICE_LOG_DIR", help="Where the ranks' logs go.")
     ] = None,
@@ -172,6 +191,9 @@ def serve(
         host=host,
         port=port,
         api_keys=tuple(api_key or ()),
+        api_key_file=api_key_file,
+        queue_timeout=queue_timeout,
+        log_format=log_format.value,
         grace=grace,
         recovery_wait=recovery_wait,
         log_level=log_level.value,
@@ -413,6 +435,7 @@ def version() -> None:
 
 
 cli_conversion.register(app)
+cli_admin.register(app)
 
 
 def main() -> None:

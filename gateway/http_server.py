@@ -29,7 +29,7 @@ class Server(uvicorn.Server):
         yield
 
 
-def make_server(app: FastAPI, *, access_log: bool, flush_seconds: int) -> Server:
+def make_server(app: FastAPI, *, flush_seconds: int) -> Server:
     """A server for `app`, with the limits of its settings. After `should_exit`, answers have `flush_seconds`
     to end."""
     gateway: Gateway = app.state.gateway
@@ -44,7 +44,7 @@ def make_server(app: FastAPI, *, access_log: bool, flush_seconds: int) -> Server
         http=functools.partial(ClientConnection, settings=settings, on_refusal=count),  # type: ignore[arg-type]
         ws="none",
         log_config=None,
-        access_log=access_log,
+        access_log=False,  # it has clients' addresses and queries; ours is in auth.py
         server_header=False,
         timeout_keep_alive=settings.idle_timeout,  # type: ignore[arg-type]
         timeout_graceful_shutdown=flush_seconds,

@@ -54,6 +54,11 @@ class KeyRing:
     def __len__(self) -> int:
         return len(self._digests)
 
+    @property
+    def tenants(self) -> tuple[Tenant, ...]:
+        """The holders of the keys."""
+        return tuple(self._tenants.values())
+
     def find(self, key: bytes | None) -> Tenant | None:
         """The holder of this key. Takes as long for a wrong key as for a right one."""
         if self.is_open:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from engines import config_devices
 from engines.config import ConfigError, ModelConfig
-from gateway import check, console, handover, model_source
+from gateway import check, console, handover, logs, model_source
 from gateway.listener import from_systemd, listen, notify_systemd, url_of
 from gateway.workers.group import Group
 from gateway.workers.protocol import GroupState
@@ -26,12 +27,12 @@ from gateway.workers.supervisor import Supervisor, torchrun_group
 if TYPE_CHECKING:
     from gateway.http_server import Server
     from gateway.router import ServedModel
+    from gateway.routes.common import Gateway
 
 log = logging.getLogger(__name__)
 
 _FLUSH_SECONDS = 5  # for answers to reach their clients once every sequence has ended
 _LOOK_SECONDS = 0.02
-_LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
 class CannotServe(ValueError):  # noqa: N818
@@ -51,6 +52,9 @@ class Options:
     log_level: str = "info"
     log_dir: Path | None = None
     access_log: bool = False
+    log_format: logs.LogFormat = "text"
+    api_key_file: Path | None = None
+    queue_timeout: float = 60.0
     replace: bool = False
 
 
@@ -60,7 +64,7 @@ def run(configs: Sequence[ModelConfig], options: Options) -> None:
     Raises ConfigError, DoesNotFit, CannotListen, CannotReplace and CannotServe, with nothing left running."""
     import uvloop
 
-    _set_up_logging(options)
+    logs.set_up(options.log_level, options.log_format)
     if clashes := check.name_clashes(configs):
         raise ConfigError(clashes)
     placement = check.fit(configs, config_devices.this_machine())
@@ -68,9 +72,10 @@ def run(configs: Sequence[ModelConfig], options: Options) -> None:
         log.warning(warning)
     door = _open_door(options)
     specs = [torchrun_group(group.name, group.config, group.devices) for group in placement.groups]
-    supervisor = Supervisor(specs, options.log_dir or default_log_dir(door.listener.getsockname()[1]))
+    log_dir = options.log_dir or default_log_dir(door.listener.getsockname()[1])
+    supervisor = Supervisor(specs, log_dir)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_Service(configs, options, supervisor, door).run())
+        runner.run(_Service(configs, options, supervisor, door, log_dir).run())
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +106,25 @@ def default_log_dir(port: int) -> Path:
     return Path(state) / "sluice" / str(port)
 
 
+def admin_socket(log_dir: Path) -> Path:
+    """Where the gateway that logs there can be administered."""
+    return log_dir / "admin" / "socket"
+
+
 class _Service:
     """One run of the gateway: start the groups, serve, drain, end."""
 
     def __init__(
-        self, configs: Sequence[ModelConfig], options: Options, supervisor: Supervisor, door: _Door
+        self,
+        configs: Sequence[ModelConfig],
+        options: Options,
+        supervisor: Supervisor,
+        door: _Door,
+        log_dir: Path,
     ) -> None:
-        self._configs, self._options = configs, options
+        self._configs, self._options, self._log_dir = configs, options, log_dir
         self._supervisor, self._door = supervisor, door
+        self._gateway: Gateway | None = None  # until it has been made
         self._groups = supervisor.groups
         self._failures: list[str] = []
         self._settled = asyncio.Event()  # every group is ready, or failed for good
@@ -121,7 +137,11 @@ class _Service:
         try:
             # The web framework is imported while the groups' processes start.
             server = await asyncio.to_thread(self._make_server)
-            async with handover.offer(self._door.listener) as taken, asyncio.TaskGroup() as tasks:
+            async with (
+                handover.offer(self._door.listener) as taken,
+                self._administered(ending),
+                asyncio.TaskGroup() as tasks,
+            ):
                 serving = tasks.create_task(self._serve(server))
                 announcing = tasks.create_task(self._announce(server, ending))
                 await _first_of(ending.first.wait(), taken.wait())
@@ -163,7 +183,12 @@ class _Service:
         from gateway.http_server import make_server
         from gateway.settings import Settings
 
-        settings = Settings(api_keys=self._options.api_keys)
+        settings = Settings(
+            api_keys=self._options.api_keys,
+            api_key_file=self._options.api_key_file,
+            queue_timeout=self._options.queue_timeout,
+            access_log=self._options.access_log,
+        )
         try:
             models = [
                 _served_model(config, self._groups, self._options.recovery_wait) for config in self._configs
@@ -171,7 +196,22 @@ class _Service:
             app = create_app(settings, models)
         except (OSError, ValueError) as error:
             raise CannotServe(str(error)) from error
-        return make_server(app, access_log=self._options.access_log, flush_seconds=_FLUSH_SECONDS)
+        self._gateway = app.state.gateway
+        return make_server(app, flush_seconds=_FLUSH_SECONDS)
+
+    @contextlib.asynccontextmanager
+    async def _administered(self, ending: _Signals) -> AsyncIterator[None]:
+        """Within the context, `sluice admin` finds us."""
+        from gateway import admin
+
+        assert self._gateway is not None
+        app = admin.create_admin_app(admin.Control(self._gateway, self._groups, ending.end))
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(admin.listening(app, admin_socket(self._log_dir)))
+            except admin.CannotAdminister as error:
+                log.warning("%s", error)
+            yield
 
     async def _announce(self, server: Server, ending: _Signals) -> None:
         """Show the groups' progress; say when they are ready. When none can be, there is nothing to serve."""
@@ -214,8 +254,19 @@ class _Service:
             leaving.stop_accepting(server)
             unused = leaving.until_unused(server)
             await _first_of(unused, ending.second.wait(), timeout=self._options.grace)
+        await _first_of(
+            self._empty_queues(), ending.second.wait(), timeout=max(0.0, ends_at - time.monotonic())
+        )
         grace = max(0.0, ends_at - time.monotonic())
         await _first_of(self._supervisor.stop(grace), ending.second.wait())
+
+    async def _empty_queues(self) -> None:
+        """Whoever waits for a place in a group still gets it; nobody new does."""
+        admissions = self._gateway.admissions.values() if self._gateway is not None else ()
+        for admission in admissions:
+            admission.close()
+        for admission in admissions:
+            await admission.wait_until_empty()
 
     def _say_what_runs(self, why: str) -> None:
         running = sum(group.num_outstanding for group in self._groups)
@@ -285,20 +336,3 @@ def _print_banner(configs: Sequence[ModelConfig]) -> None:
 def _describe(config: ModelConfig) -> str:
     demo = "; demo model" if model_source.is_demo(config) else ""
     return config.served_model_names[0] + demo
-
-
-class _CurrentStderr:
-    """Standard error as it is at each write: the progress bar puts itself in front of it for a while."""
-
-    def write(self, text: str) -> int:
-        return sys.stderr.write(text)
-
-    def flush(self) -> None:
-        sys.stderr.flush()
-
-
-def _set_up_logging(options: Options) -> None:
-    handler = logging.StreamHandler(_CurrentStderr())
-    handler.setFormatter(logging.Formatter(_LOG_FORMAT))
-    logging.basicConfig(level=options.log_level.upper(), handlers=[handler])
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)

@@ -129,13 +129,13 @@ class Connection(asyncio.Protocol):
         self.is_connected = True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._lose(GROUP_DIED)  # `exc` only tells whether it left something unread
+        self.lose(GROUP_DIED)  # `exc` only tells whether it left something unread
 
     def data_received(self, data: bytes) -> None:
         try:
             messages = [wire.from_worker_decoder.decode(body) for body in self._frames.feed(data)]
         except (ValueError, msgspec.DecodeError) as error:
-            self._lose(f"the worker group sent a malformed frame: {error}")
+            self.lose(f"the worker group sent a malformed frame: {error}")
             return
         for message in messages:
             self._dispatch(message)
@@ -183,7 +183,8 @@ class Connection(asyncio.Protocol):
         if self.is_connected and self._transport is not None:
             self._transport.write(wire.encode(message))
 
-    def _lose(self, reason: str) -> None:
+    def lose(self, reason: str) -> None:
+        """The group is gone, or has to go."""
         if self.is_connected:
             self.close(reason)
             self._on_lost(reason)

@@ -113,6 +113,13 @@ class Group:
     def stop(self) -> None:
         self.state = GroupState.STOPPED
 
+    def restart(self, reason: str) -> bool:
+        """End a ready group as if it had died; it is started again. False: it is not ready."""
+        if self.state is not GroupState.READY or self._connection is None:
+            return False
+        self._connection.lose(reason)
+        return True
+
     async def wait_until_idle(self) -> None:
         if self._connection is not None:
             await self._connection.idle.wait()

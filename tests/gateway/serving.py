@@ -107,7 +107,7 @@ async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 @contextmanager
 def listening(app: FastAPI) -> Iterator[str]:
     """The application on a free port of 127.0.0.1, in a thread with an event loop of its own."""
-    server = make_server(app, access_log=False, flush_seconds=5)
+    server = make_server(app, flush_seconds=5)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = Thread(target=lambda: asyncio.run(server.serve([listener])))
         thread.start()

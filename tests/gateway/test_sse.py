@@ -32,7 +32,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @asynccontextmanager
 async def served(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     """The application on a free port, in this loop, so that a test can look into its groups."""
-    server = make_server(app, access_log=False, flush_seconds=5)
+    server = make_server(app, flush_seconds=5)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         serving = asyncio.create_task(server._serve([listener]))
         try:
