@@ -36,7 +36,7 @@ def tokens_of(kind: str, model: Path, num_prompts: int) -> dict[str, Any]:
             found = [ended.token_ids for ended in group.run(requests, timeout=600)]
     except StartFailed as failure:
         if not failure.is_permanent:
-            raise
+            return {"differing": len(batch) * NUM_TOKENS, "failed": str(failure)}
         return {"refused": str(failure).partition("config.json: ")[2] or str(failure)}
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     expected = [hf_greedy(reference, prompt, NUM_TOKENS) for prompt in batch]
@@ -57,8 +57,8 @@ def main() -> None:
             results[kind] = tokens_of(kind, model, args.trials)
         print(f"{kind:10} {results[kind]}", flush=True)
     if args.json:
-        command = ["python", "-m", "tests.soak.hf_layouts", "--trials", str(args.trials)]
-        figures = {"command": " ".join(command), "machine": bench.machine(), "layout": "pptp 2x2", **results}
+        command = f"python -m tests.soak.hf_layouts --trials {args.trials} --kinds {args.kinds}"
+        figures = {"command": command, "machine": bench.machine(), "layout": "pptp 2x2", **results}
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
     served = [result for result in results.values() if "refused" not in result]
     sys.exit(not served or any(result["differing"] for result in served))
