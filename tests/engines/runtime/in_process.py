@@ -1,0 +1,156 @@
+"""A group in this process: the real leader, scheduler, runner and native engine; no socket, no torchrun."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import torch
+
+from engines.base import Engine
+from engines.config import ModelConfig
+from engines.native import NativeEngine
+from engines.runtime import kv_cache
+from engines.runtime.leader import Leader
+from engines.runtime.mesh import single
+from engines.runtime.runner import ModelRunner
+from engines.runtime.scheduler import ContinuousScheduler
+from engines.wire import (
+    FromWorker,
+    Generate,
+    RequestError,
+    Stats,
+    TokenLogprob,
+    Tokens,
+    ToWorker,
+    encode,
+    from_worker_decoder,
+    to_worker_decoder,
+)
+
+EOS = 1
+
+
+def load(model: Path) -> Engine:
+    """The native engine in float32, alone."""
+    values = {"model_path": str(model), "dtype": "float32", "max_model_len": None, "reshard": False}
+    config = cast(ModelConfig, SimpleNamespace(**values))  # all that the engine reads of it
+    return NativeEngine(config, single(), lambda fraction: None)
+
+
+@dataclass
+class Ended:
+    """What one sequence has given so far."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    num_cached_tokens: int | None = None
+    finish_reason: str | None = None
+    error: RequestError | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+
+class LocalInbox:
+    """Implements the leader's Inbox; every message is encoded and decoded as on the socket."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self.arrived: list[ToWorker] = []
+        self.ended: dict[str, Ended] = {}
+        self.stats: Stats | None = None
+
+    def poll(self) -> list[ToWorker]:
+        arrived, self.arrived = self.arrived, []
+        return [to_worker_decoder.decode(encode(message)[4:]) for message in arrived]
+
+    def wait(self, timeout: float) -> None:
+        """There is nobody to wait for."""
+
+    def publish(self, stats: Stats) -> None:
+        self.stats = stats
+
+    def send(self, message: FromWorker) -> None:
+        message = from_worker_decoder.decode(encode(message)[4:])
+        assert isinstance(message, Tokens)
+        for delta in message.deltas:
+            ended = self.ended.setdefault(delta.id, Ended())
+            assert not ended.has_ended, "a delta after the last"
+            ended.token_ids += delta.token_ids
+            ended.logprobs += delta.logprobs
+            ended.finish_reason, ended.error = delta.finish_reason, delta.error
+            if delta.prompt_logprobs is not None:
+                ended.prompt_logprobs = delta.prompt_logprobs
+            if delta.num_cached_tokens is not None:
+                ended.num_cached_tokens = delta.num_cached_tokens
+
+
+class InProcess:
+    """One group over `engine`, with a pool of its own. The K/V identity is checked after every round."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        num_blocks: int = 256,
+        block_size: int = 16,
+        max_num_seqs: int = 16,
+        max_batched: int = 1024,
+        prefix_cache: bool = True,
+    ) -> None:
+        assert engine.kv_spec is not None
+        self.caches = kv_cache.allocate(engine.kv_spec, num_blocks, block_size)
+        self.scheduler = ContinuousScheduler(
+            num_blocks,
+            block_size,
+            max_num_seqs,
+            max_batched,
+            engine.max_model_len,
+            [EOS],
+            prefix_cache,
+            vocab_size=engine.vocab_size,
+        )
+        self.inbox = LocalInbox()
+        self.num_blocks = num_blocks
+        runner = ModelRunner(engine, single(), self.caches, max_num_seqs)
+        self.leader = Leader(self.scheduler, runner, self.inbox, 1)
+
+    def send(self, *messages: ToWorker) -> None:
+        self.inbox.arrived += messages
+
+    def ended(self, id: str) -> Ended:
+        return self.inbox.ended.setdefault(id, Ended())
+
+    def step(self) -> None:
+        self.leader.step()
+        self.scheduler.check()
+
+    def run(self, requests: Iterable[Generate], each_round: Callable[[], None] = lambda: None) -> list[Ended]:
+        """All at once, to their ends."""
+        requests = list(requests)
+        self.send(*requests)
+        self.step()
+        while self.scheduler.has_work:
+            each_round()
+            self.step()
+        return [self.ended(request.id) for request in requests]
+
+    def assert_empty(self) -> None:
+        """Nothing runs, and no block is lost."""
+        stats = self.scheduler.stats(0)
+        assert stats.num_running == stats.num_waiting == stats.num_blocks_used == 0
+        assert stats.num_blocks_free + stats.num_blocks_cached == self.num_blocks
+
+
+@torch.inference_mode()
+def alone(engine: Engine, request: Generate) -> Ended:
+    """What `request` gives with nobody else, in one chunk, nothing cached."""
+    (ended,) = InProcess(engine, max_num_seqs=1, prefix_cache=False).run([request])
+    return ended
