@@ -31,13 +31,13 @@ SALTS = (b"", b"", b"one tenant", b"another")
 
 
 class Requests:
-    """`NUM_REQUESTS` different requests, and what each gives alone."""
+    """`count` different requests, and what each gives alone."""
 
-    def __init__(self, engine: Engine, seed: int) -> None:
+    def __init__(self, engine: Engine, seed: int, count: int = NUM_REQUESTS) -> None:
         self._engine = engine
         self._random = random.Random(seed)
         self._stems = [self._ids(self._random.randint(10, 60)) for _ in range(6)]
-        self.made = [self._family(number) for number in range(NUM_REQUESTS)]
+        self.made = [self._family(number) for number in range(count)]
         self.alone = cache(self._alone)
 
     def _alone(self, number: int, choice: int) -> Ended:
@@ -102,7 +102,7 @@ def run_mix(engine: Engine, requests: Requests, draw: random.Random, seen: Seen)
         max_batched=draw.choice((8, 32, 256)),
         prefix_cache=draw.random() < 0.8,
     )
-    numbers = draw.sample(range(NUM_REQUESTS), draw.randint(2, 7))
+    numbers = draw.sample(range(len(requests.made)), draw.randint(2, 7))
     families = [(number, requests.made[number], draw.randint(0, 4)) for number in numbers]
     aborts = {
         one.id: arrival + draw.randint(0, 8)
@@ -123,7 +123,7 @@ def run_mix(engine: Engine, requests: Requests, draw: random.Random, seen: Seen)
     _count(group, seen.counts)
     for number, family, _ in families:
         for choice, one in enumerate(family):
-            _compare(one, group, requests.alone(number, choice), one.id in aborts, seen)
+            compare(one, group, requests.alone(number, choice), one.id in aborts, seen)
 
 
 def _count(group: InProcess, counts: Counter[str]) -> None:
@@ -135,7 +135,7 @@ def _count(group: InProcess, counts: Counter[str]) -> None:
     counts["generated tokens"] += stats.num_generated_tokens
 
 
-def _compare(one: Generate, group: InProcess, want: Ended, may_be_aborted: bool, seen: Seen) -> None:
+def compare(one: Generate, group: InProcess, want: Ended, may_be_aborted: bool, seen: Seen) -> None:
     got = group.ended(one.id)
     seen.counts["sequences"] += 1
     num_tokens = len(one.prompt_ids) + len(one.resume_token_ids)
@@ -186,13 +186,13 @@ def run(trials: int, seed: int = 1) -> dict[str, object]:
     seen = Seen()
     with tempfile.TemporaryDirectory() as directory:
         engine = load(make_llama(Path(directory), MHA, seed=3))
-        requests = Requests(engine, seed)
+        requests = Requests(engine, seed, min(NUM_REQUESTS, 10 + trials))
         draw = random.Random(seed)
         for _ in range(trials):
             run_mix(engine, requests, draw, seen)
     return {
         **seen.counts,
-        "different requests": NUM_REQUESTS,
+        "different requests": len(requests.made),
         "seconds": round(time.monotonic() - started),
         "differences": seen.differences[:10],
         "failed": len(seen.differences),
