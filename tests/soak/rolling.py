@@ -32,7 +32,7 @@ from gateway import bench
 from tests.e2e.server import FAKE_SERVE, MODEL, Server, free_port, wait_until
 from tests.fake_group.spec import FakeSpec
 
-END_SECONDS = 60.0
+END_SECONDS = 300.0  # a bound for a machine that does a lot besides
 LONG_TOKENS = 1500  # at a millisecond a token: longer than a handover takes
 _PASS_SOCKET = 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'  # the shell's pid becomes the server's
 
@@ -259,7 +259,7 @@ def _restarts(
     for number in range(1, num_restarts + 1):
         codes.append(step(made).process.wait(END_SECONDS))
         share = num_requests * number // num_restarts
-        wait_until(lambda share=share: tally.num_done >= share, "the requests are done", 600)  # type: ignore[misc]
+        wait_until(lambda share=share: tally.num_done >= share, "the requests are done", 1200)  # type: ignore[misc]
     return codes
 
 
