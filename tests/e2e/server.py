@@ -20,7 +20,7 @@ import httpx
 import psutil
 
 MODEL = "sluice-demo"
-READY_SECONDS = 60.0  # a bound, not an expectation: the machine may be busy
+READY_SECONDS = 240.0  # a bound, not an expectation: the machine may be busy
 
 
 def free_port() -> int:
