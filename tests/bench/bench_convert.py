@@ -196,12 +196,12 @@ def report(total: int, measured: dict[str, list[Measured]], args: argparse.Names
     for name, ratio in ratios.items():
         print(f"speed of {name}: {ratio}")
     if args.json is not None:
-        found = () if args.transformers4 is None else distributions(path=[str(args.transformers4)])
-        libraries = {"peer's transformers": d.version for d in found if d.name == "transformers"}
+        peers = () if args.transformers4 is None else distributions(path=[str(args.transformers4)])
         record = {
             "command": f"python -m tests.bench.bench_convert --gb {args.gb:g} --rounds {args.rounds}",
             "machine": machine(),
-            "versions": {name: version(name) for name in ("torch", "numpy", "sluice")} | libraries,
+            "versions": {name: version(name) for name in ("torch", "numpy", "sluice")},
+            "peer": {peer.name: peer.version for peer in peers},
             "bytes": total,
             "speed_ratios": ratios,
             "runs": {name: [asdict(run) for run in runs] for name, runs in measured.items()},

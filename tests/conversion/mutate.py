@@ -1,17 +1,13 @@
 """Opens and reads many damaged checkpoints in one process: it must end by itself.
 
-    python -m tests.conversion.mutate --count 1000
-
 A damaged file is refused with a clear error, or it is still a checkpoint (a value has changed, which only
 its manifest can tell). Anything else, a crash above all, is a failure.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 import shutil
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -94,17 +90,3 @@ def campaign(root: Path, count: int, seed: int) -> Counter[str]:
             path.write_bytes(original)
     assert all(outcome(top(root, path)) != "refused" for path in files), "each was put back"
     return outcomes
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=160)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as root:
-        print(dict(campaign(Path(root), args.count, args.seed)))
-
-
-if __name__ == "__main__":
-    main()

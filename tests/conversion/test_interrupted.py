@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,14 +23,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_killed_and_full_at_random_points(tmp_path: Path) -> None:
-    argv = [sys.executable, "-m", "tests.conversion.interrupted", "--kills", "24", "--full", "12"]
-    argv += ["--directory", str(tmp_path)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    argv = [sys.executable, "-m", "tests.soak.convert_interrupted", "--trials", "24"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     result = subprocess.run(argv, capture_output=True, text=True, timeout=240, cwd=ROOT, env=env)
     assert result.returncode == 0, result.stdout + result.stderr
-    words = result.stdout.split()
-    assert int(words[0]) > 5, result.stdout
-    assert int(words[5]) > 2, result.stdout
+    figures = json.loads(result.stdout)
+    assert figures["kills_in_the_middle"] > 5, figures
+    assert figures["size_limits_in_the_middle"] >= 1, figures
+    assert figures["full_disks"] == 0 or figures["full_disks_in_the_middle"] >= 1, figures
 
 
 class Interruption(Exception):  # noqa: N818
