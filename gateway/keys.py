@@ -97,7 +97,7 @@ def new_key() -> str:
 def file_line(name: str, key: str) -> str:
     """The line of a key file for `key`, without the key. Raises BadKeyFile at a name that is none."""
     entry = _entry({"name": name, "sha256": digest_of(key.encode()).hex()}, "the new key")
-    return f"- {{name: {entry.name}, sha256: {entry.digest.hex()}}}"
+    return f'- {{name: "{entry.name}", sha256: "{entry.digest.hex()}"}}'
 
 
 def read_key_file(path: Path) -> list[ApiKey]:
@@ -171,7 +171,7 @@ def _yaml_list(text: str, path: Path) -> list[Any]:
         where = f", line {mark.line + 1}" if mark is not None else ""
         raise BadKeyFile(f"{path}{where}: is not valid YAML") from None  # its own message would show a key
     if not isinstance(entries, list):
-        raise BadKeyFile(f"{path}: is not a list of keys; an entry is `- {{name: NAME, sha256: DIGEST}}`")
+        raise BadKeyFile(f"{path}: is not a list of keys, as `sluice key` prints them")
     return entries
 
 
