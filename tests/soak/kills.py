@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import math
 import os
@@ -161,6 +160,7 @@ class Bed:
         self.server, self.client, self._spec_file = server, client, spec_file
         self._random = random.Random(seed)
         self._fault: Fault | None = None  # that the group which runs now is going to meet
+        self._trigger = 0  # the token that makes it happen
         self._requests = requests(max_tokens=120 if spec_file else 60)
         self._expected: list[Answer] = []
         self.figures = Figures()
@@ -178,9 +178,10 @@ class Bed:
         is_idle = self._random.random() < 0.1
         picked = [] if is_idle else self._random.sample(range(len(self._requests)), 4)
         asking = [asyncio.create_task(ask(self.client, self._requests[index])) for index in picked]
+        others = [] if self._fault is None or is_idle else [asyncio.create_task(self._ask_for(self._fault))]
         kind, died_at = await self._death(pids, "idle" if is_idle else "")
         self.figures.kills[kind] += 1
-        probes = [asyncio.create_task(self._probe()) for _ in range(2)]
+        others += [asyncio.create_task(self._probe()) for _ in range(2)]
         if self._random.random() < 0.1:
             died_at = await self._kill_while_loading(pids)
         await self._until_ready()
@@ -189,7 +190,7 @@ class Bed:
         answers = await asyncio.gather(*asking, return_exceptions=True)
         for index, answer in zip(picked, answers, strict=True):
             self._judge(index, answer, died_at)
-        await asyncio.gather(*probes)
+        await asyncio.gather(*others)
 
     async def _until_ready(self) -> None:
         async with asyncio.timeout(HUNG_SECONDS):
@@ -205,15 +206,17 @@ class Bed:
         return found
 
     def _plan_next_start(self) -> Fault | None:
-        """How a fake group shall end that is started after this one; None: by a signal."""
+        """How a fake group shall end that is started after this one; None: by a signal. What is sent to it
+        before its turn has come must not have the token."""
         if self._spec_file is None:
             return None
         fault = None
         if self._random.random() < 0.5:
             phase = self._random.choice(["prefill", "decode", "sample"])
-            nth = self._random.randint(1, 4 if phase == "prefill" else 60)
+            nth = 1 if phase == "prefill" else self._random.randint(1, 60)
             action = self._random.choice(["kill", "exit", "raise", "memory"])
-            fault = Fault(phase=phase, nth=nth, action=action)  # type: ignore[arg-type]
+            self._trigger = 1_500 + (self._trigger + 1) % 500
+            fault = Fault(phase=phase, nth=nth, action=action, token=self._trigger)  # type: ignore[arg-type]
         spec = FakeSpec(step_seconds=0.002, faults=(fault,) if fault else ())
         self._spec_file.write_bytes(msgspec.json.encode(spec))
         return fault
@@ -221,10 +224,9 @@ class Bed:
     async def _death(self, pids: dict[str, int], why: str) -> tuple[str, float]:
         """Waits for the fault of this start, or kills one of its processes. Returns what, and when."""
         if self._fault is not None and not why:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(3.0):
-                    await gone(pids["rank 0"])
-                return f"{self._fault.phase}: {self._fault.action}", time.monotonic()
+            async with asyncio.timeout(HUNG_SECONDS):
+                await gone(pids["rank 0"])
+            return f"{self._fault.phase}: {self._fault.action}", time.monotonic()
         await asyncio.sleep(self._random.uniform(0.0, 0.4))
         victim = self._random.choice(sorted(pids))
         died_at = await kill(pids[victim])
@@ -242,6 +244,13 @@ class Bed:
             self.figures.kills["load: SIGKILL rank 0"] += 1
             return await kill(pids["rank 0"])
         return time.monotonic()
+
+    async def _ask_for(self, fault: Fault) -> None:
+        """The request that the fault waits for: it survives what it does, for the next start minds it not."""
+        body = {"model": MODEL, "prompt": [fault.token, 20, 21], "max_tokens": 100, "temperature": 0}
+        response = await self.client.post("/v1/completions", json=body)
+        assert response.status_code == 200, response.text
+        assert response.json()["usage"]["completion_tokens"] == 100
 
     async def _probe(self) -> None:
         """A request that comes while nobody is there is told so at once. One that comes before the gateway
