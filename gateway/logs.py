@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
@@ -9,8 +10,6 @@ import traceback
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Literal
-
-import msgspec
 
 LogFormat = Literal["text", "json"]
 
@@ -48,6 +47,10 @@ class TextFormatter(_Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
 
+    def format(self, record: logging.LogRecord) -> str:
+        record.exc_text = None  # as another formatter wrote it, with everything
+        return super().format(record)
+
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         fields = getattr(record, "fields", {})
         pairs = "".join(f" {name}={value}" for name, value in fields.items())
@@ -70,7 +73,7 @@ class JsonFormatter(_Formatter):
         line |= getattr(record, "fields", {})
         if record.exc_info and record.exc_info[1] is not None:
             line["exception"] = self.formatException(record.exc_info)
-        return _CONTROL.sub(_escape, msgspec.json.encode(_printable(line)).decode())
+        return json.dumps(line)  # in ASCII: nothing in it ends the line or steers a terminal
 
 
 def log_access(method: str, path: bytes, status: int, seconds: float, key: str | None) -> None:
@@ -95,14 +98,6 @@ def _without_messages(error: BaseException) -> list[str]:
         lines = [*_without_messages(origin), "and then"]
     frames = "".join(traceback.format_tb(error.__traceback__)).rstrip()
     return [*lines, frames, f"{type(error).__qualname__} {_WITHHELD}"]
-
-
-def _printable(line: dict[str, object]) -> dict[str, object]:
-    """Lone surrogates cannot be encoded: they come from bytes that were no text."""
-    return {
-        name: value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
-        for name, value in line.items()
-    }
 
 
 def _escape(match: re.Match[str]) -> str:

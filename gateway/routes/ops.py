@@ -49,8 +49,10 @@ async def ready(request: Request) -> Response:
 
 @router.get("/health")
 async def health(request: Request) -> Response:
-    """As /readyz, with reasons; needs a key where there are keys."""
-    return _health(gateway_of(request), with_failures=True)
+    """As /readyz; with the reasons where there are no keys. They name paths of the server: they are for who
+    runs it, not for everybody who holds a key (`sluice admin status`)."""
+    gateway = gateway_of(request)
+    return _health(gateway, with_failures=gateway.keys.is_open)
 
 
 @router.get("/metrics")
