@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from math import prod
@@ -61,6 +62,11 @@ def _fitting(config: LlamaConfig) -> str:
 
 
 def ready_config(source: Source) -> str:
-    """A model-config.yaml that serves this directory as it is."""
+    """A model-config.yaml that serves this directory as it is; a comment where the server cannot."""
+    root = source.root.resolve()
+    if any(path.suffix != ".safetensors" for path in source.files):
+        command = f"sluice convert {root} {root}-sluice --to sluice"
+        return f"# the server reads safetensors only: run `{command}`, and serve that\n"
     is_divided = source.manifest is not None and source.format == "sluice"
-    return model_config_yaml(source.manifest.layout if source.manifest and is_divided else None)
+    layout = source.manifest.layout if source.manifest and is_divided else None
+    return model_config_yaml(layout, json.dumps(str(root)))

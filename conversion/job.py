@@ -85,7 +85,7 @@ def _convert(
     journal = Journal(partial, _digest(source, plan), options.resume)
     try:
         todo = [file for file in plan.files if file.name not in journal.finished]
-        _check_room(partial, todo)
+        check_room(partial.parent, sum(file.num_bytes for file in todo))
         _write_all(todo, journal, options, progress)
         for side in sides:
             _write_side(journal.out / side.name, side)
@@ -105,11 +105,13 @@ def _digest(source: Source, plan: Plan) -> str:
     return digest(version("sluice"), stats, sorted(source.config_json.items()), plan.target)
 
 
-def _check_room(partial: Path, todo: Sequence[OutputFile]) -> None:
-    needed, free = sum(file.num_bytes for file in todo), shutil.disk_usage(partial).free
+def check_room(directory: Path, needed: int) -> None:
+    """Raises CannotConvert if the disk of a directory has less room than that."""
+    free = shutil.disk_usage(directory).free
     if needed > free:
         raise CannotConvert(
-            f"{partial.parent}: the target needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+            f"{directory}: the target needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: make room, "
+            "or choose another disk"
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from conversion.inspect import describe, ready_config
-from conversion.job import Options, check_target, run
+from conversion.job import Options, check_room, check_target, run
 from conversion.open import open_checkpoint
 from conversion.plan import Plan, Target, make_plan
 from conversion.problems import BadTensors
@@ -65,6 +65,7 @@ def convert(
     if dry_run:
         check_target(source, target_dir)
         _show_plan(plan, target_dir, as_json)
+        check_room(nearest(target_dir), plan.num_bytes)
         return
     checked = check_source(source) if check else ""
     if checked and not as_json:
@@ -93,6 +94,11 @@ def _show_plan(plan: Plan, target: Path, as_json: bool) -> None:
     for file in plan.files:
         print(f"  {file.num_bytes:>16,} bytes  {len(file.entries):>5} tensors  {target / file.name}")
     print(f"  {plan.num_bytes:>16,} bytes  in all")
+
+
+def nearest(path: Path) -> Path:
+    """The path, or the first of its parents that is there."""
+    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
 
 
 def _show_result(plan: Plan, manifest: Manifest, target: Path, seconds: float, as_json: bool) -> None:
@@ -135,7 +141,9 @@ def inspect(directory: Path, choices: Choices, *, as_json: bool) -> None:
     except BadTensors as error:
         raise CannotConvert("\n".join(error.problems)) from None
     if as_json:
-        print(json.dumps(list(describe(source))))
+        described = dict(describe(source))
+        described.pop("note", None)
+        print(json.dumps(described | {"notes": source.notes, "model-config.yaml": ready_config(source)}))
         return
     for label, value in describe(source):
         print(f"{label:>14}  {value}")

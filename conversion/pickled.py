@@ -7,6 +7,7 @@ whatever a file needs beyond that is refused by name, and there is no switch tha
 from __future__ import annotations
 
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def read_pickled(path: Path) -> dict[str, tuple[StoredTensor, Bytes]]:
     """
     _check_zip(path)
     try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of an unusual protocol: it is read, or refused below
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # the unpickler raises nearly anything on a damaged file
         raise BadCheckpoint(f"{path}: {_reason(error)}") from None
     if not isinstance(content, dict):

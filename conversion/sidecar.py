@@ -116,10 +116,10 @@ def _json(value: Json) -> bytes:
     return json.dumps(value, indent=2).encode() + b"\n"
 
 
-def model_config_yaml(layout: Layout | None) -> str:
+def model_config_yaml(layout: Layout | None, path: str = ".") -> str:
     """A model-config.yaml that serves such a layout; None: the files of a whole model."""
     tp, pp = (1, 1) if layout is None else (layout.tp, layout.pp)
-    lines = ["modelPath: ."]
+    lines = [f"modelPath: {path}"]
     if layout is None or tp * pp == 1:
         return "\n".join([*lines, "parallelType: tp", "parallelLevel: 1", ""])
     kind = "pptp" if tp > 1 and pp > 1 else "pp" if pp > 1 else "tp"

@@ -65,12 +65,17 @@ def convert(
     src: Annotated[Path, typer.Argument(help="A directory: Hugging Face's, Meta's, or per-rank files.")],
     dst: Annotated[Path, typer.Argument(help="A directory that is not there yet.")],
     to: Annotated[To, typer.Option(help="hf: safetensors; meta: .pth; sluice: a file for each rank.")],
-    tp: Annotated[int, typer.Option(min=1, help="Ranks that share each layer (sluice).")] = 1,
-    pp: Annotated[int, typer.Option(min=1, help="Stages that the layers are split into (sluice).")] = 1,
+    tp: Annotated[
+        int | None, typer.Option(min=1, help="Ranks that share each layer (sluice), or as --shards (meta).")
+    ] = None,
+    pp: Annotated[
+        int | None, typer.Option(min=1, help="Stages that the layers are split into (sluice).")
+    ] = None,
     stage_split: Annotated[
-        str, typer.Option(help="How layers are divided over stages: as stageSplit in model-config.yaml.")
-    ] = "work",
-    shards: Annotated[int, typer.Option(min=1, help="Model-parallel shards (meta).")] = 1,
+        str | None,
+        typer.Option(help="How stages divide the layers (sluice): as stageSplit in model-config.yaml."),
+    ] = None,
+    shards: Annotated[int | None, typer.Option(min=1, help="Model-parallel shards (meta).")] = None,
     embedding: Annotated[
         Embedding | None, typer.Option(help="How shards split it: Llama 3 rows, Llama 1 and 2 columns.")
     ] = None,
@@ -79,7 +84,9 @@ def convert(
     tokenizer: Annotated[
         Path | None, typer.Option(help="A tokenizer.model that does not lie beside the weights.")
     ] = None,
-    max_file_size: Annotated[str, typer.Option(help="Of Hugging Face's files.")] = "5GiB",
+    max_file_size: Annotated[
+        str | None, typer.Option(help="Of Hugging Face's files; default 5GiB.", show_default=False)
+    ] = None,
     max_memory: Annotated[str, typer.Option(help="Buffers, beyond the interpreter itself.")] = "512MiB",
     jobs: Annotated[int, typer.Option(min=0, help="Files written at once; 0: one a core.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where one was interrupted.")] = False,
@@ -95,16 +102,33 @@ def convert(
 ) -> None:
     """Convert a checkpoint to another format or layout, streaming; a killed run leaves no half result."""
     with _clear_errors() as main:
+        only_for = {
+            "--tp": (tp, (To.SLUICE, To.META)),
+            "--pp": (pp, (To.SLUICE,)),
+            "--stage-split": (stage_split, (To.SLUICE,)),
+            "--quantize": (quantize, (To.SLUICE,)),
+            "--shards": (shards, (To.META,)),
+            "--embedding": (embedding, (To.META,)),
+            "--max-file-size": (max_file_size, (To.HF,)),
+        }
+        for option, (value, formats) in only_for.items():
+            if value is not None and to not in formats:
+                allowed = " and ".join(f"--to {one.value}" for one in formats)
+                raise main.CannotConvert(f"{option}: is for {allowed}: leave it out with --to {to.value}")
+        if to is To.META and tp is not None and shards not in (None, tp):
+            raise main.CannotConvert(
+                f"--tp {tp}: means as many shards, and --shards says {shards}: remove one"
+            )
         target = main.Target(
             to.value,
-            shards=shards,
-            tp=tp,
-            pp=pp,
+            shards=shards or tp or 1,
+            tp=tp or 1,
+            pp=pp or 1,
             dtype=dtype and _SHORT[dtype.value],
             embedding_by_rows=None if embedding is None else embedding is Embedding.ROWS,
-            max_file_bytes=main.parse_bytes(max_file_size),
+            max_file_bytes=main.parse_bytes(max_file_size or "5GiB"),
             quantize=quantize and quantize.value,
-            stage_split=main.parse_stage_split(stage_split),
+            stage_split=main.parse_stage_split(stage_split or "work"),
             tokenizer=tokenizer and str(tokenizer),
         )
         options = main.Options(main.parse_bytes(max_memory), jobs, resume)

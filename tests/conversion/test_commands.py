@@ -54,7 +54,19 @@ def test_the_model_config_that_comes_with_it_is_valid(tmp_path: Path) -> None:
         assert config.model_path == str(out)
         assert config.stage_split == ("work" if pp == 1 else (2, 1) if pp == 2 else (1, 1, 1))
         shown = sluice("inspect", out).split("model-config.yaml:\n")[1]
-        assert yaml.safe_load(shown) == yaml.safe_load((out / "model-config.yaml").read_text())
+        written = yaml.safe_load((out / "model-config.yaml").read_text())
+        assert yaml.safe_load(shown) == written | {"modelPath": str(out)}
+
+
+def test_inspect_says_how_to_serve_what_the_server_does_not_read(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", GQA)
+    sluice("convert", hf, tmp_path / "m", "--to", "meta", "--tp", 2)
+    assert sorted(path.name for path in (tmp_path / "m").glob("*.pth")) == [
+        f"consolidated.0{i}.pth" for i in (0, 1)
+    ]
+    shown = json.loads(sluice("inspect", tmp_path / "m", "--json"))
+    assert f"run `sluice convert {tmp_path}/m {tmp_path}/m-sluice --to sluice`" in shown["model-config.yaml"]
+    assert shown["tp that fits"] == "1, 2, 4, 8 (key/value heads are replicated at 4, 8)"
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
@@ -86,7 +98,12 @@ def test_the_json_log(tmp_path: Path) -> None:
         (["--to", "sluice", "--pp", 2, "--stage-split", "1,1"], "adds to 2, and the model has 3 layers"),
         (["--to", "sluice", "--stage-split", "most"], "--stage-split 'most'"),
         (["--to", "meta", "--shards", 5], "--shards 5: its 8 attention heads"),
-        (["--to", "hf", "--quantize", "int8"], "--quantize: only --to sluice"),
+        (["--to", "hf", "--quantize", "int8"], "--quantize: is for --to sluice: leave it out with --to hf"),
+        (["--to", "hf", "--tp", 2], "--tp: is for --to sluice and --to meta"),
+        (["--to", "meta", "--pp", 2], "--pp: is for --to sluice"),
+        (["--to", "meta", "--tp", 2, "--shards", 4], "--tp 2: means as many shards, and --shards says 4"),
+        (["--to", "sluice", "--shards", 2], "--shards: is for --to meta"),
+        (["--to", "sluice", "--max-file-size", "1G"], "--max-file-size: is for --to hf"),
         (["--to", "hf", "--max-memory", "much"], "'much' is not a size"),
         (["--to", "hf", "--tokenizer", "/nonexistent/tokenizer.model"], "tokenizer.model"),
     ],
