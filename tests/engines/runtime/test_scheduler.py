@@ -239,6 +239,22 @@ def test_resumed_tokens_count_but_are_not_sent_again() -> None:
     assert output.prompt_logprobs is None, "they were sent with the first token"
 
 
+def test_what_is_said_once_is_not_said_again_of_a_resumed_sequence() -> None:
+    scheduler, leader = make()
+    leader.add(request("b", max_tokens=8, resume_token_ids=[1, 2]))
+    plan = scheduler.schedule()
+    leader.runner.submit(plan)
+    (delta,) = scheduler.update(*leader.runner.collect())
+    assert (delta.num_cached_tokens, len(delta.token_ids)) == (None, 1)
+
+
+def test_a_resumed_sequence_as_long_as_the_model_goes_has_ended() -> None:
+    scheduler, _ = make()
+    tokens = [5] * (scheduler.max_model_len - 4)
+    (delta,) = scheduler.add(request(prompt_len=4, max_tokens=10_000, resume_token_ids=tokens))
+    assert (delta.finish_reason, delta.token_ids) == ("length", [])
+
+
 @pytest.mark.parametrize(("stop_ids", "reason"), [([9], "stop"), ([], "length")])
 def test_what_had_ended_before_it_was_resumed_ends_at_once(stop_ids: list[int], reason: str) -> None:
     scheduler, _ = make()
