@@ -255,7 +255,7 @@ class Bed:
     async def _probe(self) -> None:
         """A request that comes while nobody is there is told so at once. One that comes before the gateway
         has noticed is answered like those that were underway."""
-        body = {"model": MODEL, "prompt": "probe", "max_tokens": 1}
+        body = {"model": MODEL, "prompt": "Hello", "max_tokens": 1}
         for _ in range(3):
             started = time.monotonic()
             response = await self.client.post("/v1/completions", json=body)
