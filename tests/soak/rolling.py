@@ -2,19 +2,17 @@
 
 Two ways. `replace`: each successor is started with --replace beside the one that serves. `systemd`: the
 listening socket is held by the parent, as systemd does; the server is ended and started again.
-`python -m tests.soak.rolling [--trials REQUESTS] [--restarts N] [--json FILE]`.
+`--trials N` requests and ten restarts, each way.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -28,10 +26,11 @@ import httpx
 import msgspec
 import psutil
 
-from gateway import bench
 from tests.e2e.server import FAKE_SERVE, MODEL, Server, free_port, wait_until
 from tests.fake_group.spec import FakeSpec
+from tests.soak import _figures
 
+NUM_RESTARTS = 10
 END_SECONDS = 300.0  # a bound for a machine that does a lot besides
 LONG_TOKENS = 1500  # at a millisecond a token: longer than a handover takes
 _PASS_SOCKET = 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'  # the shell's pid becomes the server's
@@ -237,8 +236,8 @@ def run(step: Callable[[Generations], Server], num_restarts: int, num_requests: 
             "way": step.__name__,
             "restarts": num_restarts,
             "requests": tally.num_done,
-            "failed": len(tally.failures),
-            "first_failures": tally.failures[:5],
+            "num_failed": len(tally.failures),
+            "failures": tally.failures[:10],
             "by_kind": dict(tally.by_kind),
             "answered_by": {server: tally.by_server[server] for server in sorted(tally.by_server)},
             "exit_codes": codes,
@@ -263,20 +262,10 @@ def _restarts(
     return codes
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=10_000, help="requests, each way")
-    parser.add_argument("--restarts", type=int, default=10, help="each way")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    ways = [run(step, arguments.restarts, arguments.trials) for step in (replace, restart)]
-    figures = {"command": "python -m tests.soak.rolling", "machine": bench.machine(), "ways": ways}
-    print(json.dumps(figures, indent=2))
-    if arguments.json:
-        arguments.json.parent.mkdir(exist_ok=True)
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
-    sys.exit(any(way["failed"] for way in ways))
+def run_both(num_requests: int) -> dict[str, object]:
+    ways = [run(step, NUM_RESTARTS, num_requests) for step in (replace, restart)]
+    return {"ways": ways, "failed": sum(len(way["failures"]) for way in ways)}  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":
-    main()
+    _figures.main("rolling", __doc__, 10_000, run_both)
