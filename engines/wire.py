@@ -14,6 +14,11 @@ import msgspec
 MAX_FRAME_BYTES = 64 << 20
 _LENGTH = struct.Struct(">I")
 
+
+class FrameTooLarge(ValueError):  # noqa: N818
+    """A message that no frame holds: bound what it says."""
+
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -141,6 +146,7 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, tag="
     num_blocks_used: int = 0
     num_blocks_cached: int = 0
     num_blocks_free: int = 0
+    num_account_faults: int = 0  # times that blocks or slots were found lost, and taken back
     num_preemptions: int = 0
     num_prefix_queries: int = 0  # prompt tokens looked up
     num_prefix_hits: int = 0  # of them found
@@ -161,14 +167,15 @@ from_worker_decoder = msgspec.msgpack.Decoder(FromWorker)
 
 
 def encode(message: ToWorker | FromWorker) -> bytes:
-    """A whole frame, its length in front."""
+    """A whole frame, its length in front. Raises FrameTooLarge."""
     body = _encoder.encode(message)
-    assert len(body) <= MAX_FRAME_BYTES, "a frame over the limit: bound the request before it is sent"
+    if len(body) > MAX_FRAME_BYTES:
+        raise FrameTooLarge(f"a frame of {len(body)} bytes; at most {MAX_FRAME_BYTES} are allowed")
     return _LENGTH.pack(len(body)) + body
 
 
 class FrameBuffer:
-    """Cuts a byte stream into frame bodies. Raises ValueError at a length over MAX_FRAME_BYTES."""
+    """Cuts a byte stream into frame bodies. Raises FrameTooLarge at a length over MAX_FRAME_BYTES."""
 
     def __init__(self) -> None:
         self._pending = bytearray()
@@ -180,7 +187,7 @@ class FrameBuffer:
         while len(self._pending) - start >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._pending, start)
             if length > MAX_FRAME_BYTES:
-                raise ValueError(f"frame of {length} bytes; at most {MAX_FRAME_BYTES} are allowed")
+                raise FrameTooLarge(f"frame of {length} bytes; at most {MAX_FRAME_BYTES} are allowed")
             end = start + _LENGTH.size + length
             if len(self._pending) < end:
                 break

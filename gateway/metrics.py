@@ -237,6 +237,12 @@ _STATS: tuple[tuple[str, str, str, Callable[[Stats], float]], ...] = (
     ("num_requests_running", "gauge", "Sequences in the batch.", lambda s: float(s.num_running)),
     ("num_requests_waiting", "gauge", "Sequences that wait.", lambda s: float(s.num_waiting)),
     ("kv_cache_usage_perc", "gauge", "Share of the K/V blocks in use, 0 to 1.", _kv_usage),
+    (
+        "kv_cache_account_faults",
+        "counter",
+        "Times that blocks were found lost while idle, and taken back.",
+        lambda s: float(s.num_account_faults),
+    ),
     ("num_preemptions", "counter", "Sequences put back to wait.", lambda s: float(s.num_preemptions)),
     ("prefix_cache_queries", "counter", "Prompt tokens looked up.", lambda s: float(s.num_prefix_queries)),
     ("prefix_cache_hits", "counter", "Prompt tokens found.", lambda s: float(s.num_prefix_hits)),

@@ -10,6 +10,16 @@ from __future__ import annotations
 from collections import OrderedDict
 
 
+class Unaccounted(Exception):  # noqa: N818
+    """A block, a slot or a sequence was lost or counted twice."""
+
+
+def require(condition: bool, otherwise: str) -> None:
+    """What holds of the accounts at any time. Not an assert: it is checked in production, too."""
+    if not condition:
+        raise Unaccounted(otherwise)
+
+
 class BlockPool:
     """All operations take constant time."""
 
@@ -79,21 +89,21 @@ class BlockPool:
                 self._retire(block)
 
     def check(self, tables: list[list[int]]) -> None:
-        """Assert that `tables` (those of all sequences) hold every used block as often as is counted,
-        and that free, cached and used are disjoint and complete."""
+        """Raise Unaccounted unless `tables` (those of all sequences) hold every used block as often as is
+        counted, and free, cached and used are disjoint and complete. Linear in the blocks."""
         holders = [0] * self.num_blocks
         for table in tables:
             for block in table:
                 holders[block] += 1
-        assert holders == self._num_holders, "block holders differ from the block tables"
+        require(holders == self._num_holders, "block holders differ from the block tables")
         free, cached = set(self._free), set(self._cached)
         used = {block for block, count in enumerate(holders) if count}
-        assert len(free) == len(self._free), "a block is free twice"
-        assert len(free) + len(cached) + len(used) == self.num_blocks, "blocks were lost or counted twice"
-        assert free | cached | used == set(range(self.num_blocks)), "blocks were lost"
-        assert all(self._hash_of[block] is None for block in free), "a free block has a hash"
+        require(len(free) == len(self._free), "a block is free twice")
+        require(len(free) + len(cached) + len(used) == self.num_blocks, "blocks were lost or counted twice")
+        require(free | cached | used == set(range(self.num_blocks)), "blocks were lost")
+        require(all(self._hash_of[block] is None for block in free), "a free block has a hash")
         hashed = {h: block for block, h in enumerate(self._hash_of) if h is not None}
-        assert hashed == self._by_hash, "hashes and blocks disagree"
+        require(hashed == self._by_hash, "hashes and blocks disagree")
 
     def _retire(self, block: int) -> None:
         if self._hash_of[block] is None:

@@ -11,7 +11,17 @@ import msgspec
 
 from engines.runtime.plan import StepKind, StepPlan, StepResult
 from engines.runtime.scheduler import Scheduler
-from engines.wire import Abort, FromWorker, Generate, Stats, TokenDelta, Tokens, ToWorker
+from engines.wire import (
+    Abort,
+    FrameTooLarge,
+    FromWorker,
+    Generate,
+    RequestError,
+    Stats,
+    TokenDelta,
+    Tokens,
+    ToWorker,
+)
 
 IDLE_WAIT_SECONDS = 0.25
 """How long an idle leader sleeps between signs of life: its step counter moves at this pace."""
@@ -70,6 +80,7 @@ class Leader:
         self._plans_in_flight = plans_in_flight
         self._stage_busy_seconds = stage_busy_seconds
         self._num_steps = self._num_active_steps = 0
+        self._num_idle_rounds = 0
         self._num_computed_tokens = 0
         self._tokens_in_flight: deque[int] = deque()  # of each plan
         self._active_seconds = 0.0
@@ -91,9 +102,14 @@ class Leader:
             self._emit(self._scheduler.update(plan, result))
             self._active_seconds += perf_counter() - started
             self._num_active_steps += 1
+            self._num_idle_rounds = 0
+        elif self._scheduler.has_work:  # which no plan takes up: a static batch that may still fill
+            self._inbox.wait(BATCH_WAIT_SECONDS)
         else:
-            # work that no plan takes up is a static batch that may still fill
-            self._inbox.wait(BATCH_WAIT_SECONDS if self._scheduler.has_work else IDLE_WAIT_SECONDS)
+            self._num_idle_rounds += 1
+            if self._num_idle_rounds == 2:  # nothing came for a while: there is time for it
+                self._scheduler.audit()
+            self._inbox.wait(IDLE_WAIT_SECONDS)
         self._num_steps += 1
 
     def _stats(self) -> Stats:
@@ -123,5 +139,19 @@ class Leader:
             self._tokens_in_flight.append(plan.num_tokens)
 
     def _emit(self, deltas: list[TokenDelta]) -> None:
-        if deltas:
+        if not deltas:
+            return
+        try:
             self._inbox.send(Tokens(deltas))
+        except FrameTooLarge:
+            self._emit_one_by_one(deltas)
+
+    def _emit_one_by_one(self, deltas: list[TokenDelta]) -> None:
+        """A delta that is too large for a frame of its own is its sequence's end."""
+        for delta in deltas:
+            try:
+                self._inbox.send(Tokens([delta]))
+            except FrameTooLarge as error:
+                self._scheduler.abort(delta.id)
+                end = TokenDelta(id=delta.id, error=RequestError("internal", str(error)))
+                self._inbox.send(Tokens([end]))

@@ -6,12 +6,13 @@ step computes some of them, and a token is sampled when none is left.
 
 from __future__ import annotations
 
+import logging
 from bisect import insort
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Protocol
 
-from engines.runtime.blocks import BlockPool
+from engines.runtime.blocks import BlockPool, Unaccounted, require
 from engines.runtime.chunk import BlockTables, Chunk, build_plan
 from engines.runtime.faults import failed
 from engines.runtime.intake import Intake
@@ -19,6 +20,8 @@ from engines.runtime.outcome import end_with, has_ended, take_result
 from engines.runtime.plan import StepKind, StepPlan, StepResult
 from engines.runtime.sequence import Sequence
 from engines.wire import Generate, RequestError, Stats, TokenDelta
+
+log = logging.getLogger("sluice.engine")
 
 
 class Scheduler(Protocol):
@@ -41,6 +44,10 @@ class Scheduler(Protocol):
     def schedule(self) -> StepPlan: ...
 
     def update(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]: ...
+
+    def audit(self) -> None:
+        """While there is no work: check the accounts of the K/V and put right what is wrong. Nobody holds
+        anything then, so all of it can be taken back, which harms less than a leak or a restart."""
 
     def stats(self, num_steps: int) -> Stats:
         """Counters since start and gauges now. The leader counts the steps."""
@@ -109,6 +116,7 @@ class ContinuousScheduler:
         self._running: list[Sequence] = []  # oldest first
         self._prompt_leaders: dict[str, Sequence] = {}  # group -> who computes the shared prompt
         self._num_plans_in_flight = 0
+        self._num_account_faults = 0
         self._num_preemptions = 0
         self._num_prefix_queries = 0
         self._num_prefix_hits = 0
@@ -144,6 +152,7 @@ class ContinuousScheduler:
             num_blocks_used=self._pool.num_used,
             num_blocks_cached=self._pool.num_cached,
             num_blocks_free=self._pool.num_free,
+            num_account_faults=self._num_account_faults,
             num_preemptions=self._num_preemptions,
             num_prefix_queries=self._num_prefix_queries,
             num_prefix_hits=self._num_prefix_hits,
@@ -152,13 +161,31 @@ class ContinuousScheduler:
         )
 
     def check(self) -> None:
-        """Assert that every block, slot and sequence is accounted for."""
+        """Raise Unaccounted unless every block, slot and sequence is accounted for and no block is shared by
+        sequences that may not share. For tests, after every step; in production `audit` calls it."""
         self._pool.check([sequence.block_table for sequence in self._running])
         slots = sorted([sequence.slot for sequence in self._running] + self._free_slots)
-        assert slots == list(range(self.max_num_seqs)), "slots were lost or given twice"
+        require(slots == list(range(self.max_num_seqs)), "slots were lost or given twice")
         known = {*self._queue, *(sequence.id for sequence in self._running)}
-        assert known == set(self._sequences), "a sequence is neither queued nor running"
-        assert all(not sequence.block_table for sequence in self._queue.values()), "a queued one holds blocks"
+        require(known == set(self._sequences), "a sequence is neither queued nor running")
+        require(
+            not any(sequence.block_table for sequence in self._queue.values()), "a queued one holds blocks"
+        )
+        roots: dict[int, bytes | None] = {}
+        for sequence in self._running:
+            for block in sequence.block_table:
+                is_own = roots.setdefault(block, sequence.hash_root) == sequence.hash_root
+                require(is_own, "a block is shared by sequences of different salts")
+
+    def audit(self) -> None:
+        assert not self.has_work
+        try:
+            self.check()
+        except Unaccounted as error:
+            log.error("K/V accounts are wrong: %s; everything is taken back, the prefix cache emptied", error)
+            self._num_account_faults += 1
+            self._pool = BlockPool(self._pool.num_blocks)
+            self._free_slots = list(range(self.max_num_seqs - 1, -1, -1))
 
     def _remove(self, sequence: Sequence) -> None:
         """It has ended, however."""

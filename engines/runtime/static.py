@@ -77,6 +77,9 @@ class StaticScheduler:
             self._queue.pop(id, None)
             self._arrived.pop(id, None)
 
+    def audit(self) -> None:
+        """The engine owns its K/V: there are no accounts."""
+
     def stats(self, num_steps: int) -> Stats:
         return Stats(
             num_steps=num_steps,

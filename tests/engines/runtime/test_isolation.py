@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engines.base import Engine
-from engines.runtime.blocks import BlockPool
+from engines.runtime.blocks import BlockPool, Unaccounted
 from engines.wire import Generate, SamplingParams
 from tests.engines.reference import prompts, request_of
 from tests.engines.runtime.in_process import Ended, InProcess, alone, load
@@ -71,6 +71,33 @@ def assert_failed(ended: Ended) -> None:
     assert ended.error is not None
     assert ended.error.code == "internal"
     assert "not finite" in ended.error.message
+
+
+def test_lost_blocks_and_slots_are_taken_back_when_idle(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    group = InProcess(engine, num_blocks=40)
+    one, two = requests_of([list(range(20, 60)), list(range(60, 100))])
+    (first,) = group.run([one])
+    for _ in range(3):
+        group.leader.step()
+    assert group.scheduler.stats(0).num_account_faults == 0
+    assert group.scheduler.stats(0).num_blocks_cached > 0, "an audit that finds nothing changes nothing"
+    group.scheduler._pool.allocate()
+    group.scheduler._free_slots.pop()
+    with pytest.raises(Unaccounted, match="holders"):
+        group.scheduler.check()
+    group.run([two], check=False)
+    for _ in range(3):
+        group.leader.step()
+    group.assert_empty()
+    group.scheduler.check()
+    assert group.inbox.stats is not None
+    assert group.inbox.stats.num_account_faults == 1
+    assert "K/V accounts are wrong: block holders" in caplog.text
+    (again,) = group.run([request_of("again", one.prompt_ids, 12, sampling=SHOWN)])
+    assert again.token_ids == first.token_ids
+    assert again.num_cached_tokens == 0
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
