@@ -74,8 +74,12 @@ class Server:
     def workers(self) -> dict[int, psutil.Process]:
         """The ranks by number."""
         programs = {"engines.worker", "tests.fake_group.process"}
-        ranks = [process for process in self.tree() if programs & set(_command(process)[:4])]
-        return {int(rank.environ().get("RANK", "0")): rank for rank in ranks}
+        ranks = {}
+        for process in self.tree():
+            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):  # it ends just now
+                if programs & set(process.cmdline()[:4]):
+                    ranks[int(process.environ().get("RANK", "0"))] = process
+        return ranks
 
     def torchrun(self) -> psutil.Process:
         found = [process for process in self.tree() if "torch.distributed.run" in _command(process)[:3]]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from typing import Any
 
 import httpx
 import msgspec
+import psutil
 
 from gateway.bench import machine
 from tests.e2e.server import FAKE_SERVE, MODEL, Server, serving
@@ -182,6 +184,7 @@ class Bed:
         kind, died_at = await self._death(pids, "idle" if is_idle else "")
         self.figures.kills[kind] += 1
         others += [asyncio.create_task(self._probe()) for _ in range(2)]
+        num_before = sum(self.figures.kills.values())
         if self._random.random() < 0.1:
             died_at = await self._kill_while_loading(pids)
         await self._until_ready()
@@ -189,20 +192,26 @@ class Bed:
         self._fault = next_fault
         answers = await asyncio.gather(*asking, return_exceptions=True)
         for index, answer in zip(picked, answers, strict=True):
-            self._judge(index, answer, died_at)
+            self._judge(index, answer, died_at, was_twice=sum(self.figures.kills.values()) > num_before)
         await asyncio.gather(*others)
 
     async def _until_ready(self) -> None:
+        """Until the group is ready that was started after the last death."""
         async with asyncio.timeout(HUNG_SECONDS):
-            while (await self.client.get("/readyz")).status_code != 200:
+            while True:
+                response = await self.client.get("/readyz")
+                restarts = response.json()["models"][0]["groups"][0]["restarts"]
+                if response.status_code == 200 and restarts >= sum(self.figures.kills.values()):
+                    return
                 await asyncio.sleep(0.01)
 
     def _pids(self) -> dict[str, int]:
         names = {"engines.guard": "guard", "torch.distributed.run": "torchrun"}
         found = {f"rank {rank}": process.pid for rank, process in self.server.workers().items()}
         for process in self.server.tree()[1:]:
-            words = process.cmdline()[:4]
-            found |= {name: process.pid for word, name in names.items() if word in words}
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):  # it ends just now
+                words = process.cmdline()[:4]
+                found |= {name: process.pid for word, name in names.items() if word in words}
         return found
 
     def _plan_next_start(self) -> Fault | None:
@@ -266,7 +275,7 @@ class Bed:
             assert response.status_code == 200, response.text
             await asyncio.sleep(0.02)
 
-    def _judge(self, index: int, answer: Answer | BaseException, died_at: float) -> None:
+    def _judge(self, index: int, answer: Answer | BaseException, died_at: float, was_twice: bool) -> None:
         body, figures = self._requests[index], self.figures
         if isinstance(answer, BaseException):
             figures.answers["hung" if isinstance(answer, TimeoutError) else "broken"] += 1
@@ -274,6 +283,9 @@ class Bed:
             return
         if answer.error == "model_not_ready" and answer.times[0] > died_at - 0.05:
             figures.answers["refused: it came when the group was gone"] += 1
+            return
+        if answer.error == "request_poisoned" and was_twice:  # the second group was ready a moment before
+            figures.answers["poisoned: in two groups that died"] += 1
             return
         if not answer.same_as(self._expected[index]):
             figures.answers["wrong"] += 1
@@ -345,6 +357,7 @@ async def kill_many(bed: Bed, num_kills: int, max_seconds: float) -> Figures:
         await bed.kill_once()
         if done % 20 == 19:
             print(f"{done} of {num_kills} kills, {dict(bed.figures.answers)}", file=sys.stderr, flush=True)
+            print(*bed.figures.wrong, sep="\n", file=sys.stderr, flush=True)
     bed.read_starts()
     return bed.figures
 
