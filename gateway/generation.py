@@ -44,19 +44,19 @@ async def chat_prompt(model: ServedModel, messages: Sequence[dict[str, str]]) ->
             f"The model '{model.name}' has no chat template: use /v1/completions,"
             " or start the server with one."
         )
-    if sum(len(text) for message in messages for text in message.values()) < LARGE_TEXT_CHARS:
-        return _encode_chat(model, messages)
-    return await asyncio.to_thread(_encode_chat, model, messages)
+    is_large = sum(len(text) for message in messages for text in message.values()) >= LARGE_TEXT_CHARS
+    tokenizer, guard = model.tokenizer, model.tokenizer.guard()
 
+    def protect() -> list[dict[str, str]]:
+        return [
+            {key: tokenizer.protect(guard, value) for key, value in message.items()} for message in messages
+        ]
 
-def _encode_chat(model: ServedModel, messages: Sequence[dict[str, str]]) -> list[int]:
-    assert model.template is not None
-    tokenizer = model.tokenizer
-    guard = tokenizer.guard()
-    protected = [
-        {key: tokenizer.protect(guard, value) for key, value in message.items()} for message in messages
-    ]
-    return tokenizer.encode_pieces(guard.cut(model.template.render(protected)))
+    rendered = await model.template.render(await asyncio.to_thread(protect) if is_large else protect())
+    pieces = guard.cut(rendered)
+    if not is_large:
+        return tokenizer.encode_pieces(pieces)
+    return await asyncio.to_thread(tokenizer.encode_pieces, pieces)
 
 
 async def completion_prompts(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.wire import Ready, Stats
-from gateway.prompt.template import ChatTemplate, load_chat_template
+from gateway.prompt.renderer import Renderer
+from gateway.prompt.template import load_chat_template
 from gateway.prompt.tokenizer import Tokenizer
 from gateway.workers import progress
 from gateway.workers.protocol import GroupState, QueueFull, WorkerGroup, WorkerUnavailable
@@ -58,7 +59,7 @@ class ServedModel:
     name: str
     groups: Sequence[WorkerGroup]
     tokenizer: Tokenizer
-    template: ChatTemplate | None
+    template: Renderer | None
     created: int  # seconds since the epoch
     aliases: tuple[str, ...] = ()
     owned_by: str = "sluice"
@@ -109,11 +110,12 @@ def load_served_model(
         raise FileNotFoundError(
             f"{path}: not found; the gateway needs the fast tokenizer (save it with save_pretrained)"
         )
+    template = load_chat_template(model_dir, chat_template)
     return ServedModel(
         name=name,
         groups=groups,
         tokenizer=Tokenizer(path),
-        template=load_chat_template(model_dir, chat_template),
+        template=None if template is None else Renderer(template),
         created=created,
         aliases=aliases,
         owned_by=owned_by,

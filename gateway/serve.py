@@ -309,7 +309,7 @@ def _served_model(config: ModelConfig, groups: Sequence[Group], recovery_wait: f
     from gateway.router import load_served_model
 
     name, *aliases = config.served_model_names
-    return load_served_model(
+    model = load_served_model(
         Path(config.model_path),
         name=name,
         aliases=tuple(aliases),
@@ -319,6 +319,9 @@ def _served_model(config: ModelConfig, groups: Sequence[Group], recovery_wait: f
         recovery_wait=recovery_wait,
         chat_template=Path(config.chat_template) if config.chat_template else None,
     )
+    if model.template is not None:
+        model.template.start()
+    return model
 
 
 def _print_banner(configs: Sequence[ModelConfig]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,6 +19,9 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+MAX_SOURCE_CHARS = 1 << 20
+MAX_ADDED_CHARS = 1 << 20
+"""What a template may write beyond the messages' own text."""
 _SPECIAL_TOKEN_NAMES = (
     "bos_token",
     "eos_token",
@@ -38,27 +42,48 @@ class BadTemplate(ValueError):  # noqa: N818
 
 
 class ChatTemplate:
-    """A compiled template and the names of the special tokens that it may write."""
+    """A template and the special tokens that it may write."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], origin: str = "chat template") -> None:
-        """Raises BadTemplate."""
+        """Only parsed: Jinja computes what is constant when it compiles. Raises BadTemplate."""
         self.source = source
-        self._special_tokens = dict(special_tokens)
+        self.special_tokens = dict(special_tokens)
+        if len(source) > MAX_SOURCE_CHARS:
+            raise BadTemplate(f"{origin}: the chat template is longer than {MAX_SOURCE_CHARS} characters")
         try:
-            self._template = _environment().from_string(source)
+            _check_names(_environment(), source)
         except jinja2.TemplateSyntaxError as error:
             raise BadTemplate(
                 f"{origin}:{error.lineno}: the chat template is not valid: {error.message}"
             ) from error
+        except RecursionError as error:
+            raise BadTemplate(f"{origin}: the chat template is nested too deep") from error
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        return _environment().from_string(self.source)
 
     def render(self, messages: Sequence[Mapping[str, object]]) -> str:
-        """The prompt that asks for the next message. Raises TemplateRefused."""
+        """The prompt that asks for the next message. It may take for ever: see Renderer.
+
+        Raises TemplateRefused."""
+        room = MAX_ADDED_CHARS + sum(len(str(value)) for message in messages for value in message.values())
+        pieces: list[str] = []
         try:
-            return self._template.render(
+            for piece in self._template.generate(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=True,
-                **self._special_tokens,
-            )
+                **self.special_tokens,
+            ):
+                pieces.append(piece)
+                room -= len(piece)
+                if room < 0:
+                    raise TemplateRefused(
+                        f"the model's chat template adds over {MAX_ADDED_CHARS} characters to these messages"
+                    )
+            return "".join(pieces)
+        except TemplateRefused:
+            raise
         except jinja2.TemplateError as error:
             raise TemplateRefused(
                 f"the model's chat template refuses these messages: {error.message}"
@@ -124,6 +149,18 @@ class _Generation(jinja2.ext.Extension):
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _check_names(environment: jinja2.Environment, source: str) -> None:
+    """Raises TemplateSyntaxError, for unknown filters and tests, too."""
+    for node in environment.parse(source).find_all((jinja2.nodes.Filter, jinja2.nodes.Test)):
+        kind, known = (
+            ("filter", environment.filters)
+            if isinstance(node, jinja2.nodes.Filter)
+            else ("test", environment.tests)
+        )
+        if node.name not in known:
+            raise jinja2.TemplateSyntaxError(f"there is no {kind} named {node.name!r}", node.lineno)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
