@@ -135,6 +135,33 @@ def serve(
             min=0.1, envvar="SLUICE_QUEUE_TIMEOUT", help="Seconds that a request may wait for its turn."
         ),
     ] = 60.0,
+    max_body_bytes: Annotated[
+        int, typer.Option(min=1, envvar="SLUICE_MAX_BODY_BYTES", help="Of a request; more is refused (413).")
+    ] = 16 << 20,
+    max_connections: Annotated[
+        int,
+        typer.Option(min=1, envvar="SLUICE_MAX_CONNECTIONS", help="Open at once; more are refused (503)."),
+    ] = 16_384,
+    idle_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0.1,
+            envvar="SLUICE_IDLE_TIMEOUT",
+            help="Seconds that a connection may be open without a request.",
+        ),
+    ] = 75.0,
+    receive_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0.1, envvar="SLUICE_RECEIVE_TIMEOUT", help="Seconds from a request's first byte to its last."
+        ),
+    ] = 10.0,
+    send_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0.1, envvar="SLUICE_SEND_TIMEOUT", help="Seconds that a client may leave an answer unread."
+        ),
+    ] = 30.0,
     grace: Annotated[
         float,
         typer.Option(min=0, envvar="SLUICE_GRACE", help="Seconds that running requests get at SIGTERM."),
@@ -193,6 +220,11 @@ def serve(
         api_keys=tuple(api_key or ()),
         api_key_file=api_key_file,
         queue_timeout=queue_timeout,
+        max_body_bytes=max_body_bytes,
+        max_connections=max_connections,
+        idle_timeout=idle_timeout,
+        receive_timeout=receive_timeout,
+        send_timeout=send_timeout,
         log_format=log_format.value,
         grace=grace,
         recovery_wait=recovery_wait,

@@ -55,6 +55,11 @@ class Options:
     log_format: logs.LogFormat = "text"
     api_key_file: Path | None = None
     queue_timeout: float = 60.0
+    max_body_bytes: int = 16 << 20
+    max_connections: int = 16_384
+    idle_timeout: float = 75.0
+    receive_timeout: float = 10.0
+    send_timeout: float = 30.0
     replace: bool = False
 
 
@@ -187,6 +192,11 @@ class _Service:
             api_keys=self._options.api_keys,
             api_key_file=self._options.api_key_file,
             queue_timeout=self._options.queue_timeout,
+            max_body_bytes=self._options.max_body_bytes,
+            max_connections=self._options.max_connections,
+            idle_timeout=self._options.idle_timeout,
+            receive_timeout=self._options.receive_timeout,
+            send_timeout=self._options.send_timeout,
             access_log=self._options.access_log,
         )
         try:
