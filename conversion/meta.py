@@ -46,6 +46,7 @@ def open_meta(root: Path, choices: Choices) -> Source:
             notes.append("output.weight equals tok_embeddings.weight: converted as tied")
     expected = expected_tensors(config)
     known = {spec.meta_name for spec in expected.values()}
+    copies = {"output.weight"} if config.tie_word_embeddings else set[str]()
     unknown = [] if choices.allow_extra else shards.unknown(known)
     tensors = collect(expected.values(), unknown, lambda spec: shards.tensor(spec, config))
     return Source(
@@ -56,7 +57,7 @@ def open_meta(root: Path, choices: Choices) -> Source:
         config_json,
         tensors,
         tuple(paths),
-        ignored=tuple(sorted({name for content in shards.content for name in content} - known)),
+        ignored=tuple(sorted({name for content in shards.content for name in content} - known - copies)),
         notes=tuple(notes),
         manifest=manifest,
         replicas=tuple(shards.replicas),

@@ -175,9 +175,15 @@ def _meta_plan(source: Source, target: Target) -> Plan:
     _check_divisible(config, shards, "--shards")
     by_rows = target.embedding_by_rows
     if by_rows is None:
-        by_rows = config.vocab_size >= 128000 or config.hidden_size % shards != 0
+        is_even = config.hidden_size % shards == config.vocab_size % shards == 0
+        by_rows = config.vocab_size >= 128000 or not is_even
     if not by_rows and config.hidden_size % shards:
         raise CannotConvert(f"--embedding columns: {config.hidden_size} columns over {shards} shards")
+    if not by_rows and config.vocab_size % shards:
+        raise CannotConvert(
+            f"--embedding columns: the head's {config.vocab_size} rows over {shards} shards are padded, and "
+            "the embedding must have as many: choose rows"
+        )
     files = []
     for shard in range(shards):
         entries = [

@@ -105,6 +105,18 @@ def test_written_for_meta_is_what_its_reference_makes(tmp_path: Path) -> None:
         assert written[name].data_ptr() % 8 == 0
 
 
+def test_a_padded_vocabulary_is_what_params_json_says(tmp_path: Path) -> None:
+    """301 rows over two shards are 302 of embedding and head: Meta's code makes both by vocab_size."""
+    hf = make_llama(tmp_path / "hf", GQA, 4)
+    convert(hf, tmp_path / "meta", Target("meta", shards=2))
+    (tmp_path / "meta" / "manifest.json").unlink()
+    alone = open_checkpoint(tmp_path / "meta", Choices(max_positions=99))
+    assert alone.config.vocab_size == 302
+    assert alone.tensors["model.embed_tokens.weight"].shape == alone.tensors["lm_head.weight"].shape
+    with pytest.raises(CannotConvert, match="--embedding columns: the head's 301 rows over 2 shards"):
+        convert(hf, tmp_path / "out", Target("meta", shards=2, embedding_by_rows=False))
+
+
 def test_few_key_value_heads_go_to_the_ranks_that_read_them(tmp_path: Path) -> None:
     """Of two heads, four ranks hold 0, 0, 1, 1: not 0, 1, 0, 1."""
     hf = make_llama(tmp_path / "hf", GQA, 4)
