@@ -111,6 +111,8 @@ KINDS = [
         ("decode", 12, "raise"),
         ("decode", 30, "kill"),
         ("sample", 20, "memory"),
+        ("decode", 12, "stop"),
+        ("decode", 12, "hang"),
     ],
 )
 async def test_every_kind_of_sampling_goes_on_exactly(
