@@ -14,13 +14,11 @@ import signal
 import sys
 import time
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
 import msgspec
 import torch
-import torch.distributed as dist
 
 from engines import modeldir, registry
 from engines.base import BadCheckpoint, Engine, KVSpec, ReportProgress, UnsupportedModel
@@ -29,7 +27,7 @@ from engines.runtime import kv_cache, warmup
 from engines.runtime.channel import LoadReport, Pipe, PlanSender, connect
 from engines.runtime.inbox import Inbox
 from engines.runtime.leader import Leader
-from engines.runtime.mesh import Mesh
+from engines.runtime.mesh import Mesh, join
 from engines.runtime.plan import StepPlan
 from engines.runtime.runner import ModelRunner
 from engines.runtime.scheduler import ContinuousScheduler, Scheduler
@@ -158,18 +156,13 @@ def _until_gone(pipe: Pipe) -> None:
 
 
 def _join_mesh(config: ModelConfig, run_dir: Path, rank: int) -> Mesh:
-    """The process groups, over a file: nothing listens for them but gloo's pairs on the loopback."""
-    device = _device(config)
-    tp_group = None
+    device, tp_group = _device(config), None
     if config.world_size > 1:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" and torch.cuda.device_count() >= config.world_size else "gloo",
-            init_method=f"file://{run_dir}/group-init",
-            rank=rank,
-            world_size=config.world_size,
-            timeout=timedelta(seconds=_patience(config)),
+        backend = (
+            "nccl" if device.type == "cuda" and torch.cuda.device_count() >= config.world_size else "gloo"
         )
-        tp_group = _tp_group(config.tp_size, config.pp_size, rank)
+        file = run_dir / "group-init"
+        tp_group = join(rank, config.tp_size, config.pp_size, backend, file, _patience(config))
     clock = StageClocks(run_dir / CLOCKS, config.world_size).of(rank)
     shared = _shared_group(config, run_dir, rank) if device.type == "cpu" else None
     return Mesh(rank, config.tp_size, config.pp_size, device, tp_group, clock, shared)
@@ -188,18 +181,14 @@ def _patience(config: ModelConfig) -> float:
     return max(config.startup_timeout, config.response_timeout)
 
 
-def _tp_group(tp_size: int, pp_size: int, rank: int) -> dist.ProcessGroup | None:
-    """This rank's tensor-parallel group. Every rank makes the groups of all stages, as torch demands."""
-    if tp_size == 1:
-        return None
-    stages = [range(s * tp_size, (s + 1) * tp_size) for s in range(pp_size)]
-    groups: list[dist.ProcessGroup] = [dist.new_group(list(ranks)) for ranks in stages]
-    return groups[rank // tp_size]
-
-
 def _device(config: ModelConfig) -> torch.device:
     if config.device == "cpu":
         return torch.device("cpu")
+    if not torch.cuda.device_count():
+        raise UnsupportedModel(
+            "deviceType is gpu, but the workers see no CUDA device: check the driver (nvidia-smi) and "
+            "deviceIds, or write deviceType: cpu"
+        )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)

@@ -7,6 +7,8 @@ process, and logits travel only inside one tensor-parallel group. So stage = pp_
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -83,6 +85,30 @@ class Mesh:
         parts = [torch.empty_like(x) for _ in range(self.tp_size)] if self.tp_rank == 0 else None
         dist.gather(x.contiguous(), parts, dst=root, group=self.tp_group)
         return torch.cat(parts, dim=-1) if parts is not None else None
+
+
+def join(
+    rank: int, tp_size: int, pp_size: int, backend: str, init_file: Path, timeout: float
+) -> dist.ProcessGroup | None:
+    """Meet the other ranks over `init_file`. Returns this rank's tensor-parallel group, None if of one.
+    `timeout`: seconds that a rank waits for another in any of the groups, at any time.
+
+    Nothing listens for them but gloo's pairs on the loopback.
+    """
+    patience = timedelta(seconds=timeout)
+    dist.init_process_group(
+        backend,
+        init_method=f"file://{init_file}",
+        rank=rank,
+        world_size=tp_size * pp_size,
+        timeout=patience,
+    )
+    if tp_size == 1:
+        return None
+    stages = [range(stage * tp_size, (stage + 1) * tp_size) for stage in range(pp_size)]
+    # Every rank makes those of all stages, as torch demands. They inherit no timeout, but have 30 minutes.
+    groups: list[dist.ProcessGroup] = [dist.new_group(list(ranks), timeout=patience) for ranks in stages]
+    return groups[rank // tp_size]
 
 
 def single(device: torch.device | str = "cpu") -> Mesh:

@@ -17,6 +17,7 @@ _MAX_CHARS = 500
 _FAILED = re.compile(r"failed \(exitcode: (?P<code>-?\d+)\) local_rank: (?P<rank>\d+)")
 _IN_TABLE = re.compile(r"rank +: (?P<rank>\d+) \(local_rank: \d+\)\n +exitcode +: (?P<code>-?\d+)")
 _TORCHRUN = re.compile(r"[IWE]\d{4} \d\d:\d\d:\d\d")  # how the lines of its log begin
+_RANK = re.compile(r"\d{4}-\d\d-\d\d \S+ rank \d+ [A-Z]+ ")  # and those of a rank that needs no torchrun
 
 # What a rank says when another one is gone: gloo's and NCCL's words, and those of the store.
 _ECHO = re.compile(
@@ -86,7 +87,7 @@ def _error_in(text: str) -> str | None:
 
 def _launcher_error(text: str) -> str | None:
     """Its last line; but that a rank failed, or is being ended, is no news."""
-    lines = [line for line in text.split("\n") if not _TORCHRUN.match(line)]
+    lines = [line for line in text.split("\n") if not _TORCHRUN.match(line) and not _RANK.match(line)]
     said = [line for line in lines if line.strip() and not line.startswith((" ", "="))]
     return said[-1] if said and "ChildFailedError" not in text else None
 

@@ -493,6 +493,7 @@ ChildFailedError:
         ([("launcher.log", "python: No module named torch\n")], "python: No module named torch"),
         ([("launcher.log", "ChildFailedError:\n====\nnothing to see\n")], None),
         ([("launcher.log", CLOSING)], None),
+        ([("launcher.log", "2026-11-21 14:58:04,061 rank 0 INFO ready: Ready(engine='accelerate')\n")], None),
         (
             [
                 ("a_0/attempt_0/0/stderr.log", TRACEBACK.format(ECHO)),
