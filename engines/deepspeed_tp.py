@@ -109,7 +109,7 @@ def shard(
     """
     deepspeed = deepspeed_comm.connect(mesh)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    parallel = {"tp_size": mesh.tp_size, "tp_grain_size": settings.tp_grain_size}
+    parallel = deepspeed_comm.tensor_parallel(mesh) | {"tp_grain_size": settings.tp_grain_size}
     deepspeed.init_inference(
         model, dtype=model.dtype, tensor_parallel=parallel, enable_cuda_graph=settings.enable_cuda_graph
     )

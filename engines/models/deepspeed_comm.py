@@ -52,7 +52,13 @@ def connect(mesh: Mesh) -> ModuleType:
     """
     require_deepspeed()
     os.environ["DS_ACCELERATOR"] = mesh.device.type
-    deepspeed = importlib.import_module("deepspeed")
+    try:
+        deepspeed = importlib.import_module("deepspeed")
+    except ImportError as error:
+        raise UnsupportedModel(
+            f"the package deepspeed is there but cannot be imported ({error}): "
+            "in Sluice's directory, pip install -e '.[deepspeed]'"
+        ) from error
     if mesh.world_size > 1:
         reason = _agreed(_prepare_shared_memory(deepspeed, mesh))
         deepspeed.ops.__compatible_ops__ = {_OP: not reason}
@@ -60,8 +66,35 @@ def connect(mesh: Mesh) -> ModuleType:
             deepspeed.init_distributed(dist_init_required=False, verbose=False)
         dist.barrier()  # from here on every rank has mapped the workspaces of all
         _unlink(mesh.rank)
-        log.info("all-reduce: %s", f"{dist.get_backend()}: {reason}" if reason else "shared memory")
+        if reason and mesh.device.type == "cpu":
+            log.warning("all-reduce: %s, which is slower: %s", dist.get_backend(), reason)
+        else:
+            log.info("all-reduce: %s", dist.get_backend() if reason else "shared memory")
     return deepspeed
+
+
+def tensor_parallel(mesh: Mesh) -> dict[str, object]:
+    """The section of that name for `init_inference`: our own group. In one that DeepSpeed makes by itself,
+    ranks would wait for each other for half an hour."""
+    if mesh.tp_group is None:
+        return {"tp_size": mesh.tp_size}
+    return {"tp_size": mesh.tp_size, "tp_group": mesh.tp_group, "mpu": _Units(mesh)}
+
+
+class _Units:
+    """The mesh, as DeepSpeed asks for it."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
+        return self._mesh.tp_group
+
+    def get_model_parallel_rank(self) -> int:
+        return self._mesh.tp_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._mesh.tp_size
 
 
 def reason_for_the_backend(world_size: int, device: str, num_cores: int) -> str:
