@@ -64,6 +64,7 @@ def test_flags_reach_the_configuration(
         *("--max-model-len", "64", "--max-num-seqs", "3", "--kv-cache-memory", "8MiB", "--omp-threads", "1"),
         *("--served-name", "a", "--served-name", "org/b", "--replicas", "2"),
         *("--host", "::1", "--port", "81", "--api-key", "k1", "--api-key", "k2", "--grace", "2"),
+        *("--recovery-wait", "3"),
     )
     assert result.exit_code == 0, result.output
     (((config,), options),) = served
@@ -72,6 +73,7 @@ def test_flags_reach_the_configuration(
     assert (config.model_name, config.served_model_names) == ("some-model", ("a", "org/b"))
     assert config.omp_threads == 1
     assert (options.host, options.port, options.api_keys, options.grace) == ("::1", 81, ("k1", "k2"), 2.0)
+    assert options.recovery_wait == 3.0
 
 
 def test_every_option_of_serve_has_an_environment_variable() -> None:
