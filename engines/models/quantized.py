@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from engines.base import BadCheckpoint
 from engines.models.manifest import MANIFEST_NAME, Layout
+from engines.runtime.cpu import compute_dtype
 
 ENCODINGS = {"int8": ("I8", torch.int8), "fp8": ("F8_E4M3", torch.float8_e4m3fn)}
 """By the name in the manifest: safetensors' dtype and torch's."""
@@ -25,7 +27,9 @@ def encoding_of(root: Path, layout: Layout) -> tuple[str, torch.dtype] | None:
 
 
 _FP8_CAPABILITY = (8, 9)
-_FEW_ROWS = 16  # up to here the int8 kernel is faster than unpacking the weight
+_FEW_ROWS = 16  # up to here the int8 kernel is faster than widening the weight
+_FEW_ROWS_UPCAST = 48  # the same where bfloat16 is multiplied in float32
+_TILE = 1 << 20  # values
 
 
 def has_fp8(device: torch.device) -> bool:
@@ -34,16 +38,41 @@ def has_fp8(device: torch.device) -> bool:
 
 
 class QuantizedLinear:
-    """x @ (weight * scale).T + bias. The weight stays as it is stored; it is widened while it is used."""
+    """x @ (weight * scale).T + bias. The weight stays as it is stored; it is widened while it is used.
+
+    On a CPU torch's int8 kernel is used where it is the fastest: for few rows of bfloat16. In float32 it
+    takes 3 times as long as widening at one row and 20 times at 16 (CPU time, measured with AVX2).
+    """
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self._weight, self._bias = weight, bias
-        self._scale = scale.to(dtype)
-        self._has_kernel = weight.dtype == torch.int8 and weight.device.type == "cpu"
+        self._weight, self._bias, self._scale = weight, bias, scale.to(dtype)
+        is_int8_on_cpu = weight.dtype == torch.int8 and weight.device.type == "cpu"
+        has_kernel = is_int8_on_cpu and dtype == torch.bfloat16
+        self._wide = compute_dtype(dtype, weight.device)
+        self._max_kernel_rows = (_FEW_ROWS if self._wide == dtype else _FEW_ROWS_UPCAST) if has_kernel else 0
+        self._tile = max(1, _TILE // weight.shape[1])  # rows
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._has_kernel and x.shape[0] <= _FEW_ROWS:
+        if x.shape[0] <= self._max_kernel_rows:
             out: Tensor = torch._weight_int8pack_mm(x.contiguous(), self._weight, self._scale)
         else:
-            out = F.linear(x, self._weight.to(x.dtype)).mul_(self._scale)
+            out = self._widened(x.to(self._wide)).mul_(self._scale).to(x.dtype)
         return out if self._bias is None else out.add_(self._bias)
+
+    def _widened(self, x: Tensor) -> Tensor:
+        """x @ weight.T; on a CPU a tile of the weight at a time, which stays in the cache."""
+        if x.device.type != "cpu":
+            return F.linear(x, self._weight.to(x.dtype))
+        scratch = _scratch(max(_TILE, self._weight.shape[1]), x.dtype)
+        parts = [
+            F.linear(x, scratch[: tile.numel()].view(tile.shape).copy_(tile))
+            for tile in self._weight.split(self._tile)
+        ]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+@cache
+def _scratch(numel: int, dtype: torch.dtype) -> Tensor:
+    """One for the process: only one thread of a rank computes."""
+    with torch.inference_mode(False):  # it may be written in and out of that mode
+        return torch.empty(numel, dtype=dtype)

@@ -14,6 +14,7 @@ from conversion.plan import Target
 from conversion.tensors import CannotConvert
 from conversion.verify import differences
 from engines.base import BadCheckpoint, Engine, UnsupportedModel
+from engines.models import quantized
 from engines.models.manifest import read_manifest
 from engines.models.quantized import QuantizedLinear
 from engines.runtime.context import ForwardContext, forward_context
@@ -97,7 +98,11 @@ def test_fp8_is_refused_on_a_cpu_with_the_commands_that_help(tmp_path: Path, how
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 100])
-def test_both_ways_of_computing_agree(dtype: torch.dtype, rows: int) -> None:
+@pytest.mark.parametrize("tile", [64, 1 << 20])
+def test_both_ways_of_computing_agree(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, tile: int
+) -> None:
+    monkeypatch.setattr(quantized, "_TILE", tile)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-127, 128, (48, 64), dtype=torch.int8, generator=generator)
     scale, bias = torch.rand(48, generator=generator) / 100, torch.randn(48, generator=generator).to(dtype)
