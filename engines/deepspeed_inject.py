@@ -3,11 +3,18 @@
 What the kernels cannot do is refused before weights are read, with the remedy (`check_support`): their K/V is
 one workspace for the process, as large as the first batch; the rows of a batch have one length; a forward
 pass over one token a row is taken for a decoding step, whatever came before.
+
+A rank never has the whole model in main memory: a layer's weights are read when DeepSpeed comes to it, which
+copies its slice of them to the device, and go with the layer that was exchanged. DeepSpeed's own way (layers
+without memory, and a list of checkpoint files) reads every file whole on every rank.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -17,6 +24,7 @@ from torch import Tensor, nn
 from engines.base import Batch, ReportProgress, UnsupportedModel
 from engines.config_deepspeed import DeepSpeedFile, load_settings
 from engines.models import deepspeed_comm, hf
+from engines.models.checkpoint import Checkpoint
 from engines.models.hf_inspect import inspect_model
 from engines.models.hf_support import read_config
 from engines.runtime.mesh import Mesh
@@ -59,8 +67,7 @@ class DeepSpeedInjectEngine:
         checkpoint = hf.open_checkpoint(self._found)
         dtype = hf.dtype_of(self._found, checkpoint, self._settings.dtype or config.dtype)
         model = hf.build_empty(self._found, dtype)
-        hf.fill(model, checkpoint, lambda name: torch.device("cpu"), report)
-        self._injected = inject(model, self._settings, mesh)
+        self._injected = inject(model, self._settings, mesh, fill_layer_by_layer(model, checkpoint, report))
         self._decoder = hf.HFDecoder(self._injected.model, ())
 
     @classmethod
@@ -186,6 +193,30 @@ def _refusal(key: str, value: object, why: str, remedy: str) -> UnsupportedModel
     return UnsupportedModel(f"kernel injection: {key} ({value!r}) {why}: {remedy}")
 
 
+FillLayer = Callable[[nn.Module], None]
+"""Reads the weights of one layer of the model into main memory."""
+
+
+def fill_layer_by_layer(model: PreTrainedModel, checkpoint: Checkpoint, report: ReportProgress) -> FillLayer:
+    """Read what is in no layer at once, and each layer's weights when the function that is returned is called
+    with it. Raises BadCheckpoint, as does that function."""
+    layers: Any = model.base_model.layers
+    of_layers = f"{model.base_model_prefix}.layers."
+    prefixes = {layer: f"{of_layers}{number}." for number, layer in enumerate(layers)}
+    num_layers, cpu = len(layers), torch.device("cpu")
+
+    def fill(is_wanted: Callable[[str], bool]) -> None:
+        hf.fill(model, checkpoint, lambda name: cpu if is_wanted(name) else None, lambda fraction: None)
+
+    def fill_layer(layer: nn.Module) -> None:
+        prefix = prefixes.pop(layer)  # and forget it: its weights shall go with it
+        fill(lambda name: name.startswith(prefix))
+        report(1 - len(prefixes) / num_layers)
+
+    fill(lambda name: not name.startswith(of_layers))
+    return fill_layer
+
+
 class _DeepSpeedInjected:
     """The real kernels."""
 
@@ -197,19 +228,59 @@ class _DeepSpeedInjected:
         self._layer.reset_cache()
 
 
-def inject(model: PreTrainedModel, settings: DeepSpeedFile, mesh: Mesh) -> Injected:
-    """Exchange the layers of a loaded model for kernels, compiled when first used."""
+def inject(model: PreTrainedModel, settings: DeepSpeedFile, mesh: Mesh, fill_layer: FillLayer) -> Injected:
+    """Exchange the layers of a model for kernels, compiled when first used. Raises UnsupportedModel."""
     deepspeed = deepspeed_comm.connect(mesh)
-    deepspeed.init_inference(
-        model,
-        dtype=model.dtype,
-        replace_with_kernel_inject=True,
-        tensor_parallel={"tp_size": mesh.tp_size},
-        max_out_tokens=settings.max_out_tokens,
-        return_tuple=False,  # the layers of transformers 5 return a tensor
-    )
     from deepspeed.model_implementations.transformers.ds_transformer import (  # type: ignore[import-untyped]
         DeepSpeedTransformerInference,
     )
 
+    _require_compilers()
+    with _filled_when_exchanged(fill_layer):
+        deepspeed.init_inference(
+            model,
+            dtype=model.dtype,
+            replace_with_kernel_inject=True,
+            tensor_parallel=deepspeed_comm.tensor_parallel(mesh),
+            max_out_tokens=settings.max_out_tokens,
+            return_tuple=False,  # the layers of transformers 5 return a tensor
+        )
     return _DeepSpeedInjected(model, DeepSpeedTransformerInference)
+
+
+@contextmanager
+def _filled_when_exchanged(fill_layer: FillLayer) -> Iterator[None]:
+    """DeepSpeed makes a policy for a layer, and by it reads the layer's weights: they are there by then."""
+    from deepspeed.module_inject import replace_module  # type: ignore[import-untyped]
+    from deepspeed.module_inject.containers.llama import LLAMALayerPolicy  # type: ignore[import-untyped]
+
+    make = LLAMALayerPolicy.__init__
+
+    def fill_and_make(policy: Any, layer: nn.Module | None, inference: bool = True) -> None:
+        if layer is not None:  # None: it only asks for the class of the layers
+            fill_layer(layer)
+        make(policy, layer, inference)
+
+    LLAMALayerPolicy.__init__ = fill_and_make
+    try:
+        yield
+    finally:
+        LLAMALayerPolicy.__init__ = make
+        replace_module.container_g = None  # the first layer, kept for reading checkpoints DeepSpeed's way
+
+
+def _require_compilers() -> None:
+    """Raises UnsupportedModel where the kernels would have to be compiled and cannot."""
+    from deepspeed.git_version_info import installed_ops  # type: ignore[import-untyped]
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if installed_ops.get("transformer_inference"):
+        return
+    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
+    if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
+        missing.insert(0, "nvcc")
+    if missing:
+        raise UnsupportedModel(
+            f"kernel injection compiles DeepSpeed's kernels, and {', '.join(missing)} not found: install "
+            f"them (nvcc: the CUDA toolkit of PyTorch, found by CUDA_HOME), or {_AUTOTP}"
+        )

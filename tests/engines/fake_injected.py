@@ -1,11 +1,13 @@
 """Kernel injection as DeepSpeed does it, without a GPU: layers with its limits, wrong where it is wrong.
 
-Keys and values lie in one workspace for the process, which the first pass sizes. A pass over one token
-a row continues the batch before. Masks of padding are not looked at.
+A layer takes copies of its rank's slices; the one that it stands for goes, with its weights. Keys and values
+lie in one workspace for the process, which the first pass sizes. A pass over one token a row continues the
+batch before. Masks of padding are not looked at.
 """
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +18,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from engines.config import ModelConfig
 from engines.config_deepspeed import DeepSpeedFile
-from engines.deepspeed_inject import DeepSpeedInjectEngine
+from engines.deepspeed_inject import DeepSpeedInjectEngine, FillLayer
 from engines.runtime.mesh import Mesh
 
 
@@ -26,9 +28,18 @@ class FakeInjectedModule(nn.Module):
     workspace: ClassVar[dict[int, Tensor]] = {}  # layer to [2, B, max_out_tokens, H, D]
     num_tokens: ClassVar[int] = 0  # of each row of the batch, so far
 
-    def __init__(self, layer: Any, index: int, is_last: bool, max_out_tokens: int) -> None:
+    def __init__(self, layer: Any, index: int, is_last: bool, max_out_tokens: int, mesh: Mesh) -> None:
         super().__init__()
-        self.layer, self.index, self.is_last, self.max_out_tokens = layer, index, is_last, max_out_tokens
+        self.index, self.is_last, self.max_out_tokens, self.mesh = index, is_last, max_out_tokens, mesh
+        self.norm, self.mlp_norm = deepcopy(layer.input_layernorm), deepcopy(layer.post_attention_layernorm)
+        attention, mlp = layer.self_attn, layer.mlp
+        self.head_dim = attention.head_dim
+        self.qkv = [self._slice(each, 0) for each in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        self.gate, self.up = self._slice(mlp.gate_proj, 0), self._slice(mlp.up_proj, 0)
+        self.out, self.down = self._slice(attention.o_proj, 1), self._slice(mlp.down_proj, 1)
+
+    def _slice(self, linear: nn.Linear, dim: int) -> Tensor:
+        return linear.weight.detach().chunk(self.mesh.tp_size, dim)[self.mesh.tp_rank].clone()
 
     @classmethod
     def reset_cache(cls) -> None:
@@ -36,13 +47,11 @@ class FakeInjectedModule(nn.Module):
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         assert attention_mask is None, "the kernels' own mask is causal; another one means padding"
-        attention = self.layer.self_attn
         rows, length, _ = x.shape
         past = 0 if length > 1 else FakeInjectedModule.num_tokens
-        normed = self.layer.input_layernorm(x)
+        normed = self.norm(x)
         query, key, value = (
-            linear(normed).view(rows, length, -1, attention.head_dim)
-            for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+            F.linear(normed, weight).view(rows, length, -1, self.head_dim) for weight in self.qkv
         )
         cos, sin = kwargs["position_embeddings"]
         query, key = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=2)
@@ -50,8 +59,11 @@ class FakeInjectedModule(nn.Module):
         space[0, :rows, past : past + length], space[1, :rows, past : past + length] = key, value
         keys, values = space[:, :rows, : past + length].transpose(2, 3)
         attended = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values, is_causal=length > 1)
-        x = x + attention.o_proj(attended.transpose(1, 2).reshape(rows, length, -1))
-        output: Tensor = x + self.layer.mlp(self.layer.post_attention_layernorm(x))
+        attended = attended.transpose(1, 2).reshape(rows, length, -1)
+        x = x + self.mesh.all_reduce(F.linear(attended, self.out))
+        normed = self.mlp_norm(x)
+        hidden = F.silu(F.linear(normed, self.gate)) * F.linear(normed, self.up)
+        output: Tensor = x + self.mesh.all_reduce(F.linear(hidden, self.down))
         if self.is_last:
             FakeInjectedModule.num_tokens = past + length
         return output
@@ -75,13 +87,16 @@ class FakeInjected:
         FakeInjectedModule.reset_cache()
 
 
-def fake_inject(model: PreTrainedModel, settings: DeepSpeedFile, mesh: Mesh) -> FakeInjected:
+def fake_inject(
+    model: PreTrainedModel, settings: DeepSpeedFile, mesh: Mesh, fill_layer: FillLayer
+) -> FakeInjected:
     """In the place of engines.deepspeed_inject.inject."""
     FakeInjectedModule.workspace.clear()
     layers: Any = model.base_model.layers
-    for index, layer in enumerate(layers):
+    for index in range(len(layers)):
+        fill_layer(layers[index])
         is_last = index == len(layers) - 1
-        layers[index] = FakeInjectedModule(layer, index, is_last, settings.max_out_tokens)
+        layers[index] = FakeInjectedModule(layers[index], index, is_last, settings.max_out_tokens, mesh)
     return FakeInjected(model)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,13 @@ from transformers import AutoModelForCausalLM
 from engines import deepspeed_inject
 from engines.base import UnsupportedModel
 from engines.config import DeepSpeedSection, ModelConfig
-from engines.deepspeed_inject import DeepSpeedInjectEngine, check_support, settings_of
+from engines.deepspeed_inject import DeepSpeedInjectEngine, FillLayer, check_support, settings_of
 from engines.runtime.mesh import Mesh
 from engines.runtime.plan import StepKind
 from engines.runtime.runner import ModelRunner
 from engines.runtime.static import StaticScheduler
-from engines.wire import Generate, TokenDelta
-from tests.engines.fake_injected import FakeInjectedModule, fake_inject
+from engines.wire import Generate, SamplingParams, TokenDelta
+from tests.engines.fake_injected import FakeInjected, FakeInjectedModule, fake_inject
 from tests.engines.harness import Group, running
 from tests.engines.reference import hf_greedy, request_of
 from tests.models import MHA, make_llama
@@ -211,6 +213,53 @@ def test_sequences_end_where_the_workspace_ends(model: Path, monkeypatch: pytest
     assert "at most 20 tokens" in served.errors["b"]
 
 
+def test_one_layer_at_a_time_is_in_memory(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled: list[list[weakref.ref[torch.Tensor]]] = []
+
+    def inject(model: Any, settings: Any, mesh: Mesh, fill_layer: FillLayer) -> FakeInjected:
+        def fill(layer: torch.nn.Module) -> None:
+            assert all(parameter.is_meta for parameter in layer.parameters())
+            assert [ref for refs in filled for ref in refs if ref() is not None] == []
+            fill_layer(layer)
+            assert not any(parameter.is_meta for parameter in layer.parameters())
+            filled.append([weakref.ref(parameter) for parameter in layer.parameters()])
+
+        return fake_inject(model, settings, mesh, fill)
+
+    monkeypatch.setattr(deepspeed_inject, "inject", inject)
+    fractions: list[float] = []
+    engine = DeepSpeedInjectEngine(config_of(model), MESH, fractions.append)
+    assert len(filled) == MHA.layers
+    assert fractions == [(number + 1) / MHA.layers for number in range(MHA.layers)]
+    assert not any(parameter.is_meta for parameter in engine._injected.model.parameters())
+
+
+def test_missing_compilers_are_named_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
+    with pytest.raises(UnsupportedModel, match=r"nvcc, g\+\+, ninja not found: .*CUDA_HOME.*AutoTP"):
+        deepspeed_inject._require_compilers()
+
+
+def test_the_policy_of_deepspeed_is_made_of_a_filled_layer(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The seam in DeepSpeed itself, without its kernels, which need a GPU."""
+    from deepspeed.module_inject.containers.llama import LLAMALayerPolicy
+
+    monkeypatch.setattr(deepspeed_inject, "inject", fake_inject)
+    asked: list[object] = []
+    make = LLAMALayerPolicy.__init__
+    with deepspeed_inject._filled_when_exchanged(asked.append):
+        LLAMALayerPolicy(None)
+        assert asked == []
+        layer = AutoModelForCausalLM.from_pretrained(model).model.layers[0]
+        policy = LLAMALayerPolicy(layer, inference=True)
+        assert asked == [layer]
+        assert policy.attention()[0].shape == (3 * MHA.hidden, MHA.hidden)
+    assert LLAMALayerPolicy.__init__ is make
+
+
 @pytest.fixture(scope="module")
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Group, torch.nn.Module]]:
     """A real group over the fake: the worker's static branch, batches formed by the clock."""
@@ -229,6 +278,17 @@ def test_a_real_group_serves_static_batches(group: tuple[Group, torch.nn.Module]
     assert [one.token_ids for one in ended] == [hf_greedy(reference, prompt, 6) for prompt in batch]
 
 
+def test_two_ranks_give_the_same_tokens(tmp_path: Path) -> None:
+    model = make_llama(tmp_path / "model", MHA, seed=3)
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    changes = {"engine": "fake-inject", "device": "cpu", "parallel_type": "tp", "tp_size": 2}
+    batch = prompts(7, 7, 12, 7)
+    with running(config_of(model, startup_timeout=300, **changes)) as real:
+        assert real.info.tp_size == 2
+        ended = real.run([request_of(f"r{i}", prompt, 6) for i, prompt in enumerate(batch)])
+    assert [one.token_ids for one in ended] == [hf_greedy(reference, prompt, 6) for prompt in batch]
+
+
 def test_a_stream_of_a_real_group_is_token_by_token_and_can_be_closed(
     group: tuple[Group, torch.nn.Module],
 ) -> None:
@@ -238,6 +298,23 @@ def test_a_stream_of_a_real_group_is_token_by_token_and_can_be_closed(
     (ended,) = real.run([request_of("other", other)])
     assert ended.token_ids == hf_greedy(reference, other)
     assert real.idle_stats().num_running == 0
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(temperature=0.0), SamplingParams(seed=7)], ids=str)
+def test_what_another_group_began_goes_on_with_the_same_tokens(
+    group: tuple[Group, torch.nn.Module], sampling: SamplingParams
+) -> None:
+    """In batches of other lengths than those that it began in."""
+    real, _ = group
+    batch = prompts(7, 7, 12)
+    whole = real.run([request_of(f"w{i}", prompt, 12, sampling=sampling) for i, prompt in enumerate(batch)])
+    resumed = [
+        request_of(f"r{i}", prompt, 12, sampling=sampling, resume_token_ids=one.token_ids[: 2 + 4 * i])
+        for i, (prompt, one) in enumerate(zip(batch, whole, strict=True))
+    ]
+    ended = real.run(resumed)
+    assert [one.token_ids for one in ended] == [one.token_ids[2 + 4 * i :] for i, one in enumerate(whole)]
+    assert [one.num_cached_tokens for one in ended] == [None] * 3, "said with the first token"
 
 
 @pytest.mark.gpu
