@@ -66,7 +66,7 @@ class QuantizedLinear:
         scratch = _scratch(max(_TILE, self._weight.shape[1]), x.dtype)
         parts = [
             F.linear(x, scratch[: tile.numel()].view(tile.shape).copy_(tile))
-            for tile in self._weight.split(self._tile)
+            for tile in torch.split(self._weight, self._tile)
         ]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
