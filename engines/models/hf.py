@@ -27,6 +27,7 @@ from engines.base import KVSpec, ReportProgress
 from engines.models.checkpoint import DTYPES, Checkpoint
 from engines.models.layers import LinearOp, make_linear
 from engines.models.names import Placement, Slice, TensorRule, TensorSpec
+from engines.runtime import cpu
 from engines.runtime.attention import paged_attention
 
 PAGED = "sluice_paged"
@@ -215,10 +216,12 @@ def execution_device(model: nn.Module, name: str) -> torch.device:
 
 def pack_linears(model: nn.Module) -> None:
     """Exchange linears on the CPU for those of `make_linear`, one at a time. Not for offloaded modules."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child.weight.device.type == "cpu":
-                setattr(parent, name, _FastLinear(make_linear(child.weight.detach(), child.bias)))
+    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    for name in names:  # by name: a list of modules would keep all weights until the last one is packed
+        linear = cast(nn.Linear, model.get_submodule(name))
+        if linear.weight.device.type == "cpu":
+            model.set_submodule(name, _FastLinear(make_linear(linear.weight.detach(), linear.bias)))
+    cpu.release_memory()
 
 
 class _FastLinear(nn.Module):

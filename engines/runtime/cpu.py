@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
 
@@ -14,3 +16,10 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What matrices of that dtype are best multiplied in: itself, but float32 where that is slow."""
     is_slow = device.type == "cpu" and dtype == torch.bfloat16 and not has_bfloat16()
     return torch.float32 if is_slow else dtype
+
+
+def release_memory() -> None:
+    """Give the system back what was freed, which glibc keeps: after packing, a third of the weights."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
