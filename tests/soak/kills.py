@@ -420,7 +420,8 @@ def main() -> None:
         for name, (run, count) in beds.items()
         if count
     }
-    report = {"command": " ".join(sys.argv), "machine": machine(), **results}
+    command = f"python -m tests.soak.kills --fake {given.fake} --real {given.real} --minutes {given.minutes}"
+    report = {"command": command, "machine": machine(), **results}
     text = json.dumps(report, indent=1)
     print(text)
     if given.json:
