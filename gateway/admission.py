@@ -138,7 +138,8 @@ def capacity(group: WorkerGroup, max_queued: int) -> int:
     info = group.info
     if group.state is not GroupState.READY or info is None:
         return 0
-    if not info.num_blocks:  # a static batch is made of sequences of one length: it needs a choice
+    if info.block_size >= info.max_model_len:
+        # Rows, not blocks: a static batch, made of prompts of one length. It needs all of them to choose from.
         return info.max_num_seqs + max_queued
     ahead = num_ahead(info.max_num_seqs, max_queued)
     if group.stats is not None and _lacks_blocks(group.stats, ahead):

@@ -196,7 +196,7 @@ def test_a_group_without_blocks_to_spare_gets_less() -> None:
 def test_a_static_batch_is_chosen_from_all_that_wait() -> None:
     group = group_of(8)
     assert group.info is not None
-    group.info = msgspec.structs.replace(group.info, num_blocks=0)
+    group.info = msgspec.structs.replace(group.info, num_blocks=8, block_size=512)
     assert capacity(group, 100) == 108
 
 
