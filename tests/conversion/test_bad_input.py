@@ -48,7 +48,7 @@ def test_a_forbidden_name_is_told(tmp_path: Path) -> None:
 def test_hostile_pickles_never_run_and_damaged_files_never_crash() -> None:
     argv = [sys.executable, "-m", "tests.soak.convert_hostile", "--trials", "240"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(argv, capture_output=True, text=True, timeout=240, cwd=ROOT, env=env)
+    result = subprocess.run(argv, capture_output=True, text=True, timeout=600, cwd=ROOT, env=env)
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout)
     assert figures["pickles_refused"] >= 60

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 def test_killed_and_full_at_random_points(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "tests.soak.convert_interrupted", "--trials", "24"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
-    result = subprocess.run(argv, capture_output=True, text=True, timeout=240, cwd=ROOT, env=env)
+    result = subprocess.run(argv, capture_output=True, text=True, timeout=600, cwd=ROOT, env=env)
     assert result.returncode == 0, result.stdout + result.stderr
     figures = json.loads(result.stdout)
     assert figures["kills_in_the_middle"] > 5, figures
