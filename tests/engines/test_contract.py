@@ -122,12 +122,12 @@ def test_an_aborted_sequence_gives_its_blocks_back(group: Group, reference: torc
     assert stats.num_blocks_free + stats.num_blocks_cached == NUM_BLOCKS
 
 
-def test_a_failing_request_fails_alone(group: Group, reference: torch.nn.Module) -> None:
+def test_what_the_bounds_forbid_is_refused_alone(group: Group, reference: torch.nn.Module) -> None:
     bad = SamplingParams(temperature=0.0, logit_bias={GQA.vocab + 1000: 1.0})
     prompt, other = prompts(2, GQA.vocab, seed=11)
     ended = group.run([request_of("bad", prompt, sampling=bad), request_of("good", other)])
     assert ended[0].error is not None
-    assert ended[0].error.code == "internal"
+    assert ended[0].error.code == "invalid_request"
     assert ended[1].token_ids == hf_greedy(reference, other)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from engines.base import Engine
 from engines.runtime.blocks import BlockPool, Unaccounted
-from engines.wire import Generate, SamplingParams
+from engines.wire import Abort, Generate, SamplingParams
 from tests.engines.reference import prompts, request_of
 from tests.engines.runtime.in_process import Ended, InProcess, alone, load
 from tests.models import MHA, make_llama
@@ -228,3 +228,73 @@ def test_a_difference_would_be_seen(engine: Engine) -> None:
     seen = Seen()
     random_mixes.compare(one, group, requests.alone(number, 0), False, seen)
     assert len(seen.differences) == 1
+
+
+# ---------------------------------------------------------------------- leaving
+
+
+def phase_of(name: str) -> dict[str, int]:
+    """How a group has to be made for a sequence to be in that phase, and rounds to get there."""
+    return {
+        "queued": {"max_num_seqs": 1, "rounds": 3},
+        "in prefill": {"max_batched": 16, "rounds": 3},
+        "decoding": {"rounds": 5},
+    }[name]
+
+
+@pytest.mark.parametrize("num_choices", [1, 3])
+@pytest.mark.parametrize("phase", ["queued", "in prefill", "decoding"])
+def test_who_leaves_is_gone_after_one_round(engine: Engine, phase: str, num_choices: int) -> None:
+    """Blocks, slot and tokens: from the round in which the Abort is read. A mate notices nothing."""
+    how = phase_of(phase)
+    rounds = how.pop("rounds")
+    group = InProcess(engine, block_size=8, **how)
+    mate = request_of("mate", list(range(20, 60)), 30, sampling=SHOWN)
+    leaving = [
+        request_of(f"leaving {c}", list(range(60, 160)), 500, choice=c, group="leaving" * (num_choices > 1))
+        for c in range(num_choices)
+    ]
+    group.send(mate, *leaving)
+    for _ in range(rounds):
+        group.step()
+    known = {one.id: one for one in group.scheduler._sequences.values()}
+    states = {
+        "queued": lambda one: one.slot < 0,
+        "in prefill": lambda one: one.slot >= 0 and one.num_computed_tokens < one.num_prompt_tokens,
+        "decoding": lambda one: len(one.token_ids) > one.num_prompt_tokens,
+    }
+    assert states[phase](known["leaving 0"]), "it is where it was meant to be"
+    given = [len(group.ended(one.id).token_ids) for one in leaving]
+    group.send(*(Abort(one.id) for one in leaving))
+    group.step()
+    assert set(group.scheduler._sequences) == {"mate"}
+    stats = group.scheduler.stats(0)
+    assert stats.num_blocks_used == len(known["mate"].block_table)
+    assert [len(group.ended(one.id).token_ids) for one in leaving] == given, "nothing more came"
+    (ended,) = group.run([]) or [group.ended("mate")]
+    assert ended.token_ids == alone(engine, mate).token_ids
+    group.assert_empty()
+
+
+def test_salts_keep_prefixes_apart_through_siblings_resumption_and_preemption(engine: Engine) -> None:
+    """`InProcess` checks after every round that no block is shared between salts."""
+    stem = list(range(20, 84))
+    group = InProcess(engine, num_blocks=22, block_size=8, max_num_seqs=4)
+
+    def ask(id: str, salt: bytes, **more: Any) -> Generate:
+        return request_of(id, stem, 40, cache_salt=salt, sampling=SHOWN, **more)
+
+    expected = alone(engine, ask("alone", b"")).token_ids
+    (first,) = group.run([ask("first", b"a")])
+    (other,) = group.run([ask("other", b"b")])
+    (same,) = group.run([ask("same", b"b")])
+    assert (first.num_cached_tokens, other.num_cached_tokens, same.num_cached_tokens) == (0, 0, 56)
+    (resumed,) = group.run([ask("resumed", b"c", resume_token_ids=expected[:10])])
+    assert resumed.token_ids == expected[10:]
+    assert resumed.num_cached_tokens in (None, 0), "another tenant's blocks are not read for it"
+    mixed = [
+        ask(f"{salt!r} {c}", salt, choice=c, group=f"{salt!r}") for salt in (b"a", b"b") for c in range(2)
+    ]
+    ended = group.run(mixed)
+    assert group.scheduler.stats(0).num_preemptions > 0
+    assert [one.token_ids for one in (first, other, same, *ended)] == [expected] * 7
