@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from engines.wire import Stats
+from engines.wire import Ready, Stats
 from gateway.metrics import ModelMetrics
 from gateway.router import ServedModel, ShuttingDown, ready_groups
 from gateway.workers.protocol import GroupState, QueueFull, WorkerGroup, WorkerUnavailable
@@ -128,9 +128,11 @@ class FairQueue(Generic[Item]):
             del self._waiting[key]
 
 
-def num_ahead(max_num_seqs: int, max_queued: int) -> int:
+def num_ahead(info: Ready, max_queued: int) -> int:
     """Sequences sent beyond those that run, so that one that ends is followed within the same step."""
-    return min(max(2, max_num_seqs // 8), max_queued)
+    if info.block_size >= info.max_model_len:  # rows of static batches, each of prompts of one length:
+        return max_queued  # it needs all of them to choose from
+    return min(max(2, info.max_num_seqs // 8), max_queued)
 
 
 def capacity(group: WorkerGroup, max_queued: int) -> int:
@@ -138,10 +140,7 @@ def capacity(group: WorkerGroup, max_queued: int) -> int:
     info = group.info
     if group.state is not GroupState.READY or info is None:
         return 0
-    if info.block_size >= info.max_model_len:
-        # Rows, not blocks: a static batch, made of prompts of one length. It needs all of them to choose from.
-        return info.max_num_seqs + max_queued
-    ahead = num_ahead(info.max_num_seqs, max_queued)
+    ahead = num_ahead(info, max_queued)
     if group.stats is not None and _lacks_blocks(group.stats, ahead):
         return min(group.stats.num_running, info.max_num_seqs) + ahead
     return info.max_num_seqs + ahead
@@ -223,11 +222,9 @@ class Admission:
 
     def _max_waiting(self) -> int:
         """jobQueueSize, less what waits in the groups themselves."""
-        ahead = [
-            num_ahead(group.info.max_num_seqs, self.model.max_queued) if group.info is not None else 0
-            for group in self.model.groups
-        ]
-        return self.model.max_queued * len(ahead) - sum(ahead)
+        limit = self.model.max_queued
+        infos = [group.info for group in self.model.groups]
+        return sum(limit - (num_ahead(info, limit) if info is not None else 0) for info in infos)
 
     async def _wait(self, key: str, num_tokens: int) -> None:
         since = self._now()

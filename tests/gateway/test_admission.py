@@ -336,7 +336,7 @@ async def test_one_waits_so_long_and_no_longer(model_dir: Path) -> None:
 @anyio
 async def test_a_full_queue_refuses_the_heavy_key_and_takes_the_light_one(model_dir: Path) -> None:
     async with sequences(model_dir, group_of(1), max_queued=6) as held:  # 3 in the group, 4 wait here
-        assert num_ahead(1, 6) == 2
+        assert num_ahead(ready(100, max_num_seqs=1), 6) == 2
         names = [f"a{number}" for number in range(8)]
         await held.start(*names)
         with pytest.raises(QueueFull):

@@ -7,31 +7,39 @@ A heavy key sends requests at a fixed rate, whatever becomes of them; a light ke
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import msgspec
+import psutil
 
 from tests.e2e.server import FAKE_SERVE, Server, serving
 from tests.fake_group.spec import FakeSpec
 from tests.soak import _figures
 
 HEAVY, LIGHT = "key-of-the-heavy-one", "key-of-the-light-one"
-SPEC = FakeSpec(max_num_seqs=8, step_seconds=0.05)
-MAX_TOKENS = 16  # 8 sequences of 16 steps of 50 ms: 10 requests a second at best
+SPEC = FakeSpec(max_num_seqs=2, step_seconds=0.05)
+MAX_TOKENS = 10  # 2 sequences of 10 steps of 50 ms: 4 requests a second at best
+AHEAD = 2  # that the gateway sends beyond those (admission.num_ahead)
 QUEUE_TIMEOUT = 1.5
 FACTOR = 10
 MIN_GOODPUT = 0.9  # of the peak
 RECOVERY_SECONDS = 2.0
-PROBE_SECONDS = 0.25  # below what can be served
+PROBE_SECONDS = 0.5  # half of what can be served
 _PATIENCE = 60.0
+_BODY = b'{"model": "sluice-demo", "prompt": [20, 21, 22, 23], "max_tokens": %d}' % MAX_TOKENS
+_REQUEST = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    b"Authorization: Bearer %b\r\nContent-Length: %d\r\n\r\n%b"
+)
 
 
 @dataclass(frozen=True)
@@ -75,25 +83,32 @@ class Overload:
 
 
 class Client:
-    """Requests over as many connections as there are."""
+    """Plain sockets, a connection a request: a client with more to do would be what is overloaded."""
 
-    def __init__(self, http: httpx.AsyncClient) -> None:
-        self._http = http
+    def __init__(self, server: Server) -> None:
+        self._port = server.port
 
     async def ask(self, key: str) -> Answer:
-        body = {
-            "model": "sluice-demo",
-            "prompt": [20, 21, 22, 23],
-            "max_tokens": MAX_TOKENS,
-            "temperature": 0,
-        }
         started = time.monotonic()
         try:
-            headers = {"authorization": f"Bearer {key}"}
-            response = await self._http.post("/v1/completions", json=body, headers=headers)
-        except httpx.TransportError:
-            return Answer(0, started, time.monotonic(), None)
-        return Answer(response.status_code, started, time.monotonic(), response.headers.get("retry-after"))
+            async with asyncio.timeout(_PATIENCE):
+                head = await self._exchange(key)
+        except (OSError, TimeoutError):
+            head = b""
+        status = int(head.split(b" ", 2)[1]) if head else 0
+        retry_after = re.search(rb"\r\nretry-after: ([^\r]*)", head)
+        return Answer(status, started, time.monotonic(), retry_after[1].decode() if retry_after else None)
+
+    async def _exchange(self, key: str) -> bytes:
+        """The head of the answer, once all of it has come."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+        try:
+            writer.write(_REQUEST % (key.encode(), len(_BODY), _BODY))
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+            json.loads(body)  # it is whole
+            return head
+        finally:
+            writer.close()
 
     async def one_after_another(self, key: str, until: float) -> list[Answer]:
         answers = []
@@ -112,30 +127,23 @@ class Client:
         return await asyncio.gather(*tasks)
 
 
-@asynccontextmanager
-async def client_of(server: Server) -> AsyncIterator[Client]:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=200)
-    async with httpx.AsyncClient(base_url=server.url, timeout=_PATIENCE, limits=limits) as http:
-        yield Client(http)
-
-
 async def overload(server: Server, seconds: float) -> Overload:
-    async with client_of(server) as client:
-        alone = await client.one_after_another(LIGHT, time.monotonic() + min(seconds, 5))
-        peak = await _peak(client, min(seconds, 10))
-        ended = time.monotonic() + seconds
-        async with asyncio.TaskGroup() as tasks:
-            heavy = tasks.create_task(client.at_rate(HEAVY, FACTOR * peak, ended))
-            light = tasks.create_task(client.one_after_another(LIGHT, ended))
-            await asyncio.sleep(seconds)
-            probes = tasks.create_task(client.at_rate(HEAVY, 1 / PROBE_SECONDS, ended + 3 * RECOVERY_SECONDS))
+    client = Client(server)
+    alone = await client.one_after_another(LIGHT, time.monotonic() + min(seconds, 5))
+    peak = await _peak(client, min(seconds, 10))
+    ended = time.monotonic() + seconds
+    async with asyncio.TaskGroup() as tasks:
+        heavy = tasks.create_task(client.at_rate(HEAVY, FACTOR * peak, ended))
+        light = tasks.create_task(client.one_after_another(LIGHT, ended))
+        await asyncio.sleep(seconds)
+        probes = tasks.create_task(client.at_rate(HEAVY, 1 / PROBE_SECONDS, ended + 3 * RECOVERY_SECONDS))
     return Overload(peak, seconds, heavy.result(), light.result(), alone, probes.result(), ended)
 
 
 async def _peak(client: Client, seconds: float) -> float:
-    """Served a second with twice as many clients as run at once."""
+    """Served a second with as many clients as the group takes: nobody waits in the gateway."""
     started = time.monotonic()
-    clients = [client.one_after_another(HEAVY, started + seconds) for _ in range(2 * SPEC.max_num_seqs)]
+    clients = [client.one_after_another(HEAVY, started + seconds) for _ in range(SPEC.max_num_seqs + AHEAD)]
     answers = [answer for answers in await asyncio.gather(*clients) for answer in answers]
     assert {answer.status for answer in answers} == {200}
     ended = started + seconds
@@ -177,6 +185,7 @@ def check(result: Overload) -> list[str]:
 def run(seconds: int) -> dict[str, object]:
     with overloaded_server() as server:
         result = asyncio.run(overload(server, seconds))
+        cpu = psutil.Process(server.process.pid).cpu_times()
     problems = check(result)
     if result.goodput < MIN_GOODPUT * result.peak:
         problems.append(f"goodput below {MIN_GOODPUT:.0%} of the peak")
@@ -192,6 +201,7 @@ def run(seconds: int) -> dict[str, object]:
         "heavy_statuses": dict(Counter(str(answer.status) for answer in result.heavy)),
         "recovery_seconds": round(result.recovery, 2),
         "queue_timeout": QUEUE_TIMEOUT,
+        "gateway_cpu_seconds": round(cpu.user + cpu.system, 1),
         "light_requests": len(light),
         "light_seconds_median": round(statistics.median(light), 2) if light else None,
         "light_seconds_worst": round(light[-1], 2) if light else None,
