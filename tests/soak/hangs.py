@@ -74,7 +74,12 @@ class Load:
 async def alarms(minutes: float, model: Path) -> Load:
     layout = Layout("native", tp=2)
     config = faults.config_for(layout, model).model_copy(
-        update={"max_num_batched_tokens": MAX_BATCHED, "kv_cache_memory": 2 << 30, "prefix_cache": False}
+        update={
+            "max_num_batched_tokens": MAX_BATCHED,
+            "kv_cache_memory": 2 << 30,
+            "prefix_cache": False,
+            "response_timeout": 3600.0,  # saturated: prompts wait for others, and that is no hang
+        }
     )
     load = Load()
     async with faults.supervised(config) as (group, _):
