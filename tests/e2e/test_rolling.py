@@ -81,7 +81,7 @@ def test_without_anything_to_replace_it_listens_itself() -> None:
 
 
 def test_answers_say_that_the_connection_closes_and_a_stream_outlives_its_server() -> None:
-    with generations() as made, made.servers[0].stream(max_tokens=1500) as lines:
+    with generations() as made, made.servers[0].stream(max_tokens=1900, ignore_eos=True) as lines:
         stream = events(lines)
         next(stream)
         made.until_ready(made.start("--replace"))

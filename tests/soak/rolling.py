@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -32,7 +33,8 @@ from tests.soak import _figures
 
 NUM_RESTARTS = 10
 END_SECONDS = 300.0  # a bound for a machine that does a lot besides
-LONG_TOKENS = 1500  # at a millisecond a token: longer than a handover takes
+STEP_SECONDS = 0.005
+LONG_TOKENS = 600  # three seconds at least: longer than a handover takes
 _PASS_SOCKET = 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'  # the shell's pid becomes the server's
 
 
@@ -54,7 +56,7 @@ class Generations:
         home = self.home / f"{number:03}"
         home.mkdir()
         spec = home / "spec.json"
-        spec.write_bytes(msgspec.json.encode(FakeSpec(fingerprint=f"fp_{number}")))
+        spec.write_bytes(msgspec.json.encode(FakeSpec(fingerprint=f"fp_{number}", step_seconds=STEP_SECONDS)))
         argv = [*FAKE_SERVE, "--spec", str(spec), "--omp-threads", "1", *arguments]
         argv += ["--log-dir", str(home / "logs")]
         with (home / "output").open("wb") as output:
@@ -157,7 +159,7 @@ KINDS = (
     Kind("a connection each", 2, False, False),
     Kind("a connection each, streamed", 2, False, True),
     Kind("kept alive, rarely used", 2, True, False, pause=3.5),
-    Kind("long streams", 2, True, True, max_tokens=LONG_TOKENS),
+    Kind("long streams", 2, True, True, max_tokens=LONG_TOKENS, pause=2.0),
 )
 
 
@@ -263,7 +265,10 @@ def _restarts(
 
 
 def run_both(num_requests: int) -> dict[str, object]:
-    ways = [run(step, NUM_RESTARTS, num_requests) for step in (replace, restart)]
+    ways = []
+    for step in (replace, restart):
+        ways.append(run(step, NUM_RESTARTS, num_requests))
+        print(ways[-1], file=sys.stderr, flush=True)
     return {"ways": ways, "failed": sum(len(way["failures"]) for way in ways)}  # type: ignore[arg-type]
 
 
