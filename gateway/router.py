@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.wire import Ready, Stats
+from gateway.prompt.model_files import file_in
 from gateway.prompt.renderer import Renderer
 from gateway.prompt.template import load_chat_template
 from gateway.prompt.tokenizer import Tokenizer
@@ -103,12 +104,13 @@ def load_served_model(
 ) -> ServedModel:
     """Reads the model directory's tokenizer.json and chat template (`chat_template` replaces it).
 
-    Raises FileNotFoundError, BadTemplate.
+    Raises FileNotFoundError, BadModelFile, BadTemplate.
     """
-    path = model_dir / "tokenizer.json"
-    if not path.is_file():
+    path = file_in(model_dir, "tokenizer.json")
+    if path is None:
         raise FileNotFoundError(
-            f"{path}: not found; the gateway needs the fast tokenizer (save it with save_pretrained)"
+            f"{model_dir / 'tokenizer.json'}: not found; the gateway needs the fast tokenizer"
+            " (save it with save_pretrained)"
         )
     template = load_chat_template(model_dir, chat_template)
     return ServedModel(

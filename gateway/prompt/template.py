@@ -19,6 +19,8 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from gateway.prompt.model_files import file_in
+
 MAX_SOURCE_CHARS = 1 << 20
 MAX_ADDED_CHARS = 1 << 20
 """What a template may write beyond the messages' own text."""
@@ -97,22 +99,29 @@ class ChatTemplate:
 def load_chat_template(model_dir: Path, override: Path | None = None) -> ChatTemplate | None:
     """The template given, or the directory's chat_template.jinja, or that of its tokenizer_config.json.
 
-    None if the model has none. Raises BadTemplate, OSError.
+    None if the model has none. Raises BadTemplate, BadModelFile, OSError.
     """
-    config_path = model_dir / "tokenizer_config.json"
-    config = _read_json(config_path) if config_path.exists() else {}
+    config_path = file_in(model_dir, "tokenizer_config.json")
+    config = {} if config_path is None else _read_json(config_path)
     special_tokens = _special_tokens(config)
-    for path in (override, model_dir / "chat_template.jinja"):
-        if path is not None and (path is override or path.exists()):
-            return ChatTemplate(path.read_text(encoding="utf-8"), special_tokens, str(path))
+    path = override or file_in(model_dir, "chat_template.jinja")
+    if path is not None:
+        return ChatTemplate(_read_text(path), special_tokens, str(path))
     source = _default_template(config.get("chat_template"))
     return None if source is None else ChatTemplate(source, special_tokens, str(config_path))
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadTemplate(f"{path}: is not UTF-8 text") from error
+
+
 def _read_json(path: Path) -> dict[str, object]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
         raise BadTemplate(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise BadTemplate(f"{path}: expected a JSON object, found {type(content).__name__}")

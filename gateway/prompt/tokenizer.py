@@ -14,6 +14,8 @@ from pathlib import Path
 
 import tokenizers
 
+from gateway.prompt.model_files import BadModelFile
+
 LARGE_TEXT_CHARS = 4_096
 """From here on a text is encoded in a thread: 1 to 2 ms on the event loop."""
 
@@ -58,7 +60,11 @@ class Tokenizer:
     """One model's tokenizer. Safe to use from several threads: nothing changes after loading."""
 
     def __init__(self, path: Path) -> None:
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        """Raises BadModelFile."""
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library has no class of its own
+            raise BadModelFile(f"{path}: is not a tokenizer that can be read: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         added = self._tokenizer.get_added_tokens_decoder()

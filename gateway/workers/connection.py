@@ -35,6 +35,8 @@ from gateway.workers.protocol import WorkerLost
 Report = Progress | Ready | Failed | Stats
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 GROUP_DIED = "the worker group died"
+_MAX_UNREAD = 64
+"""Deltas kept apart for a reader that does not come for them; then tokens are all that is kept."""
 
 
 class Inbox:
@@ -52,6 +54,8 @@ class Inbox:
         self._waiter: asyncio.Future[None] | None = None
 
     def push(self, delta: TokenDelta) -> None:
+        if len(self._deltas) >= _MAX_UNREAD:  # the client is slower than the group: it gets more at once
+            delta = _joined(self._deltas.pop(), delta)
         self._deltas.append(delta)
         self._wake()
 
@@ -77,6 +81,19 @@ class Inbox:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _joined(first: TokenDelta, second: TokenDelta) -> TokenDelta:
+    """Both as one; the first is used up."""
+    first.token_ids.extend(second.token_ids)
+    first.logprobs.extend(second.logprobs)
+    return msgspec.structs.replace(
+        second,
+        token_ids=first.token_ids,
+        logprobs=first.logprobs,
+        num_cached_tokens=first.num_cached_tokens,
+        prompt_logprobs=first.prompt_logprobs,
+    )
 
 
 class Connection(asyncio.Protocol):

@@ -20,6 +20,7 @@ from engines.wire import (
     RequestError,
     Stats,
     TokenDelta,
+    TokenLogprob,
     Tokens,
     ToWorker,
 )
@@ -257,3 +258,28 @@ async def test_tokens_and_a_counter_that_moves_are_signs_of_a_step(peer: Peer) -
 async def test_a_name_too_long_for_a_socket(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="TMPDIR"):
         listen(tmp_path / ("x" * 120))
+
+
+async def test_what_a_slow_reader_leaves_is_kept_as_few_deltas_with_all_tokens() -> None:
+    inbox = Inbox("a", 0.0)
+    for number in range(10_000):
+        logprob = TokenLogprob(-float(number))
+        inbox.push(
+            TokenDelta(
+                id="a",
+                token_ids=[number],
+                logprobs=[logprob],
+                num_cached_tokens=3 if number == 0 else None,
+                finish_reason="stop" if number == 9_999 else None,
+                is_stop_token=number == 9_999,
+            )
+        )
+    inbox.end()
+    deltas = [await inbox.next() for _ in range(64)]
+    with pytest.raises(StopAsyncIteration):
+        await inbox.next()
+    assert [id for delta in deltas for id in delta.token_ids] == list(range(10_000))
+    assert [logprob.logprob for delta in deltas for logprob in delta.logprobs] == [-n for n in range(10_000)]
+    assert deltas[0].num_cached_tokens == 3
+    assert [delta.finish_reason for delta in deltas] == [None] * 63 + ["stop"]
+    assert deltas[-1].is_stop_token
