@@ -14,7 +14,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from engines.wire import Generate, TokenDelta
+from engines.wire import Generate, RequestError, TokenDelta
 from gateway.http_server import make_server
 from gateway.settings import Settings
 from tests.fakes import FakeGroup, ready
@@ -72,7 +72,9 @@ async def test_when_the_client_leaves_every_sequence_is_aborted(
 
 
 async def test_when_one_choice_fails_the_others_are_aborted(model_dir: Path) -> None:
-    waiting, failing = make_group(model_dir, waits_after=2), make_group(model_dir, fails_after=2)
+    error = RequestError("internal", "it went wrong")
+    waiting = make_group(model_dir, waits_after=2)
+    failing = make_group(model_dir, fails_after=2, fails_with=error)
 
     class Mixed(FakeGroup):
         def generate(self, request: Generate) -> AsyncIterator[TokenDelta]:
@@ -82,7 +84,7 @@ async def test_when_one_choice_fails_the_others_are_aborted(model_dir: Path) -> 
     async with served(make_app(model_dir, group)) as client:
         response = await client.post("/v1/chat/completions", json=CHAT | {"stream": True, "n": 3})
         await until(lambda: waiting.num_outstanding == 0)
-    assert json.loads(data_of(response.content)[-1])["error"]["code"] == "worker_lost"
+    assert json.loads(data_of(response.content)[-1])["error"]["code"] == "generation_failed"
     assert len(waiting.closed_early) == 2
 
 
