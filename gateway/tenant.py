@@ -8,10 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from limits import RateLimitItem, RateLimitItemPerMinute
-from limits.storage import MemoryStorage
-from limits.strategies import FixedWindowRateLimiter
-
 _BUSY_RETRY_SECONDS = 1
 
 
@@ -95,8 +91,13 @@ class _Rate:
     """So many a minute."""
 
     def __init__(self, amount: int) -> None:
+        # It takes a while to import: a gateway without such limits does without.
+        from limits import RateLimitItemPerMinute
+        from limits.storage import MemoryStorage
+        from limits.strategies import FixedWindowRateLimiter
+
         self.amount = amount
-        self._item: RateLimitItem = RateLimitItemPerMinute(amount)
+        self._item = RateLimitItemPerMinute(amount)
         self._limiter = FixedWindowRateLimiter(MemoryStorage())
 
     @classmethod
