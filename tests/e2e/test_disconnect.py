@@ -6,7 +6,9 @@ import json
 import socket
 import struct
 
-from tests.e2e.server import MODEL, Server, events, wait_until
+import pytest
+
+from tests.e2e.server import MODEL, Server, events, serving, wait_until
 
 LONG: dict[str, object] = {"max_tokens": 1900, "ignore_eos": True, "n": 4}
 
@@ -69,3 +71,48 @@ def test_a_stop_string_ends_the_sequence_in_the_engine(server: Server) -> None:
     assert response.json()["choices"][0]["finish_reason"] == "stop"
     wait_until(lambda: running(server) == 0, "the engine idle", 5)
     assert server.metric("sluice:generation_tokens_total") - generated < 400
+
+
+def leave(server: Server, body: dict[str, object], num_sequences: int, linger: bytes | None) -> None:
+    """Ask, wait until all of it is in the engine, and go."""
+    content = json.dumps({"model": MODEL, "prompt": "Hello", "temperature": 0, **body}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as sock:
+        sock.sendall(head.encode() + content)
+        wait_until(lambda: running(server) == num_sequences, f"{num_sequences} sequences", 30)
+        if linger is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+
+@pytest.mark.parametrize("linger", [None, struct.pack("ii", 1, 0)], ids=["fin", "rst"])
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+@pytest.mark.parametrize(
+    "shape",
+    [{"n": 1}, {"n": 3}, {"prompt": ["Hello", "World", "There"]}, {"prompt": ["A b", "C d"], "n": 2}],
+    ids=["one", "n", "prompts", "prompts-n"],
+)
+def test_whatever_was_asked_for_stops(
+    server: Server, shape: dict[str, object], stream: bool, linger: bytes | None
+) -> None:
+    prompts = shape.get("prompt")
+    count = int(str(shape.get("n", 1))) * (len(prompts) if isinstance(prompts, list) else 1)
+    before = aborted(server)
+    leave(server, {"max_tokens": 1900, "ignore_eos": True, "stream": stream, **shape}, count, linger)
+    wait_until(lambda: aborted(server) == before + count, "all of them aborted", 30)
+    wait_until(lambda: running(server) == 0, "the engine idle", 30)
+    wait_until(lambda: server.metric("sluice:kv_cache_usage_perc") == 0, "its blocks back", 30)
+    assert server.metric("sluice:kv_cache_account_faults_total") == 0
+
+
+def test_leaving_the_queue() -> None:
+    """Two run at a time, and a third waits for them: its client goes first, then theirs."""
+    with serving("--dtype", "float32", "--max-num-seqs", "2") as server:
+        alone = server.complete(max_tokens=20, ignore_eos=True).json()["choices"][0]["text"]
+        with server.stream(max_tokens=1900, ignore_eos=True, n=2) as first:
+            next(events(first))
+            leave(server, {"max_tokens": 1900, "ignore_eos": True}, 3, None)
+            wait_until(lambda: aborted(server) == 1, "the one that waited aborted", 30)
+            wait_until(lambda: running(server) == 2, "the two go on", 30)
+        wait_until(lambda: aborted(server) == 3, "all of them aborted", 30)
+        assert server.complete(max_tokens=20, ignore_eos=True).json()["choices"][0]["text"] == alone
+        wait_until(lambda: running(server) == 0, "the engine idle", 30)
