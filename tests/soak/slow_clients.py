@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import resource
+import socket
 import statistics
 import tempfile
 import time
@@ -69,14 +70,24 @@ class Raw:
         return False
 
 
+async def _connect(port: int, receive_buffer: int) -> Raw:
+    sock = socket.socket()
+    sock.setblocking(False)
+    if receive_buffer:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
+    return Raw(*await asyncio.open_connection(sock=sock))
+
+
 @asynccontextmanager
-async def connections(server: Server, num: int) -> AsyncIterator[list[Raw]]:
-    """So many at once, opened in groups so that the listening queue holds them."""
+async def connections(server: Server, num: int, receive_buffer: int = 0) -> AsyncIterator[list[Raw]]:
+    """So many at once, opened in groups so that the listening queue holds them. `receive_buffer`: bytes that
+    the kernel holds for the client; 0: as many as it likes."""
     opened: list[Raw] = []
     try:
         for start in range(0, num, 200):
-            group = [asyncio.open_connection("127.0.0.1", server.port) for _ in range(min(200, num - start))]
-            opened += [Raw(*streams) for streams in await asyncio.gather(*group)]
+            group = [_connect(server.port, receive_buffer) for _ in range(min(200, num - start))]
+            opened += await asyncio.gather(*group)
         yield opened
     finally:
         for raw in opened:
@@ -157,7 +168,7 @@ async def stalled_readers(server: Server, num: int, send_seconds: float) -> dict
     body = {"model": MODEL, "prompt": "Hello", "max_tokens": 10_000, "stream": True, "temperature": 0.0}
     body |= {"ignore_eos": True, "logprobs": 5}  # long events: the buffers are full soon
     content = json.dumps(body).encode()
-    async with connections(server, num) as readers:
+    async with connections(server, num, receive_buffer=8_192) as readers:
         for raw in readers:
             raw.reader._limit = 1  # type: ignore[attr-defined]  the client's own buffer
             raw.writer.write(HEAD + b"content-length: %d\r\n\r\n" % len(content) + content)
