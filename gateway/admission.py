@@ -42,7 +42,7 @@ class FairQueue(Generic[Item]):
         self.max_items = max_items
         self._waiting: OrderedDict[str, deque[tuple[float, Item]]] = OrderedDict()  # key -> (since, item)
         self._given: dict[str, int] = {}  # tokens, by key
-        self._level = 0  # what the last key had been given that was next
+        self._level = 0  # where a key starts when nobody waits
         self._num_items = 0
 
     def __len__(self) -> int:
@@ -109,8 +109,11 @@ class FairQueue(Generic[Item]):
         return taken
 
     def charge(self, key: str, num_tokens: int) -> None:
-        """The key has been given so many tokens."""
-        self._given[key] = max(self._given.get(key, 0), self._level) + num_tokens
+        """The key has been given so many tokens. While nobody waits, that is nobody's loss: whoever comes
+        next starts level with it."""
+        self._given[key] = self._given.get(key, 0) + num_tokens
+        if not self._waiting:
+            self._level = max(self._level, self._given[key])
 
     @property
     def oldest(self) -> float | None:

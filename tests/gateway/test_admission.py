@@ -21,6 +21,7 @@ from gateway.workers.protocol import GroupState, QueueFull
 from tests.fakes import FakeGroup, ready
 from tests.gateway.groups import until
 from tests.gateway.serving import make_model_dir, make_served
+from tests.soak import overload
 
 # The order
 
@@ -85,6 +86,26 @@ def test_a_pause_saves_nothing_up() -> None:
     push_all(queue, *(f"b{number}" for number in range(50)))
     keys = Counter(item[0] for item in pop_all(queue)[:40])
     assert keys == {"a": 20, "b": 20}
+
+
+def test_what_was_given_while_nobody_waited_is_no_debt() -> None:
+    queue: FairQueue[str] = FairQueue(400)
+    queue.charge("a", 1_000_000)
+    for number in range(20):
+        push_all(queue, f"b{number}", f"a{number}")
+    assert Counter(item[0] for item in pop_all(queue)[:20]) == {"a": 10, "b": 10}
+
+
+def test_one_at_a_time_is_next_each_time() -> None:
+    """What runs is paid for when it ends, also while its key does not wait."""
+    queue: FairQueue[str] = FairQueue(400)
+    push_all(queue, *(f"a{number}" for number in range(300)))
+    for round in range(20):
+        push_all(queue, f"b{round}")
+        popped = [queue.pop() for _ in range(4)]
+        assert popped[0] == ("b", f"b{round}")
+        for key, _ in filter(None, popped):
+            queue.charge(key, 14)
 
 
 def test_a_full_queue_takes_from_the_heaviest() -> None:
@@ -361,3 +382,13 @@ async def test_it_is_said_when_the_queue_is_empty(model_dir: Path) -> None:
         assert not empty.done()
         await held.end("a1")
         await asyncio.wait_for(empty, 30)
+
+
+# Ten times overload, for seconds; tests/soak/overload.py is the long version
+
+
+def test_in_overload_some_are_served_and_all_others_told_when_to_come_again() -> None:
+    with overload.overloaded_server() as server:
+        result = asyncio.run(overload.overload(server, 3))
+    assert overload.check(result) == []
+    assert len(result.heavy) > len(result.probes)
