@@ -5,15 +5,18 @@ from __future__ import annotations
 import shutil
 import signal
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import httpx
 import psutil
+import pytest
 
 from gateway.model_source import demo_directory
-from tests.e2e.server import Server, events, serving, wait_until
+from tests.e2e.server import FAKE_SERVE, Server, events, serving, wait_until
+from tests.soak import drain, sigkill
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -64,6 +67,16 @@ def test_loading_can_be_watched_and_nothing_listens_off_loopback() -> None:
     percents = [percent for _, percent in phases]
     assert percents == sorted(percents)  # type: ignore[type-var]
     assert all(0 <= percent <= 100 for percent in percents)  # type: ignore[operator]
+
+
+def test_off_loopback_is_one_listener_that_was_asked_for() -> None:
+    """With two ranks, which talk to each other over sockets of their own."""
+    with serving("--tp", "2", "--host", "0.0.0.0") as server:
+        assert server.complete().status_code == 200
+        found = listening(server)
+        assert len(found) > 1  # what the ranks listen on is seen
+        assert [(host, port) for host, port in found if host != "127.0.0.1"] == [("0.0.0.0", server.port)]
+        assert server.stop() == 0
 
 
 def test_sigterm_lets_running_requests_end_and_takes_no_new_ones() -> None:
@@ -125,3 +138,41 @@ def test_a_checkpoint_that_cannot_be_served_ends_the_server_with_its_name(tmp_pa
         assert str(weights) in last
         assert server.output().count(str(weights)) == 1
         assert server.run_dirs() == []
+
+
+def test_sigkill_of_gateway_or_launcher_leaves_nothing_behind() -> None:
+    """Hundreds of trials in tests/soak/sigkill.py."""
+    figures = sigkill.trials(3, 10, real=False)
+    print(figures)
+    assert sigkill.num_failed(figures) == 0, figures
+
+
+def test_streams_that_run_or_queue_at_sigterm_all_end_well() -> None:
+    """Fifty times in tests/soak/drain.py."""
+    figures = drain.run(2)
+    print(figures)
+    assert figures["failed"] == 0, figures["problems"]
+    assert figures["streams_open_at_the_signal"] > 0  # type: ignore[operator]
+
+
+def test_a_signal_while_loading_ends_it_at_once_and_leaves_nothing() -> None:
+    with serving("--tp", "2", wait=False) as server:
+        wait_until(lambda: len(server.tree()) >= 3, "the group's processes", 60)
+        tree = server.tree()
+        assert server.stop() == 0
+        assert not [process for process in tree if process.is_running()]
+        assert server.run_dirs() == []
+
+
+def test_systemd_is_told_of_readiness_and_of_the_end() -> None:
+    """Type=notify: READY=1 when it answers, STOPPING=1 when it leaves."""
+    with tempfile.TemporaryDirectory() as home, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        path = f"{home}/notify"
+        systemd.bind(path)
+        systemd.settimeout(60)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("NOTIFY_SOCKET", path)
+            with serving(program=FAKE_SERVE) as server:
+                assert systemd.recv(100) == b"READY=1"
+                assert server.stop() == 0
+        assert systemd.recv(100) == b"STOPPING=1"
