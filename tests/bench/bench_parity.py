@@ -26,7 +26,7 @@ from tests.engines.reference import hf_greedy, prompts, request_of
 from tests.models import GQA, MHA, ODD, Shape, make_llama
 
 NUM_BLOCKS, BLOCK_SIZE = 64, 16
-
+FOUR_RANKS = [Layout("pipeline", pp=4), Layout("deepspeed_tp", tp=4)]  # beside those that the tests run
 
 GQA_FOUR_LAYERS = Shape(hidden=128, layers=4, heads=8, kv_heads=4, head_dim=16, ffn=256, vocab=512)
 SHAPES = {"llama-mha": MHA, "llama-gqa": GQA, "llama-gqa-4-layers": GQA_FOUR_LAYERS, "llama-odd": ODD}
@@ -90,7 +90,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as work:
         for name, model in model_dirs(Path(work)).items():
-            for layout in LAYOUTS:
+            for layout in LAYOUTS + FOUR_RANKS:
                 if layout.engine in args.engines:
                     rows.append(check(name, model, layout, args.prompts, args.output_len))
                     print(json.dumps(rows[-1]), flush=True)
