@@ -71,6 +71,12 @@ class Server:
         gateway = psutil.Process(self.process.pid)
         return [gateway, *gateway.children(recursive=True)]
 
+    def group_processes(self) -> list[psutil.Process]:
+        """The guards of the groups and everything below them."""
+        children = psutil.Process(self.process.pid).children()
+        guards = [child for child in children if "engines.guard" in _command(child)[:3]]
+        return [process for guard in guards for process in (guard, *guard.children(recursive=True))]
+
     def workers(self) -> dict[int, psutil.Process]:
         """The ranks by number."""
         programs = {"engines.worker", "tests.fake_group.process"}
