@@ -65,8 +65,8 @@ class DeepSpeedInjectEngine:
         self._mesh, self._num_rows = mesh, config.batch_size
         self._found = inspect_model(config.model_path, config.max_model_len)
         checkpoint = hf.open_checkpoint(self._found)
-        dtype = hf.dtype_of(self._found, checkpoint, self._settings.dtype or config.dtype)
-        model = hf.build_empty(self._found, dtype)
+        self.dtype = hf.dtype_of(self._found, checkpoint, self._settings.dtype or config.dtype)
+        model = hf.build_empty(self._found, self.dtype)
         self._injected = inject(model, self._settings, mesh, fill_layer_by_layer(model, checkpoint, report))
         self._decoder = hf.HFDecoder(self._injected.model, ())
 

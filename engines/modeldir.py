@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hashlib import _Hash as Hash
+
+_HASHED_WHOLE = ("config.json", "generation_config.json", "manifest.json", "model.safetensors.index.json")
+_WINDOW = 4096  # bytes of a sample
 
 
 class BadModelDir(ValueError):  # noqa: N818
@@ -82,18 +89,39 @@ def _token_ids(path: Path, value: object) -> tuple[int, ...]:
     return tuple(sorted(set(ids)))
 
 
-def fingerprint(model_dir: str | Path, layout: str) -> str:
-    """12 hex digits that change with the layout, the configuration, and names and headers of the weights.
+def fingerprint(model_dir: str | Path) -> str:
+    """12 hex digits that change with the model: how it is configured, and what its weights are.
 
-    Weights themselves are not read: that would cost as much as loading them.
+    Read are what config.json, generation_config.json, the index and a manifest of `sluice convert` (it has
+    every tensor's sha256) say, and of each safetensors file its size, its header and samples all over its
+    data, first and last bytes included. Not seen is a change of weights between the samples that leaves
+    names, shapes and manifest as they were: a few values patched in place, no other training run. Tokenizer
+    and chat template are the gateway's, and not part of it.
     """
-    digest = sha256(layout.encode())
     root = Path(model_dir)
-    manifest = root / "manifest.json"  # of sluice convert: it has the hashes of all files
-    written = [manifest] if manifest.exists() else []
-    for path in [root / "config.json", *written, *sorted(root.glob("*.safetensors"))]:
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}:".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 16))
+    digest = sha256()
+    for name in _HASHED_WHOLE:
+        if (root / name).exists():
+            _add(digest, name, (root / name).read_bytes())
+    files = sorted([*root.glob("*.safetensors"), *root.glob("tp*-of-*/*.safetensors")])
+    for path in files:
+        _add(digest, str(path.relative_to(root)), *_samples(path, max(4, min(64, 1024 // len(files)))))
     return digest.hexdigest()[:12]
+
+
+def _add(digest: Hash, name: str, *parts: bytes) -> None:
+    for part in (name.encode(), *parts):
+        digest.update(len(part).to_bytes(8, "little") + part)
+
+
+def _samples(path: Path, count: int) -> Iterator[bytes]:
+    """Of a safetensors file: its size, its header, and `count` windows spread evenly over the data."""
+    size = path.stat().st_size
+    yield size.to_bytes(8, "little")
+    with path.open("rb", buffering=0) as file:
+        yield file.read(min(int.from_bytes(file.read(8), "little"), size))
+        first = file.tell()
+        last = max(first, size - _WINDOW)
+        for number in range(count):
+            file.seek(first + (last - first) * number // (count - 1))
+            yield file.read(_WINDOW)

@@ -251,7 +251,8 @@ def _ready(
     reports: list[LoadReport],
 ) -> Ready:
     spec = engine.kv_spec
-    dtype = config.dtype if spec is None else str(spec.dtype).removeprefix("torch.")
+    served = getattr(engine, "dtype", config.dtype) if spec is None else spec.dtype
+    dtype = str(served).removeprefix("torch.")
     block_size = config.kv_block_size if spec is not None else _max_model_len(config, engine)
     layout = f"{config.engine}-tp{mesh.tp_size}-pp{mesh.pp_size}-{dtype}"
     return Ready(
@@ -266,7 +267,7 @@ def _ready(
         num_blocks=num_blocks,
         block_size=block_size,
         eos_token_ids=sorted(modeldir.eos_token_ids(Path(config.model_path))),
-        fingerprint=f"fp_{modeldir.fingerprint(Path(config.model_path), layout)}",
+        fingerprint=f"{layout}-{modeldir.fingerprint(config.model_path)}",
         load_seconds=seconds,
         pids=[os.getpid(), *(report.pid for report in reports)],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import weakref
 from collections.abc import Iterator
@@ -265,6 +266,7 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Group, tor
     """A real group over the fake: the worker's static branch, batches formed by the clock."""
     model = make_llama(tmp_path_factory.mktemp("static") / "model", MHA, seed=3)
     changes = {"engine": "fake-inject", "device": "cpu", "parallel_type": "custom", "startup_timeout": 60}
+    changes["dtype"] = "auto"
     with running(config_of(model, **changes)) as group:
         yield group, AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
@@ -273,6 +275,7 @@ def test_a_real_group_serves_static_batches(group: tuple[Group, torch.nn.Module]
     real, reference = group
     assert real.info.max_num_seqs == BATCH
     assert real.info.max_model_len == 1024  # max_out_tokens
+    assert re.fullmatch(r"fake-inject-tp1-pp1-float32-[0-9a-f]{12}", real.info.fingerprint)
     batch = prompts(7, 7, 12, 7, 12, 7, 7)
     ended = real.run([request_of(f"r{i}", prompt, 6) for i, prompt in enumerate(batch)])
     assert [one.token_ids for one in ended] == [hf_greedy(reference, prompt, 6) for prompt in batch]
