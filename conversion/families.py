@@ -49,8 +49,8 @@ def max_positions(vocab: int, theta: float, norm_eps: float) -> tuple[int, str] 
     return None
 
 
-def token_ids(vocab: int) -> dict[str, int]:
-    """bos_token_id and eos_token_id of the tokenizers that Meta ships."""
+def token_ids(vocab: int) -> tuple[dict[str, int], str]:
+    """bos_token_id and eos_token_id of the tokenizers that Meta ships, and whose that is."""
     if vocab == LLAMA3_VOCAB:
-        return {"bos_token_id": 128000, "eos_token_id": 128001}
-    return {"bos_token_id": 1, "eos_token_id": 2}
+        return {"bos_token_id": 128000, "eos_token_id": 128001}, "Llama 3"
+    return {"bos_token_id": 1, "eos_token_id": 2}, "Llama 1 and 2"

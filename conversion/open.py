@@ -8,12 +8,19 @@ from conversion.hf import is_hf, open_hf
 from conversion.meta import is_meta, open_meta
 from conversion.ranks import is_ranks, open_ranks
 from conversion.source import Choices, Source
+from conversion.tensors import CannotConvert
 from engines.base import BadCheckpoint
 
 
 def open_checkpoint(root: Path, choices: Choices | None = None) -> Source:
     """Raises BadCheckpoint, BadModelDir, UnsupportedModel, CannotConvert; each names the file."""
     choices = choices or Choices()
+    source = _open(root, choices)
+    _refuse_contradictions(source, choices)
+    return source
+
+
+def _open(root: Path, choices: Choices) -> Source:
     if not root.is_dir():
         raise BadCheckpoint(f"{root}: no such directory")
     if is_ranks(root):
@@ -26,3 +33,16 @@ def open_checkpoint(root: Path, choices: Choices | None = None) -> Source:
         f"{root}: holds no checkpoint that is known: model.safetensors, pytorch_model.bin (or an index), "
         "consolidated.NN.pth, or manifest.json of sluice convert"
     )
+
+
+def _refuse_contradictions(source: Source, choices: Choices) -> None:
+    """An option fills a gap; it does not change what a checkpoint says."""
+    config = source.config
+    factor = config.rope.llama3.factor if config.rope.llama3 is not None else 1.0
+    for option, chosen, stated in (
+        ("--rope-theta", choices.rope_theta, config.rope.theta),
+        ("--rope-scaling-factor", choices.rope_scaling_factor, factor),
+        ("--max-positions", choices.max_positions, config.max_positions),
+    ):
+        if chosen is not None and chosen != stated:
+            raise CannotConvert(f"{option} {chosen:g}: {source.root} says {stated:g}: remove the option")

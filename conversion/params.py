@@ -14,7 +14,7 @@ from conversion.source import Choices
 from conversion.tensors import CannotConvert
 from engines.base import BadCheckpoint
 from engines.modeldir import BadModelDir, read_json
-from engines.models.config import LlamaConfig
+from engines.models.config import Llama3Scaling, LlamaConfig
 
 Json = dict[str, Any]
 
@@ -79,6 +79,11 @@ def to_config(params: Params, measured: Measured, choices: Choices) -> tuple[Jso
     _check_sizes(params, measured)
     theta = _theta(params, measured, choices, notes)
     rope, positions = _rope(params, measured, theta, choices, notes)
+    tokens, whose = families.token_ids(measured.vocab)
+    notes.append(
+        f"bos_token_id {tokens['bos_token_id']}, eos_token_id {tokens['eos_token_id']}: those of the "
+        f"tokenizer of {whose}; a tokenizer.model that is converted replaces them by its own"
+    )
     config: Json = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -95,7 +100,7 @@ def to_config(params: Params, measured: Measured, choices: Choices) -> tuple[Jso
         "rope_scaling": rope,
         "hidden_act": "silu",
         "torch_dtype": measured.dtype,
-        **families.token_ids(measured.vocab),
+        **tokens,
     }
     return config, notes
 
@@ -148,8 +153,7 @@ def _norm_eps(params: Params) -> float:
 
 def _theta(params: Params, measured: Measured, choices: Choices, notes: list[str]) -> float:
     stated = params.number("rope_theta")
-    if choices.rope_theta is not None and stated not in (None, choices.rope_theta):
-        raise CannotConvert(f"--rope-theta {choices.rope_theta:g}: {params.path} says {stated:g}: remove one")
+    _refuse_contradiction("--rope-theta", choices.rope_theta, stated, params.path)
     if stated is not None or choices.rope_theta is not None:
         return float(stated or choices.rope_theta or 0)
     if measured.vocab == 32000:
@@ -161,6 +165,11 @@ def _theta(params: Params, measured: Measured, choices: Choices, notes: list[str
     )
 
 
+def _refuse_contradiction(option: str, chosen: float | None, stated: float | None, path: Path) -> None:
+    if None not in (chosen, stated) and chosen != stated:
+        raise CannotConvert(f"{option} {chosen:g}: {path} says {stated:g}: remove one")
+
+
 def _rope(
     params: Params, measured: Measured, theta: float, choices: Choices, notes: list[str]
 ) -> tuple[Json | None, int]:
@@ -170,20 +179,29 @@ def _rope(
             raise CannotConvert(f"--rope-scaling-factor: {params.path} does not say use_scaled_rope")
         return None, _positions(params, measured, theta, choices, notes)
     scaling = _scaling(params, measured, choices, notes)
+    high = params.number("rope_high_freq_factor")
     rope = {
         "rope_type": "llama3",
         "factor": scaling.factor,
         "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": params.number("rope_high_freq_factor") or scaling.high_freq_factor,
+        "high_freq_factor": high or scaling.high_freq_factor,
         "original_max_position_embeddings": scaling.original_max_positions,
     }
+    assumed = [f"low_freq_factor {scaling.low_freq_factor:g}"]
+    assumed += [f"high_freq_factor {scaling.high_freq_factor:g}"] if high is None else []
+    assumed += [f"{scaling.original_max_positions} original positions"]
+    notes.append(f"rope scaling with {', '.join(assumed)}: what Meta's code has, params.json does not say")
+    if choices.max_positions is None:
+        notes.append(f"max_position_embeddings {scaling.max_positions}: that of Llama 3.1 to 3.3")
     return rope, choices.max_positions or scaling.max_positions
 
 
 def _scaling(params: Params, measured: Measured, choices: Choices, notes: list[str]) -> families.Scaling:
-    stated = choices.rope_scaling_factor or params.number("rope_scaling_factor")
-    if stated is not None:
-        return families.Scaling(stated)
+    stated = params.number("rope_scaling_factor")
+    _refuse_contradiction("--rope-scaling-factor", choices.rope_scaling_factor, stated, params.path)
+    factor = stated or choices.rope_scaling_factor
+    if factor is not None:
+        return families.Scaling(factor)
     shape = (measured.hidden, params.count("n_layers"), params.count("n_heads"), measured.vocab)
     known = families.scaling_of(*shape)
     if known is None:
@@ -209,7 +227,9 @@ def _positions(params: Params, measured: Measured, theta: float, choices: Choice
 
 
 def to_params(config: LlamaConfig, vocab: int) -> Json:
-    """params.json of a model. `vocab`: rows of the embedding as written, padding included."""
+    """params.json of a model. `vocab`: rows of the embedding as written, padding included.
+
+    Raises CannotConvert: something that it has no place for, and that Meta's code would compute otherwise."""
     params: Json = {
         "dim": config.hidden_size,
         "n_layers": config.num_layers,
@@ -225,10 +245,24 @@ def to_params(config: LlamaConfig, vocab: int) -> Json:
     if config.rope.divisor != 1.0:
         raise CannotConvert("config.json: linear rope scaling has no place in Meta's format")
     if config.rope.llama3 is not None:
+        _check_scaling(config.rope.llama3)
         params["use_scaled_rope"] = True
         params["rope_scaling_factor"] = config.rope.llama3.factor
         params["rope_high_freq_factor"] = config.rope.llama3.high_freq_factor
     return params
+
+
+def _check_scaling(scaling: Llama3Scaling) -> None:
+    fixed = families.Scaling(scaling.factor)
+    for key, mine, meta in (
+        ("low_freq_factor", scaling.low_freq_factor, fixed.low_freq_factor),
+        ("original_max_position_embeddings", scaling.original_max_positions, fixed.original_max_positions),
+    ):
+        if mine != meta:
+            raise CannotConvert(
+                f"config.json: rope scaling: {key} {mine:g} has no place in Meta's params.json, which means "
+                f"{meta:g}: --to hf and --to sluice keep it"
+            )
 
 
 def _ffn_params(config: LlamaConfig) -> Json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,12 @@ from conversion.plan import Target, make_plan
 from conversion.progress import Progress, Silent
 from conversion.source import Choices
 from engines.models.manifest import Manifest
-from tests.models import LLAMA3_SCALING, Shape
+from tests.models import LLAMA3_SCALING, ODD, Shape
+
+META_SCALING = {**LLAMA3_SCALING, "original_max_position_embeddings": 8192}
+"""What Meta's params.json can say."""
+
+ODD_FOR_META = replace(ODD, extra={**ODD.extra, "rope_scaling": META_SCALING})
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ def random_case(seed: int) -> Case:
     biased = rng.random() < 0.3
     extra: dict[str, Any] = {"attention_bias": biased, "mlp_bias": biased and rng.random() < 0.5}
     if rng.random() < 0.3:
-        extra["rope_scaling"] = LLAMA3_SCALING
+        extra["rope_scaling"] = META_SCALING
     shape = Shape(
         hidden=rng.choice((24, 48)),
         layers=max(stages, rng.randint(1, 3)),

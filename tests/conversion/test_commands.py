@@ -19,8 +19,8 @@ from conversion.open import open_checkpoint
 from conversion.plan import Target
 from engines.config import load
 from gateway.cli import app
-from tests.conversion.helpers import convert
-from tests.models import GQA, MHA, ODD, Shape, make_llama
+from tests.conversion.helpers import ODD_FOR_META, convert
+from tests.models import GQA, MHA, Shape, make_llama
 
 
 def sluice(*arguments: object, code: int = 0) -> str:
@@ -31,7 +31,7 @@ def sluice(*arguments: object, code: int = 0) -> str:
 
 
 def test_convert_verify_inspect(tmp_path: Path) -> None:
-    hf = make_llama(tmp_path / "hf", ODD)
+    hf = make_llama(tmp_path / "hf", ODD_FOR_META)
     printed = sluice("convert", hf, tmp_path / "meta", "--to", "meta", "--shards", 2)
     assert "GB/s" in printed
     sluice("convert", tmp_path / "meta", tmp_path / "s", "--to", "sluice", "--tp", 2, "--pp", 2)
@@ -157,7 +157,7 @@ def test_verify_finds_a_damaged_file_by_its_hash(tmp_path: Path) -> None:
     assert "tp1-of-2/pp0-of-1.safetensors: tensor model.layers.2.mlp.down_proj.weight: is damaged" in printed
 
 
-@pytest.mark.parametrize("shape", [MHA, GQA, ODD])
+@pytest.mark.parametrize("shape", [MHA, GQA, ODD_FOR_META])
 def test_the_numeric_check_sees_a_wrong_order_of_rows(tmp_path: Path, shape: Shape) -> None:
     """A missing permutation keeps every shape, and the text that comes out is plausible for a while."""
     hf = make_llama(tmp_path / "hf", shape)

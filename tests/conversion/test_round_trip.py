@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from conversion.source import Choices
 from conversion.tensors import CannotConvert
 from conversion.verify import differences
 from engines.models.config import LlamaConfig
-from tests.conversion.helpers import assert_same_weights, convert, random_case, weights
-from tests.models import GQA, LLAMA3_SCALING, MHA, ODD, Shape, make_llama
+from tests.conversion.helpers import META_SCALING, assert_same_weights, convert, random_case, weights
+from tests.models import GQA, MHA, ODD, Shape, make_llama
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -163,6 +164,53 @@ def test_scaled_rope_is_known_or_asked_for(tmp_path: Path) -> None:
     rope = open_checkpoint(meta, Choices(rope_scaling_factor=32.0)).config.rope
     assert rope.llama3 is not None
     assert (rope.theta, rope.llama3.factor, rope.llama3.original_max_positions) == (500000.0, 32.0, 8192)
+    notes = "; ".join(open_checkpoint(meta, Choices(rope_scaling_factor=32.0)).notes)
+    for assumed in (
+        "low_freq_factor 1",
+        "high_freq_factor 4",
+        "8192 original",
+        "max_position_embeddings 131072",
+    ):
+        assert assumed in notes
+    assert "bos_token_id 1, eos_token_id 2: those of the tokenizer of Llama 1 and 2" in notes
+
+
+def test_an_option_does_not_change_what_the_checkpoint_says(tmp_path: Path) -> None:
+    shape = replace(MHA, extra={"rope_scaling": META_SCALING})
+    hf = make_llama(tmp_path / "hf", shape, 3)
+    said = params_of(MHA, rope_theta=500000.0, use_scaled_rope=True, rope_scaling_factor=8.0)
+    meta = write_meta(tmp_path / "meta", reference_meta(hf, MHA), 1, said, rows=True)
+    assert open_checkpoint(meta, Choices(rope_theta=500000.0, rope_scaling_factor=8.0)).config.rope.llama3
+    for root, says in ((meta, r"params\.json says 8"), (hf, "hf says 8")):
+        with pytest.raises(CannotConvert, match=f"--rope-scaling-factor 32: .*{says}: remove"):
+            open_checkpoint(root, Choices(rope_scaling_factor=32.0))
+    with pytest.raises(CannotConvert, match=r"--rope-theta 10000: .*params\.json says 500000: remove"):
+        open_checkpoint(meta, Choices(rope_theta=10000.0))
+    with pytest.raises(CannotConvert, match=r"--max-positions 99: .*hf says"):
+        open_checkpoint(hf, Choices(max_positions=99))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("low_freq_factor", 2.0), ("original_max_position_embeddings", 4096)]
+)
+def test_scaling_that_meta_cannot_say_is_refused(tmp_path: Path, key: str, value: float) -> None:
+    shape = replace(MHA, extra={"rope_scaling": {**META_SCALING, key: value}})
+    hf = make_llama(tmp_path / "hf", shape, 3)
+    with pytest.raises(CannotConvert, match=f"{key} {value:g} has no place in Meta's params.json"):
+        convert(hf, tmp_path / "meta", Target("meta"))
+    assert not (tmp_path / "meta").exists()
+    convert(hf, tmp_path / "s", Target("sluice", tp=2))
+    assert open_checkpoint(tmp_path / "s").config == LlamaConfig.load(hf)
+
+
+def test_another_high_freq_factor_survives_meta(tmp_path: Path) -> None:
+    shape = replace(MHA, extra={"rope_scaling": {**META_SCALING, "high_freq_factor": 6.0}})
+    convert(make_llama(tmp_path / "hf", shape, 3), tmp_path / "meta", Target("meta"))
+    (tmp_path / "meta" / "manifest.json").unlink()
+    source = open_checkpoint(tmp_path / "meta")
+    assert source.config.rope.llama3 is not None
+    assert source.config.rope.llama3.high_freq_factor == 6.0
+    assert not any("high_freq_factor" in note for note in source.notes)
 
 
 def test_a_missing_rope_theta_is_not_guessed(tmp_path: Path) -> None:
@@ -184,7 +232,7 @@ def test_a_tied_model_of_meta_is_seen_to_be_tied(tmp_path: Path) -> None:
 
 
 def test_llama3_scaling_survives_meta(tmp_path: Path) -> None:
-    shape = Shape(**{**vars(MHA), "extra": {"rope_scaling": LLAMA3_SCALING}})
+    shape = Shape(**{**vars(MHA), "extra": {"rope_scaling": META_SCALING}})
     hf = make_llama(tmp_path / "hf", shape, 3)
     convert(hf, tmp_path / "meta", Target("meta"))
     params = json.loads((tmp_path / "meta" / "params.json").read_text())
