@@ -35,7 +35,12 @@ NUM_RESTARTS = 10
 END_SECONDS = 300.0  # a bound for a machine that does a lot besides
 STEP_SECONDS = 0.005
 LONG_TOKENS = 600  # three seconds at least: longer than a handover takes
-_PASS_SOCKET = 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'  # the shell's pid becomes the server's
+_PASS_SOCKET = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+os.execvp(sys.argv[2], sys.argv[2:])
+"""  # as systemd does: this process becomes the server
 
 
 class Generations:
@@ -69,7 +74,7 @@ class Generations:
         if self._activation is None:
             argv = [*argv, "--port", str(self.port)]
             return subprocess.Popen(argv, stdout=output, stderr=output, env=environment)  # type: ignore[call-overload]
-        argv = ["/bin/sh", "-c", f"exec 3<&{self._activation.fileno()}; {_PASS_SOCKET}", "sh", *argv]
+        argv = [sys.executable, "-c", _PASS_SOCKET, str(self._activation.fileno()), *argv]
         passed = (self._activation.fileno(),)
         return subprocess.Popen(argv, stdout=output, stderr=output, env=environment, pass_fds=passed)  # type: ignore[call-overload]
 
