@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import cast
 
-from engines import config_devices
+from engines import config_devices, registry
 from engines.config import DeepSpeedSection, Device, DType, ModelConfig, ParallelType, StageSplit
 from engines.config_accelerate import read_device_map, read_max_memory
 from engines.config_deepspeed import DeepSpeedFile, read_deepspeed_file
@@ -20,16 +19,7 @@ from engines.config_source import Section, read_yaml
 from engines.config_split import Split, read_split
 
 CONFIG_NAME = "model-config.yaml"
-ENGINE_GROUP = "sluice.engines"
-STATIC_ENGINES = ("deepspeed_inject",)
 _OTHER_DEEPSPEED = {True: "deepspeed_tp", False: "deepspeed_inject"}  # that kernel_inject speaks against
-_ENGINE_SPLITS: dict[str, tuple[str, ...]] = {
-    "native": ("tp",),
-    "deepspeed_tp": ("tp",),
-    "deepspeed_inject": ("tp",),
-    "pipeline": ("pp", "pptp"),
-    "accelerate": ("custom",),
-}
 
 
 def resolve_file(path: Path, flags: Mapping[str, object], num_gpus: int | None) -> ModelConfig:
@@ -183,18 +173,17 @@ def _engine(s: Settings, kind: ParallelType, deepspeed: DeepSpeedFile | None) ->
     chosen = s.text("engine")
     if chosen is None:
         return _default_engine(kind, deepspeed is not None or s.has("deepspeed"), deepspeed)
-    plugins = {point.name for point in entry_points(group=ENGINE_GROUP)}
-    if chosen not in _ENGINE_SPLITS and chosen not in plugins:
-        known = [*_ENGINE_SPLITS, *sorted(plugins)]
+    known = registry.names()
+    if chosen not in known:
         near = nearest(chosen, known)
         remedy = (
             f"write `engine: {near}`"
             if near
-            else f"name one of them, or install its plug-in ({ENGINE_GROUP})"
+            else f"name one of them, or install its plug-in ({registry.GROUP})"
         )
         s.problem("engine", f"is {chosen!r}, unknown", allowed=", ".join(known), near=near, remedy=remedy)
-    splits = _ENGINE_SPLITS.get(chosen, (kind,))
-    if kind not in splits:
+    splits = registry.ENGINES[chosen].parallel_types if chosen in registry.ENGINES else ()
+    if splits and kind not in splits:
         remedy = f"write parallelType: {splits[0]}, or remove engine"
         s.problem(
             "engine", f"{chosen} cannot do parallelType {kind}", allowed=", ".join(splits), remedy=remedy
@@ -253,19 +242,20 @@ def _warn_without_effect(s: Settings, device: Device, engine: str, kind: Paralle
         s.problem("shareDevices", "needs a stated gpuMemoryShare", remedy=remedy)
     reasons = {"parallel": f"parallelType is {kind}", "engine": f"engine {engine} batches continuously"}
     idle: list[tuple[str, str]] = []
+    is_ours = engine in registry.ENGINES  # what others read is theirs to say
     if device == "cpu":
         idle += [("gpuMemoryShare", "deviceType is cpu; kvCacheMemory is the budget there")]
         idle += [("shareDevices", "deviceType is cpu")]
     else:
         idle += [("kvCacheMemory", "deviceType is gpu; gpuMemoryShare is the budget there")]
-    if engine in _ENGINE_SPLITS and engine not in STATIC_ENGINES:
+    if is_ours and not registry.is_static(engine):
         idle += [("batchSize", reasons["engine"] + "; maxNumSeqs is the limit")]
         idle += [("maxBatchDelay", reasons["engine"] + " and never waits for a batch to fill")]
-    if engine in _ENGINE_SPLITS and not engine.startswith("deepspeed"):
+    if is_ours and not engine.startswith("deepspeed"):
         idle += [("deepspeed", f"engine is {engine}")]
-    if engine in _ENGINE_SPLITS and engine != "pipeline":
+    if is_ours and engine != "pipeline":
         idle += [("pippy", f"engine is {engine}"), ("stageSplit", f"engine is {engine}")]
-    if engine in _ENGINE_SPLITS and engine != "accelerate":
+    if is_ours and engine != "accelerate":
         placing = ("deviceMap", "maxMemory", "handler.device_map", "handler.max_memory")
         idle += [(key, f"engine is {engine}; accelerate places modules") for key in placing]
     if kind == "custom":

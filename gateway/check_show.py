@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from engines import registry
 from engines.config import DeviceMap, ModelConfig
 from engines.config_devices import Machine
-from engines.config_resolve import STATIC_ENGINES
 from gateway.workers import launcher
 from gateway.workers.placement import GroupPlacement, Placement
 
@@ -90,7 +90,7 @@ def _device_fields(config: ModelConfig) -> Iterator[Field]:
     yield "torchrun.OMP_NUMBER_THREADS", config.omp_threads
     if config.device == "cpu":
         yield "deviceType", "cpu"
-        if config.engine not in STATIC_ENGINES:
+        if not registry.is_static(config.engine):
             yield "kvCacheMemory", f"{size(config.kv_cache_memory)} per rank"
         return
     yield "deviceType", "gpu"
@@ -100,7 +100,7 @@ def _device_fields(config: ModelConfig) -> Iterator[Field]:
 
 
 def _batching_fields(config: ModelConfig) -> Iterator[Field]:
-    if config.engine in STATIC_ENGINES:
+    if registry.is_static(config.engine):
         yield "batchSize", config.batch_size
         yield "maxBatchDelay", f"{1000 * config.max_batch_delay:g} ms"
         return

@@ -10,11 +10,6 @@ from engines import registry
 from engines.config import ModelConfig, ParallelType
 
 MAX_CPU_RANKS = 4
-_SIZES: dict[str, tuple[tuple[int, int], ...]] = {
-    "native": ((1, 1), (2, 1), (4, 1)),
-    "deepspeed_tp": ((1, 1), (2, 1), (4, 1)),
-    "pipeline": ((1, 2), (1, 4), (2, 2)),
-}
 _NAME = re.compile(r"(?P<engine>[A-Za-z0-9_.-]+?)(:(?P<sizes>(tp\d+)?(pp\d+)?))?")
 
 
@@ -78,7 +73,8 @@ def choose(names: Sequence[str]) -> list[Layout]:
 
 
 def _usual(engine: str) -> list[Layout]:
-    return [Layout(engine, tp, pp) for tp, pp in _SIZES.get(engine, ((1, 1),))]
+    sizes = registry.ENGINES[engine].parity if engine in registry.ENGINES else ((1, 1),)
+    return [Layout(engine, tp, pp) for tp, pp in sizes]
 
 
 def _named(name: str) -> list[Layout]:

@@ -161,7 +161,7 @@ def engine_modules() -> list[str]:
     """engines/<engine>.py: the modules that define a class with a `batching` of its own."""
     from engines import registry
 
-    return sorted({target.split(":")[0] for target in registry.ENGINES.values()} & set(MODULES))
+    return sorted({engine.target.split(":")[0] for engine in registry.ENGINES.values()} & set(MODULES))
 
 
 def test_an_engine_imports_no_other_engine_and_no_policy() -> None:

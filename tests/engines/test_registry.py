@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from engines import registry
+from engines.config import load
+from engines.registry import Ours
 
 
 @pytest.fixture
@@ -26,6 +28,21 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_ours_are_listed_and_load() -> None:
     assert "native" in registry.names()
     assert registry.load("native").__name__ == "NativeEngine"
+
+
+@pytest.mark.parametrize("name", registry.ENGINES)
+def test_what_is_known_before_the_import_is_true(name: str) -> None:
+    assert (registry.load(name).batching == "static") == registry.is_static(name)
+
+
+def test_one_line_adds_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.ENGINES, "echo", Ours("engines.echo:EchoEngine"))
+    file = tmp_path / "model-config.yaml"
+    for kind in ("tp", "pp"):
+        file.write_text(f"engine: echo\nparallelType: {kind}\nparallelLevel: 2\nbatchSize: 4\n")
+        config = load(file, num_gpus=0)
+        assert config.engine == "echo"
+        assert any("batchSize: has no effect: engine echo batches" in line for line in config.warnings)
 
 
 def test_a_plugin_is_listed_and_loads(plugin: str) -> None:
