@@ -1,8 +1,9 @@
 """transformers' own greedy tokens, for `sluice parity --reference hf`.
 
-`python -m engines.hf_reference MODEL_DIR DTYPE DEVICE` reads {"prompts": [[id, ...]], "max_tokens": n} and
-writes a list of what gateway.parity_compare.Answer holds, both as JSON: token ids, their log-probabilities,
-and the two likeliest at each place. No code of the model directory is run, and only safetensors are read.
+`python -m engines.hf_reference MODEL_DIR DTYPE DEVICE` reads {"prompts": [[id, ...]], "max_tokens": n,
+"num_top": k} and writes a list of what gateway.parity_compare.Answer holds, both as JSON: token ids, their
+log-probabilities, and the k likeliest at each place. No code of the model directory is run, and only
+safetensors are read.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ def main(model_dir: str, dtype: str, device: str) -> None:
         model_dir, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
     )
     model = model.to(device).eval()
-    answers = [answer_of(model, prompt, question["max_tokens"]) for prompt in question["prompts"]]
+    max_tokens, num_top = question["max_tokens"], question["num_top"]
+    answers = [answer_of(model, prompt, max_tokens, num_top) for prompt in question["prompts"]]
     json.dump(answers, sys.stdout)
 
 
 @torch.inference_mode()
-def answer_of(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> Answer:
+def answer_of(model: PreTrainedModel, prompt: list[int], max_tokens: int, num_top: int) -> Answer:
     """One prompt alone: nothing is padded."""
     ids = torch.tensor([prompt], device=model.device)
     out: Any = model.generate(  # type: ignore[operator]
@@ -46,7 +48,7 @@ def answer_of(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> Ans
     tokens = out[0, len(prompt) :]
     logits = model(input_ids=out).logits[0, len(prompt) - 1 : -1].float()
     scores = logits.log_softmax(-1)  # [max_tokens, V]
-    top = scores.topk(2)
+    top = scores.topk(min(num_top, scores.shape[-1]))
     places = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return {
         "token_ids": tokens.tolist(),

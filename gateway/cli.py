@@ -399,7 +399,9 @@ def parity(
 ) -> None:
     """Serve the same weights through each engine and layout that fits, and compare tokens and scores.
 
-    Exit code 1: an engine gave wrong tokens, or died; 2: there is nothing to compare with."""
+    Exit code 0: something was compared, and all of it is identical, or, in other dtypes than float32, differs
+    as rounding explains (numerics); 1: it is not, or an engine died; 2: nothing could be compared.
+    Engines that refuse the model are listed, and do not count."""
     import asyncio
     import logging
 
@@ -433,8 +435,10 @@ def parity(
     Console().print(comparing.table(result))
     for note in comparing.notes(result):
         typer.echo(note)
-    if not result.is_good:
+    if result.is_wrong:
         raise typer.Exit(WRONG)
+    if result.is_empty:
+        fail("nothing was compared", CANNOT)
 
 
 def _print_version(is_wanted: bool) -> None:

@@ -23,7 +23,7 @@ import msgspec
 from engines import config_devices
 from engines.config import ModelConfig
 from engines.wire import Generate, SamplingParams, TokenDelta, TokenLogprob
-from gateway.parity_compare import Answer, Comparison, Verdict, compare
+from gateway.parity_compare import NUM_TOP, Answer, Comparison, Verdict, compare
 from gateway.parity_layouts import Layout
 from gateway.workers.group import Group
 from gateway.workers.placement import place
@@ -65,14 +65,40 @@ class Result:
     comparisons: Sequence[Comparison]
 
     @property
-    def is_good(self) -> bool:
-        return all(comparison.verdict.is_good for comparison in self.comparisons)
+    def is_wrong(self) -> bool:
+        """An engine that was to serve died, or gave what its dtype does not excuse."""
+        return any(
+            one.verdict is Verdict.FAILED
+            or (one.verdict.is_compared and not one.verdict.is_good_in(self.dtype))
+            for one in self.comparisons
+        )
+
+    @property
+    def is_empty(self) -> bool:
+        return not any(one.verdict.is_compared for one in self.comparisons)
 
 
 class _NotServed(Exception):  # noqa: N818
     def __init__(self, verdict: Verdict, reason: str) -> None:
         super().__init__(reason)
         self.verdict = verdict
+
+
+class _Served:
+    """A ready group, asked for as many sequences at a time as it takes: it refuses more."""
+
+    def __init__(self, group: Group) -> None:
+        assert group.info is not None, "it is ready"
+        self._group = group
+        self._places = asyncio.Semaphore(group.info.max_num_seqs + group.config.job_queue_size)
+
+    async def deltas(self, request: Generate) -> list[TokenDelta]:
+        async with self._places:
+            deltas = [delta async for delta in self._group.generate(request)]
+        for delta in deltas:
+            if delta.error is not None:
+                raise _NotServed(Verdict.FAILED, f"a request failed: {delta.error.message}")
+        return deltas
 
 
 async def run(base: ModelConfig, options: Options, say: Say) -> Result:
@@ -86,6 +112,8 @@ async def run(base: ModelConfig, options: Options, say: Say) -> Result:
     else:
         first = layouts.pop(0)
         name = str(first)
+        if not layouts:
+            raise CannotCompare(f"there is only {name}: name a second engine, or write --reference hf")
         say(f"{name}: reference")
         try:
             reference = await _ask(first, base, prompts, options.max_tokens, None)
@@ -125,7 +153,7 @@ async def _ask(
     max_tokens: int,
     forced: Sequence[list[int]] | None,
 ) -> list[Answer]:
-    """All prompts at once: batches mix, as they do when serving. `forced` None: its own tokens are forced."""
+    """Batches mix, as they do when serving. `forced` None: its own tokens are forced."""
     async with _serving(layout, base) as group:
         try:
             own = await asyncio.gather(
@@ -146,7 +174,7 @@ async def _ask(
 
 
 @asynccontextmanager
-async def _serving(layout: Layout, base: ModelConfig) -> AsyncIterator[Group]:
+async def _serving(layout: Layout, base: ModelConfig) -> AsyncIterator[_Served]:
     """The group once it is ready. Raises _NotServed."""
     machine = config_devices.this_machine()
     if reason := layout.why_not_here(base.device, machine.num_gpus):
@@ -161,7 +189,7 @@ async def _serving(layout: Layout, base: ModelConfig) -> AsyncIterator[Group]:
                 await asyncio.sleep(_LOOK_SECONDS)
             if group.state is not GroupState.READY:
                 raise await _why_not(group)
-            yield group
+            yield _Served(group)
 
 
 async def _why_not(group: Group) -> _NotServed:
@@ -173,12 +201,12 @@ async def _why_not(group: Group) -> _NotServed:
     return _NotServed(kind, group.failure or "it did not start")
 
 
-async def _tokens(group: Group, id: str, prompt: list[int], max_tokens: int) -> list[int]:
+async def _tokens(group: _Served, id: str, prompt: list[int], max_tokens: int) -> list[int]:
     request = Generate(id=id, prompt_ids=prompt, max_tokens=max_tokens, ignore_eos=True, sampling=_GREEDY)
-    return [token for delta in await _deltas(group, request) for token in delta.token_ids]
+    return [token for delta in await group.deltas(request) for token in delta.token_ids]
 
 
-async def _scores(group: Group, id: str, prompt: list[int], tokens: list[int]) -> list[TokenLogprob]:
+async def _scores(group: _Served, id: str, prompt: list[int], tokens: list[int]) -> list[TokenLogprob]:
     """How the engine scores each of `tokens` after `prompt` and those before it."""
     request = Generate(
         id=id,
@@ -186,20 +214,12 @@ async def _scores(group: Group, id: str, prompt: list[int], tokens: list[int]) -
         max_tokens=1,
         ignore_eos=True,
         sampling=_GREEDY,
-        prompt_logprobs=2,
+        prompt_logprobs=NUM_TOP,
     )
-    found = [d.prompt_logprobs for d in await _deltas(group, request) if d.prompt_logprobs is not None]
+    found = [d.prompt_logprobs for d in await group.deltas(request) if d.prompt_logprobs is not None]
     if not found:
         raise _NotServed(Verdict.FAILED, "it gave no log-probabilities of the prompt")
     return [score for score in found[0][len(prompt) :] if score is not None]
-
-
-async def _deltas(group: Group, request: Generate) -> list[TokenDelta]:
-    deltas = [delta async for delta in group.generate(request)]
-    for delta in deltas:
-        if delta.error is not None:
-            raise _NotServed(Verdict.FAILED, f"a request failed: {delta.error.message}")
-    return deltas
 
 
 async def _ask_transformers(base: ModelConfig, prompts: Sequence[list[int]], max_tokens: int) -> list[Answer]:
@@ -211,7 +231,7 @@ async def _ask_transformers(base: ModelConfig, prompts: Sequence[list[int]], max
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    question = json.dumps({"prompts": prompts, "max_tokens": max_tokens}).encode()
+    question = json.dumps({"prompts": prompts, "max_tokens": max_tokens, "num_top": NUM_TOP}).encode()
     try:
         out, errors = await child.communicate(question)
     finally:
@@ -288,7 +308,7 @@ def table(result: Result) -> Table:
 
     shown = Table(title=f"reference: {result.reference}, {result.dtype}", title_justify="left")
     shown.add_column("engine", no_wrap=True)
-    for title in ("verdict", "equal tokens", "forced", "first difference", "max |dlogprob|"):
+    for title in ("verdict", "equal tokens", "forced", "first difference", f"max |dlogprob|, top {NUM_TOP}"):
         shown.add_column(title, overflow="fold")
     for one in result.comparisons:
         if not one.num_tokens:
@@ -297,13 +317,22 @@ def table(result: Result) -> Table:
         first = one.first
         where = f"prompt {first.prompt}, token {first.position}, margin {first.margin:.2g}" if first else ""
         counts = (f"{one.num_equal}/{one.num_tokens}", f"{one.num_forced_equal}/{one.num_tokens}")
-        shown.add_row(one.name, one.verdict, *counts, where, f"{one.max_logprob_difference:.1e}")
+        shown.add_row(one.name, one.verdict, *counts, where, f"{one.max_top_logprob_difference:.1e}")
     return shown
 
 
 def notes(result: Result) -> list[str]:
-    """Why engines were not compared, a line each."""
-    return [f"{one.name}: {one.verdict}: {one.reason}" for one in result.comparisons if one.reason]
+    """Why engines were not compared, and what a verdict comes to in this dtype; a line each."""
+    return [
+        f"{one.name}: {one.verdict}: {reason}"
+        for one in result.comparisons
+        if (reason := one.reason or _complaint(one, result.dtype))
+    ]
+
+
+def _complaint(one: Comparison, dtype: str) -> str:
+    excused = one.verdict is not Verdict.NUMERICS or one.verdict.is_good_in(dtype)
+    return "" if excused else f"in {dtype} every token must be the same"
 
 
 def to_json(result: Result) -> str:
@@ -311,6 +340,7 @@ def to_json(result: Result) -> str:
     content = {
         "reference": result.reference,
         "dtype": result.dtype,
+        "num_top": NUM_TOP,
         "comparisons": msgspec.to_builtins(result.comparisons),
     }
     return json.dumps(content, indent=2) + "\n"

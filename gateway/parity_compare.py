@@ -6,6 +6,7 @@ first difference nothing compares. Teacher-forced: each scores the reference's t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from enum import StrEnum
 
@@ -13,6 +14,9 @@ import msgspec
 
 TOLERANCES = {"float32": 2e-3, "float16": 0.1, "bfloat16": 0.5}
 """The largest difference of log-probabilities that rounding explains in each dtype."""
+
+NUM_TOP = 20
+"""Of how many tokens the log-probabilities are compared at each place, beside the reference's own."""
 
 
 class Verdict(StrEnum):
@@ -24,8 +28,12 @@ class Verdict(StrEnum):
     SKIPPED = "skipped"  # the machine cannot hold it
 
     @property
-    def is_good(self) -> bool:
-        return self not in (Verdict.WRONG, Verdict.FAILED)
+    def is_compared(self) -> bool:
+        return self in (Verdict.IDENTICAL, Verdict.NUMERICS, Verdict.WRONG)
+
+    def is_good_in(self, dtype: str) -> bool:
+        """In float32, rounding excuses no other token."""
+        return self is Verdict.IDENTICAL or (self is Verdict.NUMERICS and dtype != "float32")
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -33,7 +41,7 @@ class Answer(msgspec.Struct, frozen=True):
 
     token_ids: list[int]
     forced_logprobs: list[float]  # of the reference's tokens, in its context
-    forced_top: list[list[tuple[int, float]]]  # the two likeliest at each of these places, best first
+    forced_top: list[list[tuple[int, float]]]  # the NUM_TOP likeliest at each of these places, best first
 
 
 class Divergence(msgspec.Struct, frozen=True):
@@ -57,7 +65,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     num_equal: int = 0  # free-running, up to each prompt's first difference
     num_forced_equal: int = 0  # places where its likeliest token is the reference's
     first: Divergence | None = None
-    max_logprob_difference: float = 0.0
+    max_top_logprob_difference: float = 0.0  # teacher-forced: of the reference's tokens and of NUM_TOP
     seconds: float = 0.0
 
 
@@ -79,7 +87,7 @@ def compare(name: str, reference: Sequence[Answer], other: Sequence[Answer], dty
         num_equal=num_tokens - lost,
         num_forced_equal=sum(_num_forced_equal(a, b) for a, b in zip(reference, other, strict=True)),
         first=partings[0] if partings else None,
-        max_logprob_difference=difference,
+        max_top_logprob_difference=difference,
     )
 
 
@@ -107,7 +115,25 @@ def _margin(top: Sequence[tuple[int, float]]) -> float:
 
 def _difference(reference: Answer, other: Answer) -> float:
     pairs = zip(reference.forced_logprobs, other.forced_logprobs, strict=True)
-    return max((abs(a - b) if a == a and b == b else float("inf") for a, b in pairs), default=0.0)
+    tops = zip(reference.forced_top, other.forced_top, strict=True)
+    found = [_distance(a, b) for a, b in pairs]
+    return max([*found, *(_difference_of_tops(dict(a), dict(b)) for a, b in tops)], default=0.0)
+
+
+def _difference_of_tops(one: dict[int, float], other: dict[int, float]) -> float:
+    """Over the tokens of both. What only one of them names is at most as likely to the other as its last."""
+    common = [_distance(value, other[token]) for token, value in one.items() if token in other]
+    return max([0.0, *common, _lead(one, other), _lead(other, one)])
+
+
+def _lead(one: dict[int, float], other: dict[int, float]) -> float:
+    """How far what `one` alone names is, at the least, above its place in `other`."""
+    last = min(other.values(), default=-math.inf)
+    return max((value - last for token, value in one.items() if token not in other), default=0.0)
+
+
+def _distance(a: float, b: float) -> float:
+    return math.inf if math.isnan(a) or math.isnan(b) else abs(a - b)
 
 
 def _num_forced_equal(reference: Answer, other: Answer) -> int:

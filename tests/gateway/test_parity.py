@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from engines.config import ModelConfig
 from gateway import cli, parity
-from gateway.parity_compare import Answer, Verdict, compare
+from gateway.parity_compare import Answer, Comparison, Verdict, compare
 from gateway.parity_layouts import BadLayout, Layout, choose
 from tests.models import GQA, make_llama
 
@@ -25,15 +25,15 @@ REFERENCE = [answer([1, 2, 3]), answer([1, 2, 3], margin=1e-4)]
 
 
 def test_equal_tokens_are_identical() -> None:
-    found = compare("x", REFERENCE, [answer([1, 2, 3], -1.0001), answer([1, 2, 3])], "float32")
+    found = compare("x", REFERENCE, [answer([1, 2, 3], -1.0001), answer([1, 2, 3], margin=1e-4)], "float32")
     assert found.verdict is Verdict.IDENTICAL
     assert (found.num_equal, found.num_tokens, found.num_forced_equal) == (6, 6, 6)
     assert found.first is None
-    assert found.max_logprob_difference == pytest.approx(1e-4)
+    assert found.max_top_logprob_difference == pytest.approx(1e-4)
 
 
 def test_a_near_tie_may_fall_either_way() -> None:
-    found = compare("x", REFERENCE, [answer([1, 2, 3]), answer([1, 99, 3], -1.0001)], "float32")
+    found = compare("x", REFERENCE, [answer([1, 2, 3]), answer([1, 99, 3], -1.0001, 1e-4)], "float32")
     assert found.verdict is Verdict.NUMERICS
     assert found.first is not None
     assert (found.first.prompt, found.first.position, found.first.token) == (1, 1, 99)
@@ -52,8 +52,54 @@ def test_scores_that_rounding_does_not_explain_are_wrong(logprob: float) -> None
     assert compare("x", REFERENCE, answers, "float32").verdict is Verdict.WRONG
 
 
+def of_top(*tops: tuple[int, float]) -> Answer:
+    """One token, whose own log-probability is the same in all of them."""
+    return Answer([1], [-1.0], [[(1, -1.0), *tops]])
+
+
+@pytest.mark.parametrize(
+    ("tops", "expected"),
+    [
+        ([(2, -2.0), (3, -3.0)], 0.0),
+        ([(2, -2.0), (3, -3.5)], 0.5),  # both name it
+        ([(2, -2.0), (4, -2.9)], 0.1),  # to the first, 4 is at most as likely as 3
+        ([(5, -1.5), (2, -2.0)], 1.5),
+    ],
+)
+def test_the_largest_difference_is_over_all_likely_tokens(
+    tops: list[tuple[int, float]], expected: float
+) -> None:
+    reference, other = [of_top((2, -2.0), (3, -3.0))], [of_top(*tops)]
+    for found in (compare("x", reference, other, "float32"), compare("x", other, reference, "float32")):
+        assert found.max_top_logprob_difference == pytest.approx(expected)
+        assert found.verdict is (Verdict.WRONG if expected else Verdict.IDENTICAL)
+
+
+IDENTICAL, NUMERICS, REFUSED = Verdict.IDENTICAL, Verdict.NUMERICS, Verdict.REFUSED
+
+
+@pytest.mark.parametrize(
+    ("dtype", "verdicts", "is_wrong", "is_empty"),
+    [
+        ("float32", [IDENTICAL, REFUSED, Verdict.SKIPPED], False, False),
+        ("float32", [IDENTICAL, NUMERICS], True, False),
+        ("bfloat16", [IDENTICAL, NUMERICS], False, False),
+        ("bfloat16", [IDENTICAL, Verdict.WRONG], True, False),
+        ("float32", [IDENTICAL, Verdict.FAILED], True, False),
+        ("float32", [REFUSED, Verdict.SKIPPED], False, True),
+        ("float32", [], False, True),
+    ],
+)
+def test_what_is_good_depends_on_the_dtype_and_something_must_be_compared(
+    dtype: str, verdicts: list[Verdict], is_wrong: bool, is_empty: bool
+) -> None:
+    result = parity.Result("r", dtype, [Comparison(name="x", verdict=verdict) for verdict in verdicts])
+    assert (result.is_wrong, result.is_empty) == (is_wrong, is_empty)
+    assert ("every token" in "".join(parity.notes(result))) == (is_wrong and NUMERICS in verdicts)
+
+
 def test_what_rounding_explains_depends_on_the_dtype() -> None:
-    answers = [answer([1, 2, 3]), answer([1, 2, 3], -1.01)]
+    answers = [answer([1, 2, 3]), answer([1, 2, 3], -1.01, margin=1e-4)]
     assert compare("x", REFERENCE, answers, "bfloat16").verdict is Verdict.IDENTICAL
 
 
@@ -107,8 +153,21 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
             parity.read_prompts(file, base)
 
 
+SMALL_QUEUE = """
+handler:
+  model_path: model
+parallelType: tp
+parallelLevel: 2
+maxNumSeqs: 2
+jobQueueSize: 1
+"""
+
+
 def test_real_groups_beside_transformers(tmp_path: Path) -> None:
-    model = make_llama(tmp_path / "model", GQA, seed=3)
+    """More prompts than the groups take at once."""
+    make_llama(tmp_path / "model", GQA, seed=3)
+    model = tmp_path / "model-config.yaml"
+    model.write_text(SMALL_QUEUE)
     out = tmp_path / "out.json"
     engines = "native:tp2,deepspeed_tp:tp4"
     argv = ["parity", str(model), "--engines", engines, "--reference", "hf", "--num-prompts", "6"]
@@ -117,7 +176,7 @@ def test_real_groups_beside_transformers(tmp_path: Path) -> None:
     native, deepspeed = json.loads(out.read_text())["comparisons"]
     assert native["verdict"] == "identical"
     assert native["num_equal"] == native["num_forced_equal"] == 48
-    assert native["max_logprob_difference"] < 1e-3
+    assert 0 < native["max_top_logprob_difference"] < 1e-3
     assert deepspeed["verdict"] == "refused"
     assert "num_key_value_heads" in deepspeed["reason"]
     assert "identical" in result.output
@@ -126,8 +185,22 @@ def test_real_groups_beside_transformers(tmp_path: Path) -> None:
 def test_a_reference_that_cannot_be_had_ends_it(tmp_path: Path) -> None:
     model = make_llama(tmp_path / "model", GQA)
     (model / "model.safetensors").unlink()
-    for argv in (["--reference", "hf"], ["--engines", "native:tp1"]):
+    for argv in (["--reference", "hf"], ["--engines", "native:tp1,native:tp2"]):
         result = CliRunner().invoke(cli.app, ["parity", str(model), "--device", "cpu", *argv])
         assert result.exit_code == 2
         assert "safetensors" in result.output
         assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--engines", "native:tp1"], "there is only native:tp1: name a second engine"),
+        (["--engines", "native:tp8", "--reference", "hf", "--num-prompts", "1"], "nothing was compared"),
+    ],
+)
+def test_nothing_compared_is_no_success(tmp_path: Path, argv: list[str], expected: str) -> None:
+    model = make_llama(tmp_path / "model", GQA)
+    result = CliRunner().invoke(cli.app, ["parity", str(model), "--device", "cpu", *argv])
+    assert result.exit_code == 2, result.output
+    assert expected in result.output
