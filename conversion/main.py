@@ -55,30 +55,39 @@ def convert(
     *,
     dry_run: bool,
     as_json: bool,
-    check: bool = False,
+    check: bool | None = None,
 ) -> None:
-    """Raises USER_ERRORS. `check`: hash the source first, as far as it says what it should be."""
+    """Raises USER_ERRORS. `check`: hash the source first; None: as far as it says what it should be."""
     source = open_checkpoint(source_dir, choices)
     plan = make_plan(source, target)
-    if not as_json:
-        _show_notes(source)
+    _show_notes(source, as_json)
     if dry_run:
         check_target(source, target_dir)
         _show_plan(plan, target_dir, as_json)
         check_room(nearest(target_dir), plan.num_bytes)
         return
-    checked = check_source(source) if check else ""
-    if checked and not as_json:
-        print(f"  checked: {checked}")
-    if check and not checked:
-        raise CannotConvert(f"--check-source: nothing says what the files of {source_dir} should be")
+    if check is not False:
+        _check(source, options, must=bool(check), as_json=as_json)
     start = time.perf_counter()
     with shown(plan.num_bytes, as_json) as progress:
         manifest = run(source, plan, target_dir, options, progress)
     _show_result(plan, manifest, target_dir, time.perf_counter() - start, as_json)
 
 
-def _show_notes(source: Source) -> None:
+def _check(source: Source, options: Options, *, must: bool, as_json: bool) -> None:
+    checked = check_source(source, options.jobs)
+    if must and not checked:
+        raise CannotConvert(f"--check-source: nothing says what the files of {source.root} should be")
+    if as_json:
+        _say("checked", by=checked or None)
+    else:
+        print(f"  checked: {checked or 'headers only, nothing says what the values should be'}")
+
+
+def _show_notes(source: Source, as_json: bool) -> None:
+    if as_json:
+        _say("source", path=str(source.root), **_about(source))
+        return
     print(f"{source.root}: {source.format}, {source.layout}")
     for note in source.notes:
         print(f"  concluded: {note}")
@@ -86,10 +95,26 @@ def _show_notes(source: Source) -> None:
         print(f"  left out: {', '.join(source.ignored)}")
 
 
+def _about(source: Source) -> dict[str, object]:
+    opened = {"format": source.format, "layout": source.layout}
+    return {**opened, "concluded": source.notes, "left_out": source.ignored}
+
+
+def _say(event: str, **what: object) -> None:
+    """A line of the JSON log."""
+    print(json.dumps({"event": event, **what}), flush=True)
+
+
+def say_error(error: Exception, exit_code: int) -> None:
+    """The last line of the JSON log of a command that fails with one of USER_ERRORS."""
+    problems = error.problems if isinstance(error, BadTensors) else [str(error)]
+    _say("error", message=str(error), problems=problems, exit_code=exit_code)
+
+
 def _show_plan(plan: Plan, target: Path, as_json: bool) -> None:
     if as_json:
         files = {file.name: file.num_bytes for file in plan.files}
-        print(json.dumps({"event": "plan", "files": files, "bytes": plan.num_bytes}))
+        _say("plan", files=files, bytes=plan.num_bytes)
         return
     for file in plan.files:
         print(f"  {file.num_bytes:>16,} bytes  {len(file.entries):>5} tensors  {target / file.name}")
@@ -109,8 +134,10 @@ def _show_result(plan: Plan, manifest: Manifest, target: Path, seconds: float, a
         if not tensor.is_finite
     ]
     if as_json:
-        result = {"event": "done", "bytes": plan.num_bytes, "seconds": round(seconds, 3), "not_finite": odd}
-        print(json.dumps(result), flush=True)
+        lost = {name: error for error, name in _errors(manifest)}
+        _say(
+            "done", bytes=plan.num_bytes, seconds=round(seconds, 3), not_finite=odd, quantization_errors=lost
+        )
         return
     for name in odd:
         print(f"  warning: {name}: has values that are infinite or not numbers")
@@ -119,18 +146,23 @@ def _show_result(plan: Plan, manifest: Manifest, target: Path, seconds: float, a
     print(f"{target}: {plan.num_bytes / 1e9:.2f} GB in {seconds:.1f} s, {speed:.2f} GB/s")
 
 
-def _show_errors(manifest: Manifest) -> None:
-    """What quantisation lost, the worst tensors first; all of them are in the manifest."""
+def _errors(manifest: Manifest) -> list[tuple[float, str]]:
+    """What quantisation lost of each tensor, the worst first."""
     errors = [
         (tensor.error, f"{file}: {name}")
         for file, written in manifest.files.items()
         for name, tensor in written.tensors.items()
         if tensor.error is not None
     ]
+    return sorted(errors, reverse=True)
+
+
+def _show_errors(manifest: Manifest) -> None:
+    errors = _errors(manifest)
     if errors:
         mean = sum(error for error, _ in errors) / len(errors)
         print(f"  quantised: relative error {mean:.3%} in the mean of {len(errors)} tensors; the largest:")
-    for error, name in sorted(errors, reverse=True)[:3]:
+    for error, name in errors[:3]:
         print(f"    {error:.3%}  {name}")
 
 

@@ -46,12 +46,14 @@ AllowExtra = Annotated[bool, typer.Option("--allow-extra", help="Leave unknown t
 
 
 @contextmanager
-def _clear_errors() -> Iterator[Any]:
-    """Gives conversion.main. Its errors end the command with a line and exit code 1."""
+def _clear_errors(as_json: bool = False) -> Iterator[Any]:
+    """Gives conversion.main. Its errors end the command with a line and exit code 1; `as_json`: an event."""
     main = import_module("conversion.main")
     try:
         yield main
     except main.USER_ERRORS as error:
+        if as_json:
+            main.say_error(error, 1)
         for line in str(error).splitlines():
             typer.echo(f"sluice: error: {line}", err=True)
         raise typer.Exit(1) from None
@@ -91,8 +93,13 @@ def convert(
     jobs: Annotated[int, typer.Option(min=0, help="Files written at once; 0: one a core.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where one was interrupted.")] = False,
     check_source: Annotated[
-        bool, typer.Option("--check-source", help="First read it all, and compare it with its checksums.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--check-source/--no-check-source",
+            help="First read it all, and compare it with its checksums. Default: where it has some.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show files and sizes, write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Log JSON lines.")] = False,
     rope_theta: RopeTheta = None,
@@ -101,7 +108,7 @@ def convert(
     allow_extra: AllowExtra = False,
 ) -> None:
     """Convert a checkpoint to another format or layout, streaming; a killed run leaves no half result."""
-    with _clear_errors() as main:
+    with _clear_errors(as_json) as main:
         only_for = {
             "--tp": (tp, (To.SLUICE, To.META)),
             "--pp": (pp, (To.SLUICE,)),
@@ -145,7 +152,7 @@ def inspect(
     allow_extra: AllowExtra = False,
 ) -> None:
     """Show what a checkpoint is: family, sizes, layout, which tp and pp fit, a model-config.yaml."""
-    with _clear_errors() as main:
+    with _clear_errors(as_json) as main:
         choices = _choices(rope_theta, rope_scaling_factor, max_positions, allow_extra)
         main.inspect(directory, choices, as_json=as_json)
 

@@ -85,9 +85,38 @@ def test_the_json_log(tmp_path: Path) -> None:
     lines = sluice("convert", hf, tmp_path / "out", "--to", "sluice", "--tp", 2, "--json").splitlines()
     events = [json.loads(line) for line in lines]
     assert [event["event"] for event in events].count("finish") == 2
-    assert events[0] == {"event": "plan", "bytes": events[-1]["bytes"]}
+    assert events[0]["event"] == "source"
+    assert {"event": "plan", "bytes": events[-1]["bytes"]} in events
     assert events[-1]["event"] == "done"
     assert events[-1]["not_finite"] == []
+
+
+def test_the_json_log_tells_conclusions_and_what_is_left_out(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", MHA)
+    convert(hf, tmp_path / "meta", Target("meta"))
+    path = tmp_path / "meta" / "consolidated.00.pth"
+    torch.save({**torch.load(path, weights_only=True), "odd": torch.ones(2)}, path)
+    (tmp_path / "meta" / "manifest.json").unlink()
+    arguments = [tmp_path / "meta", tmp_path / "out", "--to", "sluice", "--json", "--allow-extra"]
+    printed = sluice("convert", *arguments, "--quantize", "int8")
+    events = [json.loads(line) for line in printed.splitlines()]
+    assert events[0]["left_out"] == ["odd"]
+    assert "max_position_embeddings 4096: Llama 2, by its norm_eps" in events[0]["concluded"]
+    assert len(events[-1]["quantization_errors"]) == 7 * MHA.layers
+
+
+def test_an_error_is_an_event_of_the_json_log(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", GQA)
+    file = hf / "model.safetensors"
+    save_file({**load_file(file), "odd": torch.ones(2), "odder": torch.ones(2)}, file)
+    result = CliRunner().invoke(app, ["convert", str(hf), str(tmp_path / "out"), "--to", "hf", "--json"])
+    event = json.loads(result.stdout.splitlines()[-1])
+    assert (result.exit_code, event["event"], event["exit_code"]) == (1, "error", 1)
+    assert "tensor odd: unknown" in event["message"]
+    assert [problem.split(": ")[1] for problem in event["problems"]] == ["tensor odd", "tensor odder"]
+    assert result.stderr.startswith("sluice: error: ")
+    command = ["convert", str(hf), str(tmp_path / "out"), "--to", "hf", "--json", "--max-memory", "much"]
+    assert json.loads(CliRunner().invoke(app, command).stdout)["message"].startswith("'much' is not a size")
 
 
 @pytest.mark.parametrize(
@@ -155,6 +184,44 @@ def test_verify_finds_a_damaged_file_by_its_hash(tmp_path: Path) -> None:
     path.write_bytes(data)
     printed = sluice("verify", tmp_path / "s", code=1)
     assert "tp1-of-2/pp0-of-1.safetensors: tensor model.layers.2.mlp.down_proj.weight: is damaged" in printed
+
+
+@pytest.mark.parametrize("how", [Target("sluice", tp=2), Target("hf"), Target("meta", shards=2)])
+@pytest.mark.parametrize("has_manifest", [True, False])
+def test_a_flipped_bit_is_not_converted_where_checksums_tell(
+    tmp_path: Path, how: Target, has_manifest: bool
+) -> None:
+    source = tmp_path / "source"
+    convert(make_llama(tmp_path / "first", MHA), source, how)
+    if not has_manifest and how.format == "sluice":
+        pytest.skip("is no checkpoint without its manifest")
+    if not has_manifest:
+        (source / "manifest.json").unlink()
+    path = max(source.rglob("*.pth" if how.format == "meta" else "*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-20_000] ^= 1
+    path.write_bytes(data)
+    plain = how.format == "hf" and not has_manifest
+    printed = sluice("convert", source, tmp_path / "out", "--to", "hf", code=0 if plain else 1)
+    if plain:
+        assert "checked: headers only" in printed
+        assert "nothing says" in sluice(
+            "convert", source, tmp_path / "o", "--to", "hf", "--check-source", code=1
+        )
+    else:
+        why = "its sha256" if has_manifest else "is damaged: its checksum"
+        assert f"{path.name}: " in printed
+        assert why in printed
+        assert not (tmp_path / "out").exists()
+        sluice("convert", source, tmp_path / "out", "--to", "hf", "--no-check-source")
+
+
+def test_a_manifest_whose_config_was_changed_is_not_converted(tmp_path: Path) -> None:
+    convert(make_llama(tmp_path / "hf", MHA), tmp_path / "s", Target("sluice"))
+    path = tmp_path / "s" / "manifest.json"
+    path.write_text(path.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 10001.0'))
+    printed = sluice("convert", tmp_path / "s", tmp_path / "out", "--to", "hf", code=1)
+    assert "manifest.json: config: is not what config.json says" in printed
 
 
 @pytest.mark.parametrize("shape", [MHA, GQA, ODD_FOR_META])

@@ -19,12 +19,12 @@ from engines.models.llama import WeightLoader
 from engines.models.rank_weights import MappedRank, open_weights
 from engines.models.stages import sizes_of, split_layers
 from engines.runtime.mesh import Mesh, single
-from tests.conversion.helpers import convert
+from tests.conversion.helpers import ODD_FOR_META, convert
 from tests.engines.driver import generate
 from tests.engines.test_native import hf_greedy, native, prompts_for
 from tests.models import GQA, ODD, Shape, make_llama
 
-SHAPES = {"gqa": GQA, "odd": ODD}
+SHAPES = {"gqa": GQA, "odd": ODD_FOR_META}
 CPU = torch.device("cpu")
 
 

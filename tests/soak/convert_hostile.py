@@ -4,8 +4,8 @@
 
 N files with bytes changed, cut out, doubled or cut off, of every format; and every pickle of
 tests/conversion/hostile.py, as torch saves today and as it did before 1.6. Damaged files are refused by the
-reader, found by their hash, or still a checkpoint (a value has changed and nothing says what it was); pickles
-are refused with nothing of them run. Anything else ends it with 1.
+reader or by their checksums, the same model still, or without any checksum that could tell; pickles are
+refused with nothing of them run. Anything else ends it with 1.
 """
 
 from __future__ import annotations
