@@ -14,8 +14,9 @@ from engines.config_source import Section, Value, describe
 POLICIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 _DEVICE = re.compile(r"cpu|disk|cuda:\d{1,3}")
-_DEVICES = "cpu, disk, cuda:0, cuda:1, ..."
-_HOLDERS = "cpu, cuda:0, cuda:1, ..."
+_NUMBER = re.compile(r"\d{1,3}")  # Hugging Face's own spelling of a CUDA device
+_DEVICES = "cpu, disk, cuda:0 (or 0), cuda:1, ..."
+_HOLDERS = "cpu, cuda:0 (or 0), cuda:1, ..."
 T = TypeVar("T")
 
 
@@ -26,8 +27,8 @@ def read_device_map(s: Settings, key: str) -> DeviceMap:
         return tuple(_entries(s, key, given, _device))
     if given in POLICIES:
         return str(given)
-    if isinstance(given, str) and _DEVICE.fullmatch(given):
-        return (("", given),)
+    if device := _name(given):
+        return (("", device),)
     allowed = f"{', '.join(POLICIES)}, one of {_DEVICES}, or a mapping of module names to these"
     near = nearest(given, POLICIES) if isinstance(given, str) else ""
     s.problem(
@@ -44,7 +45,11 @@ def read_max_memory(s: Settings, key: str) -> MaxMemory:
     """Bytes of weights that each device may hold."""
     given = s.values.get(key)
     if isinstance(given, Section):
-        return tuple(_entries(s, key, given, _holder))
+        sizes = _entries(s, key, given, _holder)
+        named = [(_name(device) or device, size) for device, size in sizes]
+        if len(dict(named)) < len(named):
+            s.problem(key, "names a device twice (0 is cuda:0)", remedy="keep one of them")
+        return tuple(named)
     if key in s.values:
         s.problem(
             key,
@@ -78,15 +83,23 @@ def _entries(
 
 
 def _device(_: str, node: Value) -> str:
-    if isinstance(node.value, str) and _DEVICE.fullmatch(node.value):
-        return node.value
+    if device := _name(node.value):
+        return device
     raise _Wrong(f"is {describe(node)}", _DEVICES)
 
 
 def _holder(name: str, node: Value) -> int:
-    if name == "disk" or not _DEVICE.fullmatch(name):
+    if _name(name) in (None, "disk"):
         raise _Wrong("is not a device whose memory can be bounded", _HOLDERS)
     size = parse_bytes(node)
     if size is None:
         raise _Wrong(f"is {describe(node)}", 'bytes as an integer, or text such as "8GiB"')
     return size
+
+
+def _name(device: object) -> str | None:
+    """The device by the name that we have for it; None: there is none such."""
+    text = str(device) if type(device) in (int, str) else ""
+    if _NUMBER.fullmatch(text):
+        return f"cuda:{int(text)}"
+    return text if _DEVICE.fullmatch(text) else None

@@ -145,12 +145,14 @@ class _Reading:
         self._check_keys()
         parallel = self._parallel()
         self._check_size(parallel)
-        graph = self._flag("enable_cuda_graph")
+        inject, graph = self._flag("replace_with_kernel_inject"), self._flag("enable_cuda_graph")
         if graph and self.world_size > 1:
             wrong = f"enable_cuda_graph does not work with {self.world_size} ranks"
             self._problem("enable_cuda_graph", wrong, remedy="set it to false, or parallelLevel to 1")
+        if not inject:
+            self._warn_of_what_injection_reads(graph)
         return DeepSpeedFile(
-            kernel_inject=self._flag("replace_with_kernel_inject"),
+            kernel_inject=inject,
             dtype=self._dtype(),
             tp_grain_size=self._count("tp_grain_size", parallel, GRAIN_SIZE),
             max_out_tokens=self._count("max_out_tokens", self.content, MAX_OUT_TOKENS),
@@ -178,6 +180,15 @@ class _Reading:
     def _problem(self, key: str, wrong: str, *, allowed: str = "", near: str = "", remedy: str) -> None:
         self.problems.append(Problem(f"{self.path}:{self._line(key)}", "", wrong, allowed, near, remedy))
 
+    def _warn(self, key: str, why: str) -> None:
+        self.warnings.append(f"{self.path}:{self._line(key)}: {key} has no effect: {why}")
+
+    def _warn_of_what_injection_reads(self, graph: bool) -> None:
+        if "max_out_tokens" in self.content:
+            self._warn("max_out_tokens", "AutoTP's K/V is paged; maxModelLen bounds a sequence")
+        if graph:
+            self._warn("enable_cuda_graph", "AutoTP's steps have many shapes, and no graph is made of them")
+
     def _line(self, key: str) -> int:
         """Where the key stands, under any of its names."""
         for name in (key, *(alias for alias, meant in _ALIASES.items() if meant == key)):
@@ -198,9 +209,7 @@ class _Reading:
     def _check_keys(self) -> None:
         for name, value in self.content.items():
             if name in _IGNORED:
-                self.warnings.append(
-                    f"{self.path}:{self._line(name)}: {name} has no effect: {_IGNORED[name]}"
-                )
+                self._warn(name, _IGNORED[name])
             elif name in _REFUSED:
                 self._problem(name, f"{name} cannot be used: {_REFUSED[name]}", remedy="remove the key")
             elif name in _FIXED and value not in _FIXED[name]:

@@ -51,6 +51,7 @@ def _resolve(s: Settings, base: Path, source: str, num_gpus: int | None) -> Mode
     _check_device_ids(s, split, replicas)
     _check_stage_split(s, split)
     _warn_without_effect(s, device, engine, split.parallel_type)
+    _warn_of_idle_stages(s, engine, split.pp_size)
     name = s.text("modelName") or _clean_name(base.name)
     template = _first(s, "chatTemplate", "handler.chat_template")
     queue = 0 if s.flag("useJobTicket") else (s.integer("jobQueueSize") or 100)
@@ -235,6 +236,13 @@ def _check_stage_split(s: Settings, split: Split) -> None:
         )
 
 
+def _warn_of_idle_stages(s: Settings, engine: str, num_stages: int) -> None:
+    chunks = s.integer("pippy.chunks")
+    if engine == "pipeline" and chunks is not None and chunks < num_stages:
+        idle = f"{num_stages - chunks} of {num_stages} stages have no work at any time"
+        s.warn("pippy.chunks", f"is {chunks}, so {idle}: remove it, or set it to {num_stages}")
+
+
 def _warn_without_effect(s: Settings, device: Device, engine: str, kind: ParallelType) -> None:
     """List what was given and does not act with this device, engine or parallelType."""
     if s.flag("shareDevices") and not s.has("gpuMemoryShare"):
@@ -253,6 +261,8 @@ def _warn_without_effect(s: Settings, device: Device, engine: str, kind: Paralle
         idle += [("maxBatchDelay", reasons["engine"] + " and never waits for a batch to fill")]
     if is_ours and not engine.startswith("deepspeed"):
         idle += [("deepspeed", f"engine is {engine}")]
+    if engine == "deepspeed_tp":
+        idle += [("deepspeed.fallback", "engine deepspeed_tp is AutoTP already; kernel injection falls back")]
     if is_ours and engine != "pipeline":
         idle += [("pippy", f"engine is {engine}"), ("stageSplit", f"engine is {engine}")]
     if is_ours and engine != "accelerate":

@@ -147,7 +147,8 @@ class _Tree:
         for key_node, value_node in node.value:
             where = self._where(key_node)
             name = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if name is None or key_node.tag != _TAG + "str" or not name.isprintable() or len(name) > 100:
+            tags = (_TAG + "str", _TAG + "int") if prefix else (_TAG + "str",)  # maxMemory's devices: 0, 1
+            if name is None or key_node.tag not in tags or not name.isprintable() or len(name) > 100:
                 self._key_problem(where, prefix, key_node)
                 continue
             path = f"{prefix}.{name}" if prefix else name

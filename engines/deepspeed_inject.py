@@ -143,10 +143,11 @@ def check_support(config: ModelConfig, settings: DeepSpeedFile) -> None:
     for key, value, why in _unsupported(data):
         raise _refusal(f"{path}: {key}", value, why, _AUTOTP)
     _check_lengths(config, settings)
-    heads = data.get("num_attention_heads", 1)
-    if heads % config.tp_size:
-        why = f"cannot be shared evenly by {config.tp_size} ranks"
-        raise _refusal(f"{path}: num_attention_heads", heads, why, "set parallelLevel to a divisor of it")
+    for key in ("num_attention_heads", "intermediate_size"):  # and hidden_size, which heads make up
+        size = data.get(key, config.tp_size)
+        if size % config.tp_size:
+            why = f"cannot be shared evenly by {config.tp_size} ranks"
+            raise _refusal(f"{path}: {key}", size, why, f"set parallelLevel to a divisor of it, or {_AUTOTP}")
 
 
 def _unsupported(data: dict[str, Any]) -> list[tuple[str, object, str]]:

@@ -110,9 +110,7 @@ def shard(
     deepspeed = deepspeed_comm.connect(mesh)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     parallel = deepspeed_comm.tensor_parallel(mesh) | {"tp_grain_size": settings.tp_grain_size}
-    deepspeed.init_inference(
-        model, dtype=model.dtype, tensor_parallel=parallel, enable_cuda_graph=settings.enable_cuda_graph
-    )
+    deepspeed.init_inference(model, dtype=model.dtype, tensor_parallel=parallel)
     if mesh.tp_size > 1:
         check_norms(model, shape)
     for name, buffer in buffers.items():  # DeepSpeed rounds rotary frequencies to the model's dtype

@@ -21,7 +21,8 @@ def misfits(config: ModelConfig) -> list[str]:
 
 
 def _indivisible(config: ModelConfig, shape: Shape) -> Iterator[str]:
-    falls_back = config.deepspeed is not None and config.deepspeed.fallback is not None
+    fallback = config.deepspeed is not None and config.deepspeed.fallback is not None
+    falls_back = fallback and config.engine == "deepspeed_inject"
     find = _WHY_NOT.get("deepspeed_tp" if falls_back else config.engine)
     why = find(shape, config.tp_size) if find else None
     if find is None or why is None:
@@ -42,11 +43,6 @@ def _cannot_share(shape: Shape, tp: int) -> str | None:
     return None
 
 
-def _cannot_share_heads(shape: Shape, tp: int) -> str | None:
-    heads = shape.num_heads
-    return f"the model's {heads} attention heads cannot be shared evenly" if heads and heads % tp else None
-
-
 def _too_few_heads(shape: Shape, tp: int) -> str | None:
     heads = shape.num_kv_heads
     return f"the model's {heads} key/value heads are too few" if heads and heads < tp else None
@@ -56,7 +52,7 @@ _WHY_NOT: dict[str, Callable[[Shape, int], str | None]] = {
     "native": _cannot_share,
     "pipeline": _cannot_share,
     "deepspeed_tp": _too_few_heads,
-    "deepspeed_inject": _cannot_share_heads,
+    "deepspeed_inject": _cannot_share,
 }
 
 

@@ -231,6 +231,19 @@ def test_the_yaml_of_custom_drives_it(tmp_path: Path) -> None:
     ]
 
 
+def test_hugging_faces_own_spelling_of_devices_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "model-config.yaml"
+    file.write_text(
+        "parallelType: custom\nmaxMemory: {0: 10GB, '1': 1GB, cpu: 1GB}\n"
+        "deviceMap: {model: 1, lm_head: '0'}\n"
+    )
+    config = load(file, num_gpus=2)
+    assert config.max_memory == (("cuda:0", 10_000_000_000), ("cuda:1", 10**9), ("cpu", 10**9))
+    assert config.device_map == (("model", "cuda:1"), ("lm_head", "cuda:0"))
+    file.write_text("parallelType: custom\nhandler: {device_map: 0}\n")
+    assert load(file, num_gpus=2).device_map == (("", "cuda:0"),)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -239,6 +252,9 @@ def test_the_yaml_of_custom_drives_it(tmp_path: Path) -> None:
         ("deviceMap: {model: gpu}", r":2: deviceMap\.model: is the text 'gpu'; allowed: cpu, disk, cuda:0"),
         ("maxMemory: 8GiB", r":2: maxMemory: is the text '8GiB'; allowed: a mapping"),
         ("maxMemory: {disk: 8GiB}", r":2: maxMemory\.disk: is not a device whose memory"),
+        ("maxMemory: {1000: 8GiB}", r":2: maxMemory\.1000: is not a device whose memory.*cuda:0 \(or 0\)"),
+        ("maxMemory: {0: 8GiB, 'cuda:0': 8GiB}", r":2: maxMemory: names a device twice"),
+        ("deviceMap: {model: true}", r":2: deviceMap\.model: is the boolean true; allowed: cpu"),
         ("maxMemory: {cpu: lots}", r":2: maxMemory\.cpu: is the text 'lots'; allowed: bytes"),
         ("maxMemory: {cpu: {a: 1}}", r":2: maxMemory\.cpu: is a mapping"),
     ],

@@ -86,6 +86,10 @@ def test_documented_examples_resolve(tmp_path: Path) -> None:
     pippy = loaded(tmp_path, PIPPY)
     assert (pippy.engine, pippy.pp_size, pippy.tp_size, pippy.pipeline_chunks) == ("pipeline", 4, 1, 1)
     assert (pippy.response_timeout, pippy.max_batch_delay, pippy.model_path) == (300.0, 0.2, "/path/to/model")
+    idle = "pippy.chunks: is 1, so 3 of 4 stages have no work at any time: remove it, or set it to 4"
+    assert any(idle in line for line in pippy.warnings)
+    enough = loaded(tmp_path, PIPPY.replace("chunks: 1", "chunks: 4"))
+    assert len(enough.warnings) == len(pippy.warnings) - 1
     level = loaded(tmp_path, LEVEL)
     assert (level.engine, level.tp_size, level.device_ids) == ("native", 4, (2, 3, 4, 5))
     deepspeed = loaded(tmp_path, DEEPSPEED)
@@ -95,7 +99,7 @@ def test_documented_examples_resolve(tmp_path: Path) -> None:
 
 
 def test_keys_without_effect_are_listed_with_place_and_reason(tmp_path: Path) -> None:
-    warnings = loaded(tmp_path, PIPPY).warnings
+    warnings = loaded(tmp_path, PIPPY.replace("chunks: 1", "chunks: 4")).warnings
     keys = [re.match(r".*model-config\.yaml:\d+: ([\w.]+): has no effect: .+", line) for line in warnings]
     assert [match[1] for match in keys if match] == [
         "maxBatchDelay",

@@ -101,6 +101,21 @@ def test_the_fallback_is_a_key_of_the_section(tmp_path: Path) -> None:
         configured(tmp_path, {}, "  fallback: native\n")
 
 
+def test_what_only_injection_reads_is_listed_under_autotp(tmp_path: Path) -> None:
+    content = {"max_tokens": 512, "enable_cuda_graph": True}
+    one_rank = "  fallback: autotp\n"
+    (tmp_path / "ds-config.json").write_text(json.dumps(content, indent=1))
+    (tmp_path / "model-config.yaml").write_text(YAML.replace("Level: 2", "Level: 1") + one_rank)
+    config = load(tmp_path / "model-config.yaml")
+    assert config.engine == "deepspeed_tp"
+    text = "\n".join(config.warnings)
+    assert "ds-config.json:2: max_out_tokens has no effect: AutoTP's K/V is paged" in text
+    assert "ds-config.json:3: enable_cuda_graph has no effect" in text
+    assert "deepspeed.fallback: has no effect: engine deepspeed_tp is AutoTP already" in text
+    injected = configured(tmp_path, {"max_tokens": 512, "kernel_inject": True}, one_rank)
+    assert injected.warnings == ()
+
+
 @pytest.mark.parametrize(("engine", "inject"), [("deepspeed_tp", True), ("deepspeed_inject", False)])
 def test_an_engine_that_the_file_speaks_against(tmp_path: Path, engine: str, inject: bool) -> None:
     with pytest.raises(ConfigError, match=f"is {engine}, but the DeepSpeed file says"):

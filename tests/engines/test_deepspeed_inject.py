@@ -24,9 +24,9 @@ from engines.runtime.runner import ModelRunner
 from engines.runtime.static import StaticScheduler
 from engines.wire import Generate, SamplingParams, TokenDelta
 from tests.engines.fake_injected import FakeInjected, FakeInjectedModule, fake_inject
-from tests.engines.harness import Group, running
+from tests.engines.harness import Ended, Group, running
 from tests.engines.reference import hf_greedy, request_of
-from tests.models import MHA, make_llama
+from tests.models import MHA, Shape, make_llama
 
 MESH = Mesh(0, 1, 1, torch.device("cpu"))
 BATCH = 4
@@ -95,6 +95,15 @@ def test_a_cpu_has_no_kernels(model: Path) -> None:
 def test_sequences_longer_than_the_workspace_are_refused(model: Path) -> None:
     config = config_of(model, {"max_out_tokens": 64}, max_model_len=65)
     with pytest.raises(UnsupportedModel, match=r"maxModelLen \(65\) is more than max_out_tokens \(64\)"):
+        check_support(config, settings_of(config))
+
+
+@pytest.mark.parametrize(("tp", "key"), [(3, r"num_attention_heads \(4\)"), (4, r"intermediate_size \(98\)")])
+def test_what_ranks_cannot_share_is_refused(model: Path, tp: int, key: str) -> None:
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 98}))
+    config = config_of(model, tp_size=tp)
+    with pytest.raises(UnsupportedModel, match=rf"{key} .*by {tp} ranks: set parallelLevel"):
         check_support(config, settings_of(config))
 
 
@@ -330,6 +339,24 @@ def test_the_real_kernels_give_the_tokens_of_generate(tmp_path: Path, dtype: str
     config = config_of(model, dtype=dtype, startup_timeout=600, parallel_type="custom")
     with running(config) as real:
         ended = real.run([request_of(f"r{i}", prompt, 16) for i, prompt in enumerate(batch)])
+    assert_tokens_of_generate(reference, batch, ended)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_the_real_kernels_at_the_widths_of_a_7b(tmp_path: Path) -> None:
+    """Llama-2-7B's, two layers of it: other kernels may be chosen than for narrow ones."""
+    shape = Shape(hidden=4096, layers=2, heads=32, kv_heads=32, head_dim=128, ffn=11008, vocab=32000)
+    model = make_llama(tmp_path / "model", shape, seed=3)
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).cuda().eval()
+    batch = prompts(7, 7, 12, 7, 120)
+    config = config_of(model, dtype="float32", startup_timeout=600, parallel_type="custom")
+    with running(config) as real:
+        ended = real.run([request_of(f"r{i}", prompt, 16) for i, prompt in enumerate(batch)])
+    assert_tokens_of_generate(reference, batch, ended)
+
+
+def assert_tokens_of_generate(reference: Any, batch: list[list[int]], ended: list[Ended]) -> None:
     for prompt, one in zip(batch, ended, strict=True):
         ids = torch.tensor([prompt], device="cuda")
         how = {"do_sample": False, "min_new_tokens": 16, "max_new_tokens": 16, "pad_token_id": 0}

@@ -73,6 +73,10 @@ def test_each_engine_has_its_own_rule(tmp_path: Path) -> None:
     assert len(misfits(injected)) == 1
     section = DeepSpeedSection(config="ds.json", fallback="autotp")
     assert misfits(injected.model_copy(update={"deepspeed": section})) == []
+    native = model(tmp_path, LLAMA, tp_size=3, deepspeed=section)
+    assert len(misfits(native)) == 1, "only injection falls back"
+    odd = model(tmp_path, LLAMA | {"intermediate_size": 514}, engine="deepspeed_inject", tp_size=4)
+    assert "intermediate size of 514" in misfits(odd)[0]
     assert misfits(injected.model_copy(update={"engine": "somebodys_own"})) == []
 
 
