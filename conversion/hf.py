@@ -32,7 +32,7 @@ def open_hf(root: Path, choices: Choices) -> Source:
     layout, found, files, notes = _locate(root)
     expected = expected_tensors(config)
     unknown = [] if choices.allow_extra else _unknown(found, expected)
-    tensors = collect(expected.values(), unknown, lambda spec: _tensor(root, spec, found))
+    tensors, problems = collect(expected.values(), unknown, lambda spec: _tensor(root, spec, found))
     return Source(
         root,
         "hf",
@@ -43,6 +43,7 @@ def open_hf(root: Path, choices: Choices) -> Source:
         tuple(files),
         ignored=tuple(name for name in found if name not in expected),
         notes=tuple(notes),
+        problems=problems,
         manifest=read_manifest(root),
     )
 

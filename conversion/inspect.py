@@ -11,30 +11,36 @@ from conversion import families
 from conversion.sidecar import model_config_yaml
 from conversion.source import Source
 from engines.models.config import LlamaConfig
-from engines.models.names import indivisible
+from engines.models.names import expected_tensors, indivisible
 
 _SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 32)
 
 
 def describe(source: Source) -> Iterator[tuple[str, str]]:
-    """(label, value) in the order in which people ask. All keys are in place: opening checks that."""
+    """(label, value) in the order in which people ask, of the tensors that have no problem."""
     config = source.config
     count = sum(prod(tensor.shape) for tensor in source.tensors.values())
     num_bytes = sum(tensor.num_bytes for tensor in source.tensors.values())
     dtypes = Counter(tensor.dtype for tensor in source.tensors.values())
     yield "family", family(config)
-    yield "parameters", f"{count:,} ({num_bytes / 1e9:.2f} GB)"
+    of = f" of the {_num_parameters(config):,} that it should have" if source.problems else ""
+    yield "parameters", f"{count:,} ({num_bytes / 1e9:.2f} GB){of}"
     yield "format", f"{source.format}: {source.layout}"
     yield "dtypes", ", ".join(f"{dtype} ({number} tensors)" for dtype, number in sorted(dtypes.items()))
     yield "layers", f"{config.num_layers} of hidden size {config.hidden_size}, mlp {config.intermediate_size}"
     yield "heads", f"{config.num_heads} query, {config.num_kv_heads} key/value, of {config.head_dim}"
     yield "vocabulary", f"{config.vocab_size}{', tied' if config.tie_word_embeddings else ''}"
     yield "rope", f"theta {config.rope.theta:g}{_scaling(config)}, {config.max_positions} positions"
-    yield "left out", ", ".join(source.ignored) or "nothing"
+    if not source.problems:
+        yield "left out", ", ".join(source.ignored) or "nothing"
     yield "tp that fits", _fitting(config)
     yield "pp that fits", f"1 to {config.num_layers}"
     for note in source.notes:
         yield "note", note
+
+
+def _num_parameters(config: LlamaConfig) -> int:
+    return sum(prod(spec.shape) for spec in expected_tensors(config).values())
 
 
 def family(config: LlamaConfig) -> str:

@@ -10,7 +10,7 @@ from typing import cast
 
 from conversion.inspect import describe, ready_config
 from conversion.job import Options, check_room, check_target, run
-from conversion.open import open_checkpoint
+from conversion.open import examine, open_checkpoint
 from conversion.plan import Plan, Target, make_plan
 from conversion.problems import BadTensors
 from conversion.progress import shown
@@ -166,20 +166,22 @@ def _show_errors(manifest: Manifest) -> None:
         print(f"    {error:.3%}  {name}")
 
 
-def inspect(directory: Path, choices: Choices, *, as_json: bool) -> None:
-    """Raises USER_ERRORS; of tensors that are missing, unknown or oddly shaped, with a line for each."""
-    try:
-        source = open_checkpoint(directory, choices)
-    except BadTensors as error:
-        raise CannotConvert("\n".join(error.problems)) from None
+def inspect(directory: Path, choices: Choices, *, as_json: bool) -> tuple[str, ...]:
+    """Shows what is known. Returns a line for each tensor that is missing, unknown or oddly shaped; as JSON
+    they are shown too. Raises USER_ERRORS."""
+    source = examine(directory, choices)
+    ready = None if source.problems else ready_config(source)
     if as_json:
         described = dict(describe(source))
         described.pop("note", None)
-        print(json.dumps(described | {"notes": source.notes, "model-config.yaml": ready_config(source)}))
-        return
+        found = {"notes": source.notes, "problems": source.problems, "model-config.yaml": ready}
+        print(json.dumps(described | found))
+        return source.problems
     for label, value in describe(source):
         print(f"{label:>14}  {value}")
-    print(f"\nmodel-config.yaml:\n{ready_config(source)}", end="")
+    if ready is not None:
+        print(f"\nmodel-config.yaml:\n{ready}", end="")
+    return source.problems
 
 
 def verify(first_dir: Path, second_dir: Path | None, choices: Choices, *, numeric: bool, layers: int) -> int:

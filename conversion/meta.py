@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def open_meta(root: Path, choices: Choices) -> Source:
     known = {spec.meta_name for spec in expected.values()}
     copies = {"output.weight"} if config.tie_word_embeddings else set[str]()
     unknown = [] if choices.allow_extra else shards.unknown(known)
-    tensors = collect(expected.values(), unknown, lambda spec: shards.tensor(spec, config))
+    tensors, problems = collect(expected.values(), unknown, lambda spec: shards.tensor(spec, config))
     return Source(
         root,
         "meta",
@@ -59,6 +60,7 @@ def open_meta(root: Path, choices: Choices) -> Source:
         tuple(paths),
         ignored=tuple(sorted({name for content in shards.content for name in content} - known - copies)),
         notes=tuple(notes),
+        problems=problems,
         manifest=manifest,
         replicas=tuple(shards.replicas),
     )
@@ -105,8 +107,11 @@ def _config(
 
 def _is_tied(shards: _Shards, config: LlamaConfig) -> bool:
     specs = expected_tensors(config)
-    head = shards.tensor(specs["lm_head.weight"], config)
-    embedding = shards.tensor(specs["model.embed_tokens.weight"], config)
+    try:
+        head = shards.tensor(specs["lm_head.weight"], config)
+        embedding = shards.tensor(specs["model.embed_tokens.weight"], config)
+    except BadCheckpoint:
+        return False  # what is wrong with them is told with all other tensors
     if head.dtype != embedding.dtype:
         return False
     step = max(1, (1 << 20) // max(1, head.num_columns))
@@ -150,15 +155,19 @@ class _Shards:
         """No two shards hold the same query heads: one would be a copy under another's name."""
         seen: dict[bytes, Path] = {}
         for shard, path in enumerate(self.paths):
-            _, data = self._get(shard, "layers.0.attention.wq.weight")
+            if "layers.0.attention.wq.weight" not in self.content[shard]:
+                continue
+            _, data = self.content[shard]["layers.0.attention.wq.weight"]
             start = data[:64].tobytes()
             if start in seen:
                 raise BadCheckpoint(f"{path}: duplicate: holds the same weights as {seen[start].name}")
             seen[start] = path
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the first shard; a matrix unless it is the norm or a bias."""
-        shape = self._get(0, name)[0].shape
+        """Of the first shard, and of most of its layers; a matrix unless it is the norm or a bias."""
+        alike = [other for other in self.content[0] if other.endswith(name.removeprefix("layers.0."))]
+        shapes = Counter(self._get(0, other)[0].shape for other in alike or [name])
+        shape = shapes.most_common(1)[0][0]
         if len(shape) != 1 + (not name.endswith(("norm.weight", "bias"))):
             raise BadCheckpoint(f"{self.paths[0]}: tensor {name}: has the shape {list(shape)}")
         return shape

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from conversion.hf import is_hf, open_hf
 from conversion.meta import is_meta, open_meta
+from conversion.problems import BadTensors
 from conversion.ranks import is_ranks, open_ranks
 from conversion.source import Choices, Source
 from conversion.tensors import CannotConvert
@@ -14,7 +15,14 @@ from engines.base import BadCheckpoint
 
 def open_checkpoint(root: Path, choices: Choices | None = None) -> Source:
     """Raises BadCheckpoint, BadModelDir, UnsupportedModel, CannotConvert; each names the file."""
-    choices = choices or Choices()
+    source = examine(root, choices or Choices())
+    if source.problems:
+        raise BadTensors(source.problems)
+    return source
+
+
+def examine(root: Path, choices: Choices) -> Source:
+    """As open_checkpoint, but tensors that are missing, unknown or oddly shaped are only told."""
     source = _open(root, choices)
     _refuse_contradictions(source, choices)
     return source

@@ -22,19 +22,18 @@ class BadTensors(BadCheckpoint):
 
 def collect(
     specs: Iterable[TensorSpec], unknown: Sequence[str], read: Callable[[TensorSpec], LogicalTensor]
-) -> dict[str, LogicalTensor]:
-    """`read` of every tensor, by name. Raises BadTensors with `unknown` and what any of them raised."""
-    problems, tensors = list(unknown), {}
+) -> tuple[dict[str, LogicalTensor], tuple[str, ...]]:
+    """`read` of every tensor that has no problem, by name; `unknown` and what the others raised."""
+    problems, tensors = list(unknown), dict[str, LogicalTensor]()
     for spec in specs:
         try:
-            tensors[spec.name] = tensor = read(spec)
+            tensor = read(spec)
             if tensor.scale is None and tensor.dtype in _QUANTIZED:
                 raise BadCheckpoint(
                     f"{tensor.parts[0].path}: tensor {spec.name}: is {tensor.dtype} without scales that are "
                     "known: quantised checkpoints of other tools cannot be converted"
                 )
+            tensors[spec.name] = tensor
         except BadCheckpoint as error:
             problems.append(str(error))
-    if problems:
-        raise BadTensors(problems)
-    return tensors
+    return tensors, tuple(problems)

@@ -37,7 +37,7 @@ def open_ranks(root: Path, choices: Choices) -> Source:
     encoding = encoding_of(root, layout)
     ranks = _Ranks(root, layout, config, None if encoding is None else encoding[0])
     expected = expected_tensors(config)
-    tensors = collect(expected.values(), ranks.unknown(expected), ranks.tensor)
+    tensors, problems = collect(expected.values(), ranks.unknown(expected), ranks.tensor)
     files = [rank_file(t, layout.tp, p, layout.pp) for t in range(layout.tp) for p in range(layout.pp)]
     return Source(
         root,
@@ -47,6 +47,7 @@ def open_ranks(root: Path, choices: Choices) -> Source:
         dict(manifest.config),
         tensors,
         tuple(root / name for name in files),
+        problems=problems,
         manifest=manifest,
         replicas=tuple(ranks.replicas),
     )

@@ -31,6 +31,7 @@ class Source:
     files: tuple[Path, ...]
     ignored: tuple[str, ...] = ()  # names of tensors that are not converted
     notes: tuple[str, ...] = ()  # what was concluded, for the user to check
+    problems: tuple[str, ...] = ()  # tensors that are missing, unknown or oddly shaped: only to be shown
     manifest: Manifest | None = None
     replicas: tuple[tuple[LogicalTensor, LogicalTensor], ...] = field(default=(), repr=False)
     """Pairs that must be equal: the same tensor, as different shards store it."""

@@ -3,12 +3,12 @@ which is imported by name when a command runs: it needs torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -45,6 +45,12 @@ MaxPositions = Annotated[int | None, typer.Option(min=1, help="max_position_embe
 AllowExtra = Annotated[bool, typer.Option("--allow-extra", help="Leave unknown tensors out.")]
 
 
+def _fail(lines: Iterable[str]) -> NoReturn:
+    for line in lines:
+        typer.echo(f"sluice: error: {line}", err=True)
+    raise typer.Exit(1)
+
+
 @contextmanager
 def _clear_errors(as_json: bool = False) -> Iterator[Any]:
     """Gives conversion.main. Its errors end the command with a line and exit code 1; `as_json`: an event."""
@@ -54,9 +60,7 @@ def _clear_errors(as_json: bool = False) -> Iterator[Any]:
     except main.USER_ERRORS as error:
         if as_json:
             main.say_error(error, 1)
-        for line in str(error).splitlines():
-            typer.echo(f"sluice: error: {line}", err=True)
-        raise typer.Exit(1) from None
+        _fail(str(error).splitlines())
 
 
 def _choices(*values: object) -> Any:
@@ -154,7 +158,9 @@ def inspect(
     """Show what a checkpoint is: family, sizes, layout, which tp and pp fit, a model-config.yaml."""
     with _clear_errors(as_json) as main:
         choices = _choices(rope_theta, rope_scaling_factor, max_positions, allow_extra)
-        main.inspect(directory, choices, as_json=as_json)
+        problems = main.inspect(directory, choices, as_json=as_json)
+    if problems:
+        _fail(problems)
 
 
 def verify(

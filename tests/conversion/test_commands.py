@@ -159,8 +159,41 @@ def test_inspect_lists_all_that_is_wrong(tmp_path: Path) -> None:
         "model.layers.0.mlp.up_proj.weight",
         "model.norm.weight",
     ]
+    for known in ("family", "tp that fits  1, 2, 4, 8", "F32 (28 tensors)", "one safetensors file"):
+        assert known in printed
+    assert "model-config.yaml" not in printed
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "hf"), "--json"])
+    shown = json.loads(result.stdout)
+    assert (result.exit_code, len(shown["problems"])) == (1, 3)
+    assert (shown["pp that fits"], shown["model-config.yaml"]) == ("1 to 3", None)
     printed = sluice("convert", tmp_path / "hf", tmp_path / "out", "--to", "hf", code=1)
     assert "(and 2 more: sluice inspect lists them)" in printed
+
+
+@pytest.mark.parametrize("has_manifest", [True, False])
+def test_inspect_lists_all_that_is_wrong_with_metas_too(tmp_path: Path, has_manifest: bool) -> None:
+    convert(make_llama(tmp_path / "hf", MHA), tmp_path / "meta", Target("meta", shards=2))
+    path = tmp_path / "meta" / "consolidated.00.pth"
+    tensors = torch.load(path, weights_only=True)
+    for name in ("norm.weight", "layers.0.attention.wq.weight"):
+        del tensors[name]
+    tensors |= {"odd": torch.ones(2), "layers.1.feed_forward.w2.weight": torch.ones(2, 2)}
+    torch.save(tensors, path)
+    if not has_manifest:
+        (tmp_path / "meta" / "manifest.json").unlink()
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "meta"), "--json"])
+    shown = json.loads(result.stdout)
+    assert [problem.split("tensor ")[1].split(":")[0] for problem in shown["problems"]] == [
+        "odd",
+        "layers.0.attention.wq.weight",
+        "layers.1.feed_forward.w2.weight",
+        "norm.weight",
+    ]
+    assert (result.exit_code, shown["format"], shown["tp that fits"]) == (
+        1,
+        "meta: 2 consolidated shard(s)",
+        "1, 2, 4",
+    )
 
 
 def test_verify_finds_one_changed_value(tmp_path: Path) -> None:
