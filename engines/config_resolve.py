@@ -52,6 +52,7 @@ def _resolve(s: Settings, base: Path, source: str, num_gpus: int | None) -> Mode
     _check_stage_split(s, split)
     _warn_without_effect(s, device, engine, split.parallel_type)
     _warn_of_idle_stages(s, engine, split.pp_size)
+    _warn_of_small_blocks(s, device)
     name = s.text("modelName") or _clean_name(base.name)
     template = _first(s, "chatTemplate", "handler.chat_template")
     queue = 0 if s.flag("useJobTicket") else (s.integer("jobQueueSize") or 100)
@@ -234,6 +235,13 @@ def _check_stage_split(s: Settings, split: Split) -> None:
             f"names the layers of {len(counts)} stages, but the group has {split.pp_size}",
             remedy=f"give {split.pp_size} numbers, or remove the key",
         )
+
+
+def _warn_of_small_blocks(s: Settings, device: Device) -> None:
+    size = s.integer("kvBlockSize")
+    if device == "cuda" and size is not None and size % 256:
+        why = "FlashAttention's paged kernel is not used, and a slower one is"
+        s.warn("kvBlockSize", f"is {size}, no multiple of 256, so {why}: remove it, or set it to 256")
 
 
 def _warn_of_idle_stages(s: Settings, engine: str, num_stages: int) -> None:

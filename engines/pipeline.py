@@ -2,7 +2,8 @@
 
 Ranks form a mesh of stages x tensor-parallel ranks, tp inner; each reads its own slices of its own
 layers, and hands hidden states [T, H] to the same tensor-parallel rank one stage on. Llamas are the native
-ones; other Hugging Face models are cut by their pp plan, without tensor parallelism.
+ones; other Hugging Face models are cut by their own plans: into stages by the pp plan (hf_stage), over the
+ranks of a stage by the tp plan (hf_tp), where hf_tp knows it to be exact.
 
 Plans are the micro-batches: as many are in flight as there are stages, each of other sequences, and every
 rank executes them in the leader's order. A rank sends without waiting and goes on with the next plan.

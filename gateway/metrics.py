@@ -198,9 +198,12 @@ class Metrics(Collector):
         yield from (up, restarts, *families)
 
     def _pipeline_metrics(self) -> Iterator[Metric]:
-        """Of groups with stages. For the shares of a window, divide the rates of the two counters."""
+        """Of groups with stages on CPUs: a host clock says nothing of GPUs. For the shares of a window,
+        divide the rates of the two counters."""
         busy = CounterMetricFamily(
-            "sluice:pipeline_stage_busy_seconds", "Time that a stage computed.", labels=_STAGE_LABELS
+            "sluice:pipeline_stage_busy_seconds",
+            "Time that a stage computed (on CPUs).",
+            labels=_STAGE_LABELS,
         )
         active = CounterMetricFamily(
             "sluice:pipeline_active_seconds", "Time with steps under way.", labels=_GROUP_LABELS

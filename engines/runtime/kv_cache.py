@@ -65,7 +65,7 @@ def allocate(spec: KVSpec, num_blocks: int, block_size: int) -> list[LayerCache]
 
 
 def _allocate_layer(spec: KVSpec, device: torch.device, num_blocks: int, block_size: int) -> LayerCache:
-    layout = layout_for(device, spec.dtype, spec.head_dim)
+    layout = layout_for(device, spec.dtype, spec.head_dim, block_size)
     heads, head_dim = spec.num_kv_heads, spec.head_dim
     if layout is Layout.GATHER:
         shape = (num_blocks, 2, heads, block_size, head_dim)
@@ -82,10 +82,11 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
-def layout_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> Layout:
-    """VARLEN where torch's paged FlashAttention runs: CUDA, half precision, heads up to 256."""
+def layout_for(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> Layout:
+    """VARLEN where torch's paged FlashAttention runs: CUDA, half precision, heads up to 256, its blocks."""
     is_half = dtype in (torch.float16, torch.bfloat16)
     has_flash = device.type == "cuda" and is_half and head_dim <= 256 and head_dim % 8 == 0
+    has_flash = has_flash and block_size % FLASH_BLOCK_SIZE == 0
     return Layout.VARLEN if has_flash and varlen_is_paged() else Layout.GATHER
 
 
@@ -98,13 +99,6 @@ def varlen_is_paged() -> bool:
         return False
     names = inspect.signature(varlen_attn).parameters
     return {"seqused_k", "block_table", "window_size", "enable_gqa"} <= names.keys()
-
-
-def block_size_for(spec: KVSpec, configured: int) -> int:
-    """The block size that the attention of every layer can use: the configured one, unless paged
-    FlashAttention wants its own."""
-    layouts = {layout_for(device, spec.dtype, spec.head_dim) for device in spec.devices}
-    return FLASH_BLOCK_SIZE if Layout.VARLEN in layouts else configured
 
 
 def num_blocks_for(spec: KVSpec, budget_bytes: int, block_size: int) -> int:

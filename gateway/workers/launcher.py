@@ -61,14 +61,6 @@ def torchrun_argv(config: ModelConfig, run_dir: Path, log_dir: Path) -> list[str
     return [*torchrun, *worker]
 
 
-def rank_logs(log_dir: Path, run_dir: Path) -> Sequence[Path]:
-    """What the ranks of the group wrote so far, standard output and error of each, in order of rank.
-
-    torchrun makes LOG_DIR/RUN_ID_RANDOM/attempt_0/RANK/{stdout,stderr}.log."""
-    found = log_dir.glob(f"{run_dir.name}_*/attempt_0/*/std*.log")
-    return sorted(found, key=lambda path: (int(path.parent.name), path.name))
-
-
 def environment(config: ModelConfig, devices: Sequence[str], parent: Mapping[str, str]) -> dict[str, str]:
     """The environment of a group that holds `devices` (as CUDA_VISIBLE_DEVICES names them)."""
     kept = {

@@ -98,6 +98,15 @@ def test_documented_examples_resolve(tmp_path: Path) -> None:
     assert deepspeed.deepspeed.config == str(tmp_path / "ds-config.json")
 
 
+def test_blocks_that_flash_attention_cannot_read_are_warned_of(tmp_path: Path) -> None:
+    for size, device, is_warned in ((16, "gpu", True), (512, "gpu", False), (16, "cpu", False)):
+        text = f"kvBlockSize: {size}\ndeviceType: {device}\n"
+        warnings = load(write(tmp_path, text), num_gpus=1).warnings
+        assert [":1: kvBlockSize: is 16, no multiple of 256" in line for line in warnings] == [
+            True
+        ] * is_warned
+
+
 def test_keys_without_effect_are_listed_with_place_and_reason(tmp_path: Path) -> None:
     warnings = loaded(tmp_path, PIPPY.replace("chunks: 1", "chunks: 4")).warnings
     keys = [re.match(r".*model-config\.yaml:\d+: ([\w.]+): has no effect: .+", line) for line in warnings]

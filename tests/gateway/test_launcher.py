@@ -132,8 +132,8 @@ def until_joined(run_dir: Path, log_dir: Path, size: int) -> dict[str, str]:
     """What each rank wrote, as "RANK/FILE", once all have joined."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        logs = launcher.rank_logs(log_dir, run_dir)
-        texts = {f"{path.parent.name}/{path.name}": path.read_text() for path in logs}
+        logs = log_dir.glob(f"{run_dir.name}_*/attempt_0/*/std*.log")
+        texts = {f"{path.parent.name}/{path.name}": path.read_text() for path in sorted(logs)}
         if len(texts) == 2 * size and all(text.endswith("\n") for text in texts.values()):
             return texts
         time.sleep(0.1)

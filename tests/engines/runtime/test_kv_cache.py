@@ -7,11 +7,9 @@ import torch
 
 from engines.base import KVSpec
 from engines.runtime.kv_cache import (
-    FLASH_BLOCK_SIZE,
     Layout,
     TooLittleMemory,
     allocate,
-    block_size_for,
     cuda_budget,
     layout_for,
     num_blocks_for,
@@ -49,9 +47,9 @@ def test_the_share_is_of_the_total_not_of_what_is_free() -> None:
 def test_flash_pages_only_where_the_kernel_runs() -> None:
     cuda = torch.device("cuda")
     assert varlen_is_paged()  # of the torch that we pin
-    assert layout_for(cuda, torch.bfloat16, 128) is Layout.VARLEN
-    assert layout_for(cuda, torch.float32, 128) is Layout.GATHER
-    assert layout_for(cuda, torch.bfloat16, 512) is Layout.GATHER
-    assert layout_for(CPU, torch.bfloat16, 128) is Layout.GATHER
-    assert block_size_for(SPEC, 16) == 16
-    assert block_size_for(KVSpec(2, 8, torch.bfloat16, (cuda,)), 16) == FLASH_BLOCK_SIZE
+    assert layout_for(cuda, torch.bfloat16, 128, 256) is Layout.VARLEN
+    assert layout_for(cuda, torch.float32, 128, 256) is Layout.GATHER
+    assert layout_for(cuda, torch.bfloat16, 512, 256) is Layout.GATHER
+    assert layout_for(CPU, torch.bfloat16, 128, 256) is Layout.GATHER
+    assert layout_for(cuda, torch.bfloat16, 128, 512) is Layout.VARLEN
+    assert layout_for(cuda, torch.bfloat16, 128, 16) is Layout.GATHER, "its pages are multiples of 256"
