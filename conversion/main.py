@@ -202,18 +202,29 @@ def verify(first_dir: Path, second_dir: Path | None, choices: Choices, *, numeri
     if num_differences == 0:
         print(f"all {len(first.tensors)} tensors are equal, bit by bit")
     if numeric:
-        num_differences += not _numerically_equal(first, second, layers)
+        num_differences += _numeric_differences(first, second, layers)
     return num_differences
 
 
-def _numerically_equal(first: Source, second: Source, layers: int) -> bool:
-    from conversion.numeric import logits
+_PROGRAMS = {"hf": "Hugging Face's transformers", "meta": "Meta's arithmetic"}
 
-    one, two = logits(first, layers), logits(second, layers)
-    largest, scale = float((one - two).abs().max()), float(one.abs().max())
-    equal = largest <= 1e-4 * max(scale, 1.0)
-    verdict = "agree" if equal else "differs: logits"
-    print(
-        f"{verdict}: {layers} layers in float32 differ by {largest:.2g} at most, logits are up to {scale:.3g}"
-    )
-    return equal
+
+def _numeric_differences(first: Source, second: Source, layers: int) -> int:
+    """Each against the first by transformers, a Meta checkpoint by Meta's arithmetic besides. Printed."""
+    from conversion.numeric import arithmetics, logits
+
+    expected = logits(first, layers, "hf")
+    scale, num_differences = float(expected.abs().max()), 0
+    others = [(source, by) for source in (first, second) for by in arithmetics(source)]
+    for source, by in others:
+        if source is first and by == "hf":
+            continue
+        largest = float((logits(source, layers, by) - expected).abs().max())
+        equal = largest <= 1e-4 * max(scale, 1.0)  # not where one is not a number
+        num_differences += not equal
+        verdict = "agree" if equal else "differs: logits"
+        print(
+            f"{verdict}: {layers} layers in float32 differ by {largest:.2g} at most, "
+            f"logits are up to {scale:.3g}: {source.root} by {_PROGRAMS[by]}"
+        )
+    return num_differences

@@ -2,12 +2,14 @@
 
 A few layers and a few rows of the vocabulary are run in float32: Hugging Face's order by transformers,
 Meta's order by the arithmetic of Meta's code (neighbouring dimensions turned as complex numbers), straight
-from the stored rows. Both must give the same logits.
+from the stored rows. Meta's are run by transformers too, in the order and with the config.json that a
+conversion gives them. All must give the same logits.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,20 +21,27 @@ from conversion.tensors import LogicalTensor, Rows
 from engines.models.config import Llama3Scaling, LlamaConfig
 from engines.models.names import expected_tensors
 
+Arithmetic = Literal["hf", "meta"]
+
 NUM_TOKENS = 12
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def logits(source: Source, num_layers: int) -> Tensor:
-    """[NUM_TOKENS, NUM_TOKENS] of a fixed prompt, by the arithmetic of the source's own format."""
+def arithmetics(source: Source) -> tuple[Arithmetic, ...]:
+    """Those that a source is to be run by."""
+    return ("meta", "hf") if source.format == "meta" else ("hf",)
+
+
+def logits(source: Source, num_layers: int, by: Arithmetic) -> Tensor:
+    """[NUM_TOKENS, NUM_TOKENS] of a fixed prompt, by transformers or by Meta's arithmetic."""
     rows = _token_rows(source.config)
     weights = {
-        name: _load(tensor, rows if name in (_EMBEDDING, _HEAD) else None, source.format == "meta")
+        name: _load(tensor, rows if name in (_EMBEDDING, _HEAD) else None, by == "meta")
         for name, tensor in source.tensors.items()
         if _is_kept(name, num_layers)
     }
     weights.setdefault(_HEAD, weights[_EMBEDDING])
-    run = _meta_forward if source.format == "meta" else _hf_forward
+    run = _meta_forward if by == "meta" else _hf_forward
     with torch.inference_mode():
         return run(source, weights, min(num_layers, source.config.num_layers))
 

@@ -37,7 +37,7 @@ def differences(first: Source, second: Source) -> Iterator[Difference]:
     """All of them: configuration first, then every tensor, streamed. Nothing is written."""
     if first.config != second.config:
         yield Difference("config", _config_difference(first, second))
-    for name in first.tensors.keys() | second.tensors.keys():
+    for name in dict.fromkeys([*first.tensors, *second.tensors]):  # the model's order
         one, two = first.tensors.get(name), second.tensors.get(name)
         if one is None or two is None:
             missing = first.root if one is None else second.root

@@ -262,16 +262,47 @@ def test_the_numeric_check_sees_a_wrong_order_of_rows(tmp_path: Path, shape: Sha
     """A missing permutation keeps every shape, and the text that comes out is plausible for a while."""
     hf = make_llama(tmp_path / "hf", shape)
     convert(hf, tmp_path / "meta", Target("meta"))
-    right = logits(open_checkpoint(hf), 2)
-    assert torch.allclose(logits(open_checkpoint(tmp_path / "meta"), 2), right, atol=1e-5)
+    right = logits(open_checkpoint(hf), 2, "hf")
+    for by in ("hf", "meta"):
+        assert torch.allclose(logits(open_checkpoint(tmp_path / "meta"), 2, by), right, atol=1e-5)
     path = tmp_path / "meta" / "consolidated.00.pth"
     tensors = torch.load(path, weights_only=True)
     key = tensors["layers.0.attention.wk.weight"]
     half = key.view(shape.kv_heads, shape.head_dim // 2, 2, -1).transpose(1, 2)
     tensors["layers.0.attention.wk.weight"] = half.reshape(key.shape)
     torch.save(tensors, path)
-    wrong = logits(open_checkpoint(tmp_path / "meta"), 2)
-    assert not torch.allclose(wrong, right, atol=1e-3)
+    for by in ("hf", "meta"):
+        wrong = logits(open_checkpoint(tmp_path / "meta"), 2, by)
+        assert not torch.allclose(wrong, right, atol=1e-3)
+
+
+def test_verify_runs_meta_checkpoints_by_hugging_face_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both sides Meta's: a wrong idea of their order, the same on both, would show."""
+    hf = make_llama(tmp_path / "hf", GQA)
+    for shards in (1, 2):
+        convert(hf, tmp_path / f"m{shards}", Target("meta", shards=shards))
+    lines = sluice("verify", tmp_path / "m1", tmp_path / "m2").splitlines()[-3:]
+    assert [line.split(": ")[0] for line in lines] == ["agree"] * 3
+    assert [line.split(": ")[2] for line in lines] == [
+        f"{tmp_path}/m1 by Meta's arithmetic",
+        f"{tmp_path}/m2 by Meta's arithmetic",
+        f"{tmp_path}/m2 by Hugging Face's transformers",
+    ]
+    monkeypatch.setattr("conversion.tensors.stored_order", lambda rows, head_dim: rows)
+    lines = sluice("verify", tmp_path / "m1", tmp_path / "m2", code=1).splitlines()[-3:]
+    assert [line.split(": ")[0] for line in lines] == ["differs", "differs", "agree"]
+
+
+def test_differences_come_in_the_models_order(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        make_llama(tmp_path / str(seed), GQA, seed)
+    lines = sluice("verify", tmp_path / "1", tmp_path / "2", "--no-numeric", code=1).splitlines()
+    differing = [line.split(": ")[1] for line in lines if line.startswith("differs: ")]
+    order = list(open_checkpoint(tmp_path / "1").tensors)
+    assert len(differing) > 20
+    assert differing == [name for name in order if name in differing]
 
 
 def test_private_memory_is_bounded_by_the_flag(tmp_path: Path) -> None:
