@@ -1,11 +1,11 @@
-"""What a conversion tells while it runs: bars for people, JSON lines for programs, or nothing."""
+"""What a conversion tells while it runs: bars for people, JSON lines for programs, plain lines for files."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
 from typing import Protocol, TextIO
@@ -64,6 +64,36 @@ class JsonLines:
             print(json.dumps(what), file=self._stream, flush=True)
 
 
+class Lines:
+    """Plain lines of all: every ten seconds, or every tenth of it where that takes longer than a second."""
+
+    def __init__(self, stream: TextIO, total: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream, self._lock, self._total, self._clock = stream, Lock(), total, clock
+        self._begin = self._last = clock()
+        self._done = self._shown = 0
+
+    def start(self, file: str, num_bytes: int) -> None:
+        """Nothing: there may be hundreds of files."""
+
+    def advance(self, file: str, num_bytes: int) -> None:
+        with self._lock:
+            self._done += num_bytes
+            now = self._clock()
+            is_tenth = 10 * (self._done - self._shown) >= self._total and now - self._last >= 1
+            if self._done and (is_tenth or now - self._last >= 10):
+                self._show(now)
+
+    def finish(self, file: str, sha256: str) -> None:
+        """Nothing."""
+
+    def _show(self, now: float) -> None:
+        self._last, self._shown = now, self._done
+        done, total, seconds = self._done, self._total, now - self._begin
+        left = (total - done) * seconds / done
+        written = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {done / 1e9 / seconds:.2f} GB/s"
+        print(f"  {done / total:.0%}: {written}, {left:.0f} s left", file=self._stream, flush=True)
+
+
 class Bars:
     """A bar for each file that is being written and one for all, with time left and speed."""
 
@@ -95,7 +125,7 @@ class Bars:
 
 @contextmanager
 def shown(total: int, as_json: bool) -> Iterator[Progress]:
-    """The progress that fits: JSON where asked for, bars on a terminal, else nothing."""
+    """The progress that fits: JSON where asked for, bars on a terminal, else plain lines."""
     if as_json:
         yield JsonLines(sys.stdout, total)
     elif sys.stderr.isatty():
@@ -103,4 +133,4 @@ def shown(total: int, as_json: bool) -> Iterator[Progress]:
         with bars.bars:
             yield bars
     else:
-        yield Silent()
+        yield Lines(sys.stderr, total)
