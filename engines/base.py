@@ -88,7 +88,8 @@ class Engine(Protocol):
 
     @property
     def kv_spec(self) -> KVSpec | None:
-        """The K/V that the runtime shall keep for it. None: the engine owns its K/V (static batching)."""
+        """The K/V that the runtime shall keep for it. None: the engine owns its K/V (static batching), and
+        has its torch.dtype as `dtype`, which is otherwise that of the K/V."""
 
     @property
     def vocab_size(self) -> int:
