@@ -19,17 +19,14 @@ from torch import Tensor
 
 from engines.base import BadCheckpoint
 from engines.modeldir import BadModelDir, read_json
+from engines.models.layout import CONVERT, INDEX_NAME, PICKLE_SUFFIXES, SINGLE_NAME, no_whole_tensors
 from engines.models.names import IGNORED_SUFFIXES, Slice, TensorSpec
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER_BYTES = 100 << 20
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
-_CONVERT = "run `sluice convert` on it: the server does not read pickled weights"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +61,12 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     try:
         with path.open("rb") as file:
             start = file.read(_LENGTH.size)
-            _refuse_pickle(path, start)
             if len(start) < _LENGTH.size:
+                _refuse_pickle(path, start)
                 raise BadCheckpoint(f"{path}: truncated: {len(start)} bytes are not even a header")
             (length,) = _LENGTH.unpack(start)
             if length > min(_MAX_HEADER_BYTES, path.stat().st_size - _LENGTH.size):
+                _refuse_pickle(path, start)  # not before: a length may begin as pickles do, 640 for one
                 raise BadCheckpoint(f"{path}: corrupt or truncated: its header claims {length} bytes")
             header = json.loads(file.read(length))
     except FileNotFoundError:
@@ -84,7 +82,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
 
 def _refuse_pickle(path: Path, start: bytes) -> None:
     if start.startswith(_PICKLE_MAGIC):
-        raise BadCheckpoint(f"{path}: holds a pickle, whatever its name says: {_CONVERT}")
+        raise BadCheckpoint(f"{path}: holds a pickle, whatever its name says: {CONVERT}")
 
 
 def _entry(path: Path, name: str, entry: Any, data_start: int, data_bytes: int) -> StoredTensor:
@@ -115,15 +113,7 @@ class Checkpoint:
             return self._from_index(self.root / INDEX_NAME)
         if (self.root / SINGLE_NAME).exists():
             return read_header(self.root / SINGLE_NAME)
-        pickled = sorted(p.name for p in self.root.glob("*") if p.suffix in _PICKLE_SUFFIXES)
-        if pickled:
-            raise BadCheckpoint(f"{self.root / pickled[0]}: {_CONVERT}")
-        if (self.root / "manifest.json").exists():
-            raise BadCheckpoint(
-                f"{self.root}: holds files for ranks, which engines native and pipeline read: "
-                f"for another engine, run `sluice convert {self.root} {self.root}-hf --to hf`"
-            )
-        raise BadCheckpoint(f"{self.root}: holds neither {SINGLE_NAME} nor {INDEX_NAME}")
+        raise no_whole_tensors(self.root)
 
     def _from_index(self, index: Path) -> dict[str, StoredTensor]:
         weight_map = _weight_map(index)
@@ -147,8 +137,8 @@ class Checkpoint:
                 f"{index}: names the shard {name!r}: only names of files beside it are allowed"
             )
         path, root = self.root / name, self.root.resolve()
-        if path.suffix in _PICKLE_SUFFIXES:
-            raise BadCheckpoint(f"{path}: {_CONVERT}")
+        if path.suffix in PICKLE_SUFFIXES:
+            raise BadCheckpoint(f"{path}: {CONVERT}")
         if path.resolve().parent not in (root, root.parent.parent / "blobs"):
             raise BadCheckpoint(
                 f"{path}: is a link that leads out of the model directory: copy the file there"

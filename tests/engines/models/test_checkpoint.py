@@ -209,3 +209,12 @@ def test_the_table_is_what_hugging_face_saves(tmp_path: Path) -> None:
         directory = tmp_path / str(number)
         LlamaForCausalLM(HuggingFaceConfig(**shape.config_json(torch.float32))).save_pretrained(directory)
         open_and_check(directory)
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580])
+def test_a_header_whose_length_begins_as_pickles_do_is_none(length: int, tmp_path: Path) -> None:
+    entry = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    file = tmp_path / WEIGHTS
+    file.write_bytes(struct.pack("<Q", length) + entry.ljust(length) + bytes(4))
+    assert load_file(file)["x"].shape == (1,)
+    assert Checkpoint(tmp_path).tensors["x"].shape == (1,)
