@@ -25,6 +25,15 @@ from gateway.workers.supervisor import Supervisor
 
 START_SECONDS = 60.0
 ROOT = Path(__file__).parents[2]
+INJECTING = """
+import sys
+
+if sys.orig_argv[sys.orig_argv.index("-m") + 1] == "engines.worker":
+    from tests.engines.injected import Injector
+
+    Injector().install(setattr)
+"""
+"""Run by every process of a group as it starts; torchrun and the guard are none of its ranks."""
 
 
 class StartFailed(Exception):  # noqa: N818
@@ -120,8 +129,10 @@ async def _collect_some(group: workers.Group, request: Generate, num_tokens: int
 
 
 @contextmanager
-def running(config: ModelConfig) -> Iterator[Group]:
-    """A group that is ready. Raises StartFailed when it ends instead."""
+def running(config: ModelConfig, *, injecting: bool = False) -> Iterator[Group]:
+    """A group that is ready. Raises StartFailed when it ends instead.
+
+    `injecting`: its ranks have the sites of tests/engines/injected.py, for requests whose seed names one."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -130,7 +141,7 @@ def running(config: ModelConfig) -> Iterator[Group]:
 
     async def serve(work: Path) -> None:
         try:
-            async with _supervised(config, work) as group:
+            async with _supervised(config, work, injecting) as group:
                 started.set_result(group)
                 await stop.wait()
         except StartFailed as failure:
@@ -149,8 +160,10 @@ def running(config: ModelConfig) -> Iterator[Group]:
 
 
 @asynccontextmanager
-async def _supervised(config: ModelConfig, work: Path) -> AsyncIterator[workers.Group]:
+async def _supervised(config: ModelConfig, work: Path, injecting: bool) -> AsyncIterator[workers.Group]:
     plugins = _write_plugins(work)
+    if injecting:
+        (plugins / "sitecustomize.py").write_text(INJECTING)
 
     devices = ["0"] if config.device == "cuda" else []
 

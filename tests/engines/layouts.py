@@ -5,24 +5,26 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from engines.config import ModelConfig
+from engines.config import DeepSpeedSection, ModelConfig
 
 
 @dataclass(frozen=True)
 class Layout:
-    """An engine, and how it splits a model."""
+    """An engine, and how it splits a model. One that is static keeps its own K/V, without blocks."""
 
     engine: str
     tp: int = 1
     pp: int = 1
+    is_static: bool = False
 
     def __str__(self) -> str:
         return f"{self.engine}-tp{self.tp}-pp{self.pp}"
 
     @property
     def parallel_type(self) -> str:
-        if self.engine == "accelerate":
+        if self.engine in ("accelerate", "fake-inject"):
             return "custom"
         return "tp" if self.pp == 1 else "pp" if self.tp == 1 else "pptp"
 
@@ -49,7 +51,15 @@ class Layout:
             kv_block_size=block_size,
             kv_cache_memory=num_blocks * self.bytes_per_block(model, block_size),
             startup_timeout=60,
+            **(self._static_settings(model) if self.is_static else {}),
         )
+
+    def _static_settings(self, model: Path) -> dict[str, Any]:
+        """Kernel injection is chosen by DeepSpeed's file."""
+        file = model / "ds-config.json"
+        file.write_text(json.dumps({"replace_with_kernel_inject": True}))
+        deepspeed = DeepSpeedSection(config=str(file))
+        return {"batch_size": 8, "max_batch_delay": 0.02, "deepspeed": deepspeed}
 
 
 LAYOUTS = [
@@ -65,3 +75,5 @@ LAYOUTS = [
 ]
 TWO_STAGE = Layout("two-stage", pp=2)
 """Not ours: tests/engines/two_stage.py comes by an entry point."""
+FAKE_INJECT = Layout("fake-inject", is_static=True)
+"""deepspeed_inject without a GPU: the engine is ours, the kernels are tests/engines/fake_injected.py's."""

@@ -1,35 +1,83 @@
 """One contract, every engine: real torchrun groups, compared with Hugging Face `generate` in float32.
 
-Runs over every continuous engine of the registry by name, and over one that is added by an entry point
-(tests/engines/two_stage.py). The pool of K/V blocks is small enough that mixed batches preempt.
+Runs over every engine of the registry by name, and over one that is added by an entry point
+(tests/engines/two_stage.py); `pipeline` has a Hugging Face model as well. The pool of K/V blocks is small
+enough that mixed batches preempt.
+
+Kernel injection is here as the engine over a fake of the kernels (tests/engines/fake_injected.py). It is
+static and its K/V its own, so what is about pages, the tests over PAGED, is not for it: preemption, cached
+prefixes, blocks and their specification. tests/engines/test_deepspeed_inject.py has what is its own.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from engines import registry
+from engines.base import BadCheckpoint
 from engines.config import ModelConfig
 from engines.runtime import sampler
+from engines.runtime.mesh import Mesh
 from engines.runtime.plan import RowSampling, RowUse
-from engines.wire import SamplingParams
+from engines.wire import SamplingParams, Stats
 from tests.engines.harness import Group, StartFailed, running
-from tests.engines.layouts import LAYOUTS, TWO_STAGE, Layout
+from tests.engines.injected import NAMES, seed_of
+from tests.engines.layouts import FAKE_INJECT, LAYOUTS, TWO_STAGE, Layout
+from tests.engines.models.hf_models import BASE, make_hf
 from tests.engines.reference import hf_greedy, prompts, request_of
-from tests.models import GQA, make_llama
+from tests.engines.two_stage import TwoStageEngine
+from tests.models import GQA, MHA, make_llama
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_BATCHED = 48, 16, 64
 
 
+@dataclass(frozen=True)
+class Case:
+    """A layout, and the model that it serves."""
+
+    layout: Layout
+    kind: str = "llama"
+
+    def __str__(self) -> str:
+        return str(self.layout) if self.kind == "llama" else f"{self.layout}-{self.kind}"
+
+    @property
+    def vocab(self) -> int:
+        return BASE["vocab_size"] if self.kind == "qwen3" else GQA.vocab
+
+    @property
+    def num_mixed(self) -> int:
+        """Tokens of each sequence of the mixed batch; few where steps are dear: static batches (one for
+        each length), four ranks of a Hugging Face model."""
+        return 8 if self.layout.is_static else 24 if self.kind == "qwen3" else 48
+
+    def make_model(self, directory: Path) -> Path:
+        if self.kind == "qwen3":
+            return make_hf(directory, self.kind, num_hidden_layers=3, max_position_embeddings=2048)
+        return make_llama(directory, replace(MHA, vocab=GQA.vocab) if self.layout.is_static else GQA, seed=3)
+
+
+PAGED = [*map(Case, (*LAYOUTS, TWO_STAGE)), Case(Layout("pipeline", tp=2, pp=2), "qwen3")]
+paged = pytest.mark.parametrize("case", PAGED, indirect=True, ids=str, scope="module")
+
+
+@pytest.fixture(scope="module", params=[*PAGED, Case(FAKE_INJECT)], ids=str)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_llama(tmp_path_factory.mktemp("models") / "gqa", GQA, seed=3)
+def model(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return case.make_model(tmp_path_factory.mktemp("models") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -41,50 +89,52 @@ def config_for(layout: Layout, model: Path) -> ModelConfig:
     return layout.config(model, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_batched=MAX_BATCHED)
 
 
-@pytest.fixture(scope="module", params=[*LAYOUTS, TWO_STAGE], ids=str)
-def group(request: pytest.FixtureRequest, model: Path) -> Iterator[Group]:
-    with running(config_for(request.param, model)) as group:
+@pytest.fixture(scope="module")
+def group(case: Case, model: Path) -> Iterator[Group]:
+    with running(config_for(case.layout, model), injecting=True) as group:
         yield group
 
 
 def test_every_registered_engine_is_here() -> None:
-    static = {"deepspeed_inject"}  # CUDA only; tests/engines/test_deepspeed_inject.py
-    assert set(registry.names()) <= {layout.engine for layout in LAYOUTS} | static
+    assert set(registry.names()) <= {layout.engine for layout in LAYOUTS} | {"deepspeed_inject"}
 
 
-def test_greedy_alone_is_hugging_faces(group: Group, reference: torch.nn.Module) -> None:
-    for i, prompt in enumerate(prompts(4, GQA.vocab, seed=1)):
+def test_greedy_alone_is_hugging_faces(case: Case, group: Group, reference: torch.nn.Module) -> None:
+    for i, prompt in enumerate(prompts(4, case.vocab, seed=1)):
         assert group.run([request_of(f"a{i}", prompt)])[0].token_ids == hf_greedy(reference, prompt)
 
 
-def test_a_mixed_batch_changes_nothing(group: Group, reference: torch.nn.Module) -> None:
-    before = group.stats()
-    batch = prompts(32, GQA.vocab, seed=2)
-    ended = group.run([request_of(f"m{i}", prompt, 48) for i, prompt in enumerate(batch)])
-    assert [e.token_ids for e in ended] == [hf_greedy(reference, prompt, 48) for prompt in batch]
-    after = group.stats()
-    assert after.num_preemptions > before.num_preemptions, "the pool was meant to be too small"
+def test_a_mixed_batch_changes_nothing(case: Case, group: Group, reference: torch.nn.Module) -> None:
+    batch = prompts(32, case.vocab, seed=2)
+    count = case.num_mixed
+    ended = group.run([request_of(f"m{i}", prompt, count) for i, prompt in enumerate(batch)])
+    assert [e.token_ids for e in ended] == [hf_greedy(reference, prompt, count) for prompt in batch]
+    if not case.layout.is_static:
+        assert group.stats().num_preemptions > 0, "the pool was meant to be too small"
 
 
-def test_a_prefix_that_is_read_changes_nothing(group: Group, reference: torch.nn.Module) -> None:
-    prompt = max(prompts(8, GQA.vocab, seed=3), key=len)
+@paged
+def test_a_prefix_that_is_read_changes_nothing(case: Case, group: Group, reference: torch.nn.Module) -> None:
+    prompt = max(prompts(8, case.vocab, seed=3), key=len)
     first, second = (group.run([request_of(f"p{i}", prompt)])[0] for i in range(2))
     assert first.token_ids == second.token_ids == hf_greedy(reference, prompt)
     assert second.num_cached_tokens == (len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE
 
 
-def test_siblings_share_a_prompt(group: Group, reference: torch.nn.Module) -> None:
-    (prompt,) = prompts(1, GQA.vocab, seed=4)
+def test_siblings_share_a_prompt(case: Case, group: Group, reference: torch.nn.Module) -> None:
+    (prompt,) = prompts(1, case.vocab, seed=4)
     ended = group.run([request_of(f"s{i}", prompt, choice=i, group="s") for i in range(3)])
     assert [e.token_ids for e in ended] == [hf_greedy(reference, prompt)] * 3
 
 
 @torch.inference_mode()
-def test_seeded_sampling_depends_on_the_request_only(group: Group, reference: torch.nn.Module) -> None:
+def test_seeded_sampling_depends_on_the_request_only(
+    case: Case, group: Group, reference: torch.nn.Module
+) -> None:
     params = SamplingParams(
         temperature=0.9, top_p=0.8, top_k=40, presence_penalty=0.4, repetition_penalty=1.1, seed=77
     )
-    (prompt,) = prompts(1, GQA.vocab, seed=5)
+    (prompt,) = prompts(1, case.vocab, seed=5)
     expected = list(prompt)
     for position in range(len(prompt), len(prompt) + 12):
         logits = reference(torch.tensor([expected])).logits[0, -1:].float().clone()
@@ -92,15 +142,19 @@ def test_seeded_sampling_depends_on_the_request_only(group: Group, reference: to
             params, position, 1, len(prompt), token_ids=torch.tensor(expected, dtype=torch.int32).numpy()
         )
         expected.append(int(sampler.sample(logits, [row], [RowUse.SAMPLE]).token_ids[0]))
-    others = [request_of(f"o{i}", p) for i, p in enumerate(prompts(6, GQA.vocab, seed=6))]
+    others = [request_of(f"o{i}", p) for i, p in enumerate(prompts(6, case.vocab, seed=6))]
     ended = group.run([request_of("seeded", prompt, 12, sampling=params, choice=1), *others])
     assert ended[0].token_ids == expected[len(prompt) :]
 
 
 @torch.inference_mode()
-def test_prompt_logprobs_need_several_rows_of_a_sequence(group: Group, reference: torch.nn.Module) -> None:
+def test_prompt_logprobs_need_several_rows_of_a_sequence(
+    case: Case, group: Group, reference: torch.nn.Module
+) -> None:
     prompt = (
-        prompts(1, GQA.vocab, seed=7)[0] + prompts(1, GQA.vocab, seed=8)[0] + prompts(1, GQA.vocab, seed=9)[0]
+        prompts(1, case.vocab, seed=7)[0]
+        + prompts(1, case.vocab, seed=8)[0]
+        + prompts(1, case.vocab, seed=9)[0]
     )
     assert len(prompt) > MAX_BATCHED, "it shall take several chunks"
     (ended,) = group.run([request_of("p", prompt, 1, prompt_logprobs=2)])
@@ -112,48 +166,128 @@ def test_prompt_logprobs_need_several_rows_of_a_sequence(group: Group, reference
     assert values == pytest.approx(wanted, abs=1e-4)
 
 
-def test_an_aborted_sequence_gives_its_blocks_back(group: Group, reference: torch.nn.Module) -> None:
-    prompt, other = prompts(2, GQA.vocab, seed=10)
+def test_an_aborted_sequence_gives_its_blocks_back(
+    case: Case, group: Group, reference: torch.nn.Module
+) -> None:
+    prompt, other = prompts(2, case.vocab, seed=10)
     kept = group.start(request_of("kept", other))
     group.abort_after(request_of("gone", prompt, 600), num_tokens=3)
     assert kept.result(60).token_ids == hf_greedy(reference, other)
     stats = group.idle_stats()
-    assert stats.num_running == stats.num_blocks_used == 0
-    assert stats.num_blocks_free + stats.num_blocks_cached == NUM_BLOCKS
+    assert stats.num_running == 0
+    assert_conserved(case, stats)
 
 
-def test_what_the_bounds_forbid_is_refused_alone(group: Group, reference: torch.nn.Module) -> None:
-    bad = SamplingParams(temperature=0.0, logit_bias={GQA.vocab + 1000: 1.0})
-    prompt, other = prompts(2, GQA.vocab, seed=11)
+def assert_conserved(case: Case, stats: Stats) -> None:
+    """No block is held, and none is lost."""
+    assert stats.num_blocks_used == stats.num_account_faults == 0
+    assert stats.num_blocks_free + stats.num_blocks_cached == (0 if case.layout.is_static else NUM_BLOCKS)
+
+
+def test_what_the_bounds_forbid_is_refused_alone(
+    case: Case, group: Group, reference: torch.nn.Module
+) -> None:
+    bad = SamplingParams(temperature=0.0, logit_bias={case.vocab + 1000: 1.0})
+    prompt, other = prompts(2, case.vocab, seed=11)
     ended = group.run([request_of("bad", prompt, sampling=bad), request_of("good", other)])
     assert ended[0].error is not None
     assert ended[0].error.code == "invalid_request"
     assert ended[1].token_ids == hf_greedy(reference, other)
 
 
+def test_an_exception_in_one_request_hurts_only_that_request(
+    case: Case, group: Group, reference: torch.nn.Module
+) -> None:
+    """One at each site of a request's own work, each beside one with the same prompt."""
+    prompt = max(prompts(8, case.vocab, seed=13), key=len)
+    expected = hf_greedy(reference, prompt)
+    sites = [site for site in NAMES if not (site == "prefix hash" and case.layout.is_static)]
+    victims = [
+        request_of(
+            f"victim {site}",
+            prompt,
+            sampling=SamplingParams(seed=seed_of(site, 0, serial), presence_penalty=0.5, logprobs=2),
+            prompt_logprobs=1 if site == "prompt logprobs" else None,
+        )
+        for serial, site in enumerate(sites)
+    ]
+    pids = group.info.pids
+    mates = [request_of(f"mate {site}", prompt) for site in sites]
+    ended = group.run([one for pair in zip(victims, mates, strict=True) for one in pair])
+    errors = {site: one.error and one.error.code for site, one in zip(sites, ended[::2], strict=True)}
+    assert errors == dict.fromkeys(sites, "internal")
+    assert [one.token_ids for one in ended[1::2]] == [expected] * len(sites)
+    assert group.run([request_of("after", prompt)])[0].token_ids == expected
+    assert group.info.pids == pids, "the group is the same"
+    assert_conserved(case, group.idle_stats())
+
+
 def test_what_could_never_fit_is_refused(group: Group) -> None:
-    (ended,) = group.run([request_of("long", [5] * (NUM_BLOCKS * BLOCK_SIZE + 1))])
+    (ended,) = group.run([request_of("long", [5] * (group.info.max_model_len + 1))])
     assert ended.error is not None
     assert ended.error.code == "too_long"
 
 
-def test_a_resumed_sequence_goes_on_with_the_same_tokens(group: Group, reference: torch.nn.Module) -> None:
-    (prompt,) = prompts(1, GQA.vocab, seed=12)
+def test_a_resumed_sequence_goes_on_with_the_same_tokens(
+    case: Case, group: Group, reference: torch.nn.Module
+) -> None:
+    (prompt,) = prompts(1, case.vocab, seed=12)
     expected = hf_greedy(reference, prompt)
     (ended,) = group.run([request_of("r", prompt, resume_token_ids=expected[:7])])
     assert ended.token_ids == expected[7:]
 
 
-def test_the_kv_spec_is_honest(group: Group) -> None:
+@paged
+def test_the_kv_spec_is_honest(case: Case, group: Group) -> None:
     assert group.info.num_blocks == NUM_BLOCKS
-    assert group.info.vocab_size == GQA.vocab
+    assert group.info.vocab_size == case.vocab
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of several files, which every engine serves."""
+    return make_llama(
+        tmp_path_factory.mktemp("models") / "whole", replace(MHA, layers=3), seed=3, shard_bytes=100_000
+    )
+
+
+def truncate(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:-1000])
+
+
+def double(shard: Path) -> None:
+    """As that of a model of twice the size."""
+    save_file({name: torch.cat([tensor, tensor]) for name, tensor in load_file(shard).items()}, shard)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "truncated": (truncate, "tensor .*truncated"),
+    "of another model": (double, "tensor .*shape"),
+    "missing": (Path.unlink, "no such file"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("layout", [*LAYOUTS, TWO_STAGE, Layout("deepspeed_inject", is_static=True)], ids=str)
+def test_a_wrong_shard_is_refused_by_name(layout: Layout, damage: str, whole: Path, tmp_path: Path) -> None:
+    """Before weights are read; so in this process, as a rank would."""
+    damaged = Path(shutil.copytree(whole, tmp_path / "damaged"))
+    shard = sorted(damaged.glob("*.safetensors"))[1]
+    strike, expected = DAMAGES[damage]
+    strike(shard)
+    device = "cuda" if layout.engine == "deepspeed_inject" else "cpu"
+    config = config_for(layout, damaged).model_copy(update={"device": device})
+    engine = TwoStageEngine if layout == TWO_STAGE else registry.load(layout.engine)
+    mesh = Mesh(0, layout.tp, layout.pp, torch.device("cpu"))
+    with pytest.raises(BadCheckpoint, match=f"{re.escape(shard.name)}.*{expected}"):
+        engine(config, mesh, lambda fraction: None)
 
 
 @pytest.mark.parametrize("layout", [LAYOUTS[1], LAYOUTS[3]], ids=str)
-def test_a_damaged_shard_is_refused_by_name(layout: Layout, model: Path, tmp_path: Path) -> None:
-    damaged = Path(shutil.copytree(model, tmp_path / "damaged"))
-    weights = damaged / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(StartFailed, match=r"model\.safetensors.*tensor.*truncated") as failure:
+def test_a_group_with_a_wrong_shard_is_not_tried_again(layout: Layout, whole: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(whole, tmp_path / "damaged"))
+    shard = sorted(damaged.glob("*.safetensors"))[1]
+    truncate(shard)
+    with pytest.raises(StartFailed, match=f"{re.escape(shard.name)}.*tensor.*truncated") as failure:
         running(config_for(layout, damaged)).__enter__()
     assert failure.value.is_permanent
