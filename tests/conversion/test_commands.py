@@ -74,7 +74,8 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     printed = sluice("convert", hf, tmp_path / "out", "--to", "sluice", "--tp", 2, "--dry-run")
     assert "tp1-of-2/pp0-of-1.safetensors" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
-    plan = json.loads(sluice("convert", hf, tmp_path / "o", "--to", "hf", "--dry-run", "--json"))
+    printed = sluice("convert", hf, tmp_path / "o", "--to", "hf", "--dry-run", "--json")
+    plan = json.loads(printed.splitlines()[-1])
     convert(hf, tmp_path / "real", Target("hf"))
     header = 8 + int.from_bytes((tmp_path / "real" / "model.safetensors").read_bytes()[:8], "little")
     assert plan["bytes"] + header == (tmp_path / "real" / "model.safetensors").stat().st_size
@@ -219,15 +220,21 @@ def test_verify_finds_a_damaged_file_by_its_hash(tmp_path: Path) -> None:
     assert "tp1-of-2/pp0-of-1.safetensors: tensor model.layers.2.mlp.down_proj.weight: is damaged" in printed
 
 
-@pytest.mark.parametrize("how", [Target("sluice", tp=2), Target("hf"), Target("meta", shards=2)])
-@pytest.mark.parametrize("has_manifest", [True, False])
+@pytest.mark.parametrize(
+    ("how", "has_manifest"),
+    [
+        (Target("sluice", tp=2), True),
+        (Target("hf"), True),
+        (Target("meta", shards=2), True),
+        (Target("hf"), False),
+        (Target("meta", shards=2), False),
+    ],
+)
 def test_a_flipped_bit_is_not_converted_where_checksums_tell(
     tmp_path: Path, how: Target, has_manifest: bool
 ) -> None:
     source = tmp_path / "source"
     convert(make_llama(tmp_path / "first", MHA), source, how)
-    if not has_manifest and how.format == "sluice":
-        pytest.skip("is no checkpoint without its manifest")
     if not has_manifest:
         (source / "manifest.json").unlink()
     path = max(source.rglob("*.pth" if how.format == "meta" else "*.safetensors"))
