@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from engines.base import Batch, KVSpec, ReportProgress, UnsupportedModel
+from engines.base import Batch, ReportProgress, UnsupportedModel
 from engines.models import hf
 from engines.models.checkpoint import Checkpoint
 from engines.models.hf_inspect import inspect_model
@@ -32,10 +32,8 @@ _KV_SHARE = 0.25
 """Of a CUDA device's share of memory, left for K/V and activations where maxMemory does not say."""
 
 
-class AccelerateEngine:
+class AccelerateEngine(hf.PagedEngine):
     """Implements engines.base.Engine."""
-
-    batching: ClassVar[Literal["continuous", "static"]] = "continuous"
 
     def __init__(self, config: ModelConfig, mesh: Mesh, report: ReportProgress) -> None:
         if mesh.world_size != 1:
@@ -55,27 +53,11 @@ class AccelerateEngine:
         hf.fill(self.model, checkpoint, lambda name: _home(device_map, name), report)
         _dispatch(self.model, device_map, checkpoint)
         self._decoder = hf.HFDecoder(self.model, self._found.shape.attention_names)
+        self._num_kv_heads = self._found.shape.num_kv_heads
         homes = set(device_map.values())
         self._input_device = _torch_device(homes.pop()) if len(homes) == 1 else mesh.device
         if set(device_map.values()) == {"cpu"}:
             hf.pack_linears(self.model)
-
-    @property
-    def kv_spec(self) -> KVSpec:
-        shape = self._found.shape
-        return self._decoder.kv_spec(shape.num_kv_heads, shape.head_dim, self._dtype)
-
-    @property
-    def vocab_size(self) -> int:
-        return self._found.shape.vocab_size
-
-    @property
-    def max_model_len(self) -> int:
-        return self._found.shape.max_positions
-
-    @property
-    def plans_in_flight(self) -> int:
-        return 1
 
     def forward(self, batch: Batch) -> Tensor:
         """[T, H] on the batch's device, wherever the last layer computed."""

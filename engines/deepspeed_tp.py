@@ -7,12 +7,12 @@ is batching: DeepSpeed's `generate` is not used.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from engines.base import Batch, KVSpec, ReportProgress, UnsupportedModel
+from engines.base import Batch, ReportProgress, UnsupportedModel
 from engines.config_deepspeed import DeepSpeedFile, load_settings
 from engines.models import deepspeed_comm, hf
 from engines.models.checkpoint import Checkpoint
@@ -26,10 +26,8 @@ if TYPE_CHECKING:
     from engines.config import ModelConfig
 
 
-class DeepSpeedTPEngine:
+class DeepSpeedTPEngine(hf.PagedEngine):
     """Implements engines.base.Engine."""
-
-    batching: ClassVar[Literal["continuous", "static"]] = "continuous"
 
     def __init__(self, config: ModelConfig, mesh: Mesh, report: ReportProgress) -> None:
         deepspeed_comm.require_deepspeed()
@@ -43,27 +41,10 @@ class DeepSpeedTPEngine:
         model = shard(empty, settings, mesh, self._found.shape)
         fill(model, checkpoint, mesh.device, report)
         self._decoder = hf.HFDecoder(model, self._found.shape.attention_names)
+        self._num_kv_heads = kv_heads_of(self._found.shape.num_kv_heads, mesh)
         if mesh.device.type == "cpu":
             unwrap(model)
             hf.pack_linears(model)
-
-    @property
-    def kv_spec(self) -> KVSpec:
-        shape = self._found.shape
-        num_kv_heads = kv_heads_of(shape.num_kv_heads, self._mesh)
-        return self._decoder.kv_spec(num_kv_heads, shape.head_dim, self._dtype)
-
-    @property
-    def vocab_size(self) -> int:
-        return self._found.shape.vocab_size
-
-    @property
-    def max_model_len(self) -> int:
-        return self._found.shape.max_positions
-
-    @property
-    def plans_in_flight(self) -> int:
-        return 1
 
     def forward(self, batch: Batch) -> Tensor:
         """[T, H] on every rank."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -191,6 +191,32 @@ class HFDecoder:
     def kv_spec(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> KVSpec:
         """Each layer's K/V where that layer is computed."""
         return KVSpec(num_kv_heads, head_dim, dtype, self._layer_devices)
+
+
+class PagedEngine:
+    """What engines over an HFDecoder with all layers tell of it, as engines.base.Engine wants it told."""
+
+    batching: ClassVar[Literal["continuous", "static"]] = "continuous"
+    _found: HFModel
+    _decoder: HFDecoder
+    _dtype: torch.dtype
+    _num_kv_heads: int  # of this rank
+
+    @property
+    def kv_spec(self) -> KVSpec:
+        return self._decoder.kv_spec(self._num_kv_heads, self._found.shape.head_dim, self._dtype)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._found.shape.vocab_size
+
+    @property
+    def max_model_len(self) -> int:
+        return self._found.shape.max_positions
+
+    @property
+    def plans_in_flight(self) -> int:
+        return 1
 
 
 class _GivenHidden(nn.Module):

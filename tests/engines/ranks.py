@@ -15,12 +15,30 @@ import torch
 import torch.distributed as dist
 
 from engines.base import Engine, UnsupportedModel
+from engines.models.hf_support import EXACT_TYPES
 from engines.runtime.mesh import Mesh
 from tests.engines.driver import generate
-from tests.engines.models.test_hf import prompts
+from tests.engines.models.hf_models import make_hf
+from tests.engines.models.test_hf import CHANGES, hf_tokens, prompts
 
 Load = Callable[[Path, Mesh], Engine]
 """A function of a module, for processes to find it by its name."""
+
+Special = dict[str, tuple[str, dict[str, Any]]]
+"""Models beside those of every type: a name, and the type with its changes."""
+
+
+def make_models(root: Path, special: Special) -> Path:
+    """One of every type that is served, and the special ones, each in a directory by its name."""
+    wanted = {kind: (kind, CHANGES.get(kind, {})) for kind in EXACT_TYPES} | special
+    for name, (kind, changes) in wanted.items():
+        make_hf(root / name, kind, **changes)
+    return root
+
+
+def expected_tokens(models: Path, special: Special) -> dict[str, list[list[int]]]:
+    """What `run_ranks` shall find."""
+    return {name: hf_tokens(models / name, prompts(), 12) for name in (*EXACT_TYPES, *special)}
 
 
 def run_ranks(world: int, root: Path, names: list[str], load: Load) -> dict[str, Any]:

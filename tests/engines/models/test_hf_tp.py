@@ -11,11 +11,10 @@ from engines.config import ModelConfig
 from engines.models.hf_support import EXACT_TYPES
 from engines.pipeline import PipelineEngine
 from engines.runtime.mesh import Mesh
-from tests.engines.models.hf_models import make_hf
-from tests.engines.models.test_hf import CHANGES, hf_tokens, prompts
-from tests.engines.ranks import run_ranks
+from tests.engines.models.test_hf import CHANGES
+from tests.engines.ranks import Special, expected_tokens, make_models, run_ranks
 
-SPECIAL: dict[str, tuple[str, dict[str, Any]]] = {
+SPECIAL: Special = {
     "tied": ("qwen3", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "biases": ("starcoder2", {"use_bias": True}),
     "output_bias": ("seed_oss", {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True}),
@@ -42,16 +41,12 @@ def load(model: Path, mesh: Mesh) -> PipelineEngine:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    wanted = {kind: (kind, CHANGES.get(kind, {})) for kind in EXACT_TYPES} | SPECIAL
-    for name, (kind, changes) in wanted.items():
-        make_hf(root / name, kind, **changes)
-    return root
+    return make_models(tmp_path_factory.mktemp("models"), SPECIAL)
 
 
 @pytest.fixture(scope="module")
 def expected(models: Path) -> dict[str, list[list[int]]]:
-    return {name: hf_tokens(models / name, prompts(), 12) for name in (*EXACT_TYPES, *SPECIAL)}
+    return expected_tokens(models, SPECIAL)
 
 
 @pytest.fixture(scope="module")
