@@ -12,8 +12,9 @@ from conversion.source import Choices, Source
 from conversion.tensors import Bytes, LogicalTensor, Part
 from engines.base import BadCheckpoint
 from engines.modeldir import BadModelDir, read_json
-from engines.models.checkpoint import INDEX_NAME, SINGLE_NAME, StoredTensor, read_header
+from engines.models.checkpoint import StoredTensor, read_header
 from engines.models.config import LlamaConfig
+from engines.models.layout import INDEX_NAME, SINGLE_NAME
 from engines.models.manifest import read_manifest
 from engines.models.names import IGNORED_SUFFIXES, TensorSpec, expected_tensors
 

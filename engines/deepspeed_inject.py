@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Batch, ReportProgress, UnsupportedModel
-from engines.config_deepspeed import DeepSpeedFile, load_settings
+from engines.config_deepspeed import DeepSpeedFile
 from engines.models import deepspeed_comm, hf
 from engines.models.checkpoint import Checkpoint
 from engines.models.hf_inspect import inspect_model
-from engines.models.hf_support import read_config
+from engines.models.injection import AUTOTP, check_support, settings_of
 from engines.runtime.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -35,11 +35,6 @@ if TYPE_CHECKING:
     from engines.config import ModelConfig
 
 log = logging.getLogger("sluice.deepspeed")
-
-FAMILIES = ("llama",)
-"""Whose layers are known. DeepSpeed injects others, too; those are not served this way."""
-
-_AUTOTP = "set replace_with_kernel_inject to false (AutoTP), or deepspeed.fallback: autotp in the YAML"
 
 
 class Injected(Protocol):
@@ -122,76 +117,6 @@ class DeepSpeedInjectEngine:
     def logits(self, hidden: Tensor) -> Tensor | None:
         logits = self._decoder.logits(hidden)
         return logits if self._mesh.is_leader else None
-
-
-def settings_of(config: ModelConfig) -> DeepSpeedFile:
-    """What the user's DeepSpeed JSON says; DeepSpeed's defaults without one. Raises ConfigError."""
-    if config.deepspeed is None:
-        return DeepSpeedFile(kernel_inject=True)
-    return load_settings(config.deepspeed.config, config.world_size, config.dtype)
-
-
-def check_support(config: ModelConfig, settings: DeepSpeedFile) -> None:
-    """The support matrix: raises UnsupportedModel with the remedy, or BadModelDir. Reads config.json only."""
-    if config.device != "cuda":
-        raise _refusal("deviceType", config.device, "has no injected kernels; they are CUDA's", _AUTOTP)
-    if settings.enable_cuda_graph:
-        why = "replays one shape, and prompts have many"
-        raise _refusal("enable_cuda_graph", True, why, "set it to false")
-    path = Path(config.model_path) / "config.json"
-    data = read_config(config.model_path)
-    for key, value, why in _unsupported(data):
-        raise _refusal(f"{path}: {key}", value, why, _AUTOTP)
-    _check_lengths(config, settings)
-    for key in ("num_attention_heads", "intermediate_size"):  # and hidden_size, which heads make up
-        size = data.get(key, config.tp_size)
-        if size % config.tp_size:
-            why = f"cannot be shared evenly by {config.tp_size} ranks"
-            raise _refusal(f"{path}: {key}", size, why, f"set parallelLevel to a divisor of it, or {_AUTOTP}")
-
-
-def _unsupported(data: dict[str, Any]) -> list[tuple[str, object, str]]:
-    """(key, value, reason) of what the kernels of these families get wrong, most telling first."""
-    found: list[tuple[str, object, str]] = []
-    kind, heads = data.get("model_type"), data.get("num_attention_heads")
-    if kind not in FAMILIES:
-        found.append(("model_type", kind, f"is not served by injection, only {', '.join(FAMILIES)}"))
-    kv_heads = data.get("num_key_value_heads", heads)
-    if kv_heads != heads:
-        why = f"is not num_attention_heads ({heads}): the container drops grouped heads (DeepSpeed #4261)"
-        found.append(("num_key_value_heads", kv_heads, why))
-    rope = _rope_type(data)
-    if rope not in (None, "default"):
-        found.append(("rope_type", rope, "scales positions, which the kernels do not"))
-    if isinstance(heads, int) and data.get("head_dim") not in (None, data.get("hidden_size", 0) // heads):
-        found.append(("head_dim", data["head_dim"], "is not hidden_size / num_attention_heads"))
-    for key in ("attention_bias", "mlp_bias"):
-        if data.get(key):
-            found.append((key, True, "means biases, which the container drops"))
-    if data.get("hidden_act", "silu") != "silu":
-        found.append(("hidden_act", data["hidden_act"], "is not the silu that the kernels compute"))
-    return found
-
-
-def _rope_type(data: dict[str, Any]) -> object:
-    """Under any of the names that config.json has had for it."""
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = data.get(key)
-        if isinstance(rope, dict):
-            return rope.get("rope_type", rope.get("type"))
-    return None
-
-
-def _check_lengths(config: ModelConfig, settings: DeepSpeedFile) -> None:
-    wanted, limit = config.max_model_len, settings.max_out_tokens
-    if wanted is not None and wanted > limit:
-        why = f"is more than max_out_tokens ({limit}), which sizes the kernels' K/V"
-        remedy = f"set max_out_tokens to {wanted} in the DeepSpeed file, or maxModelLen to {limit} or less"
-        raise _refusal("maxModelLen", wanted, why, remedy)
-
-
-def _refusal(key: str, value: object, why: str, remedy: str) -> UnsupportedModel:
-    return UnsupportedModel(f"kernel injection: {key} ({value!r}) {why}: {remedy}")
 
 
 FillLayer = Callable[[nn.Module], None]
@@ -283,5 +208,5 @@ def _require_compilers() -> None:
     if missing:
         raise UnsupportedModel(
             f"kernel injection compiles DeepSpeed's kernels, and {', '.join(missing)} not found: install "
-            f"them (nvcc: the CUDA toolkit of PyTorch, found by CUDA_HOME), or {_AUTOTP}"
+            f"them (nvcc: the CUDA toolkit of PyTorch, found by CUDA_HOME), or {AUTOTP}"
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from engines.base import UnsupportedModel
 from engines.modeldir import read_json
+from engines.models.hf_support import other_engines
 
 Json = dict[str, Any]
 
@@ -135,25 +136,23 @@ class _Keys:
         raise UnsupportedModel(f"{self.where}: {key} ({found}) {why}: {remedy}")
 
 
-_OTHER_ENGINE = "use an engine that runs the Hugging Face model (engine: deepspeed or accelerate)"
-
-
 def _refuse_what_differs(keys: _Keys) -> None:
     """Whatever would make the numbers differ from those of a plain Llama."""
+    other = other_engines(keys.get("model_type", "llama"))
     if keys.get("model_type", "llama") != "llama":
-        keys.refuse("model_type", "is not llama, all that engine native runs", _OTHER_ENGINE)
+        keys.refuse("model_type", "is not llama, all that engine native runs", other)
     if "LlamaForCausalLM" not in keys.get("architectures", ["LlamaForCausalLM"]):
-        keys.refuse("architectures", "does not have LlamaForCausalLM", _OTHER_ENGINE)
+        keys.refuse("architectures", "does not have LlamaForCausalLM", other)
     if keys.get("hidden_act", "silu") != "silu":
-        keys.refuse("hidden_act", "is not silu", _OTHER_ENGINE)
+        keys.refuse("hidden_act", "is not silu", other)
     if keys.get("quantization_config") is not None:
         keys.refuse("quantization_config", "means quantised weights", "use the bf16 or fp16 checkpoint")
     if keys.get("sliding_window") is not None:
-        keys.refuse("sliding_window", "is not implemented", _OTHER_ENGINE)
+        keys.refuse("sliding_window", "is not implemented", other)
     if any(kind != "full_attention" for kind in keys.get("layer_types", [])):
-        keys.refuse("layer_types", "has other than full_attention", _OTHER_ENGINE)
+        keys.refuse("layer_types", "has other than full_attention", other)
     if keys.get("partial_rotary_factor", 1.0) != 1.0:
-        keys.refuse("partial_rotary_factor", "is not implemented", _OTHER_ENGINE)
+        keys.refuse("partial_rotary_factor", "is not implemented", other)
 
 
 def _rope(keys: _Keys) -> Rope:
@@ -165,7 +164,7 @@ def _rope(keys: _Keys) -> Rope:
     rope = _Keys(table, f"{keys.where}: {spelling}")
     theta = rope.number("rope_theta", keys.number("rope_theta", 10000.0))
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        rope.refuse("partial_rotary_factor", "is not implemented", _OTHER_ENGINE)
+        rope.refuse("partial_rotary_factor", "is not implemented", other_engines("llama"))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return Rope(theta)
@@ -175,7 +174,7 @@ def _rope(keys: _Keys) -> Rope:
         return Rope(theta, llama3=_llama3(rope))
     raise UnsupportedModel(
         f"{keys.where}: {spelling}: rope_type {kind!r} is not implemented "
-        f"(default, linear and llama3 are): {_OTHER_ENGINE}"
+        f"(default, linear and llama3 are): {other_engines('llama')}"
     )
 
 

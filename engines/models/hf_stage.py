@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 from engines.base import ReportProgress, UnsupportedModel
 from engines.models import hf
 from engines.models.checkpoint import Checkpoint
+from engines.models.hf_support import ONE_PROCESS, no_pipeline_plan
 from engines.models.hf_tp import TensorParallel
 from engines.models.stages import Sizes, sizes_by_name
 from engines.runtime.mesh import Mesh
 
 _PLAN = {"embed_tokens", "layers", "norm"}
-_OTHER_ENGINE = "serve it in one process (parallelType: custom, engine: accelerate)"
 
 
 class HFStage:
@@ -100,10 +100,7 @@ def _check_plan(found: hf.HFModel, base: nn.Module, dtype: torch.dtype) -> None:
     kind = found.config.model_type
     plan = type(found.config).base_model_pp_plan or {}
     if set(plan) != _PLAN:
-        raise UnsupportedModel(
-            f"{found.path}: model_type {kind!r} has no pipeline plan of embed_tokens, layers and norm: "
-            + _OTHER_ENGINE
-        )
+        raise no_pipeline_plan(found.path, kind)
     layers, norm = base.layers, base.norm
     base.layers, base.norm = nn.ModuleList(), nn.Identity()
     given = torch.linspace(-2, 2, 3 * found.config.hidden_size, dtype=dtype).view(3, -1)
@@ -112,7 +109,7 @@ def _check_plan(found: hf.HFModel, base: nn.Module, dtype: torch.dtype) -> None:
     if not is_same:
         raise UnsupportedModel(
             f"{found.path}: model_type {kind!r} changes hidden states between embedding and layers, which "
-            f"its pipeline plan does not say: {_OTHER_ENGINE}"
+            f"its pipeline plan does not say: {ONE_PROCESS}"
         )
 
 

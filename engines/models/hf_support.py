@@ -63,6 +63,9 @@ _REASONS = {
         *("gemma3", "gemma3_text", "gemma3n_text", "cohere2", "exaone4", "olmo3", "llama4", "llama4_text"),
     ),
 }
+WITHOUT_PIPELINE_PLAN = ("nemotron", "phi", "stablelm")
+"""Of EXACT_TYPES, those whose classes in transformers do not say how to cut them into stages."""
+
 REASONS = {kind: reason for reason, kinds in _REASONS.items() for kind in kinds}
 
 EXACT_ROPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
@@ -70,6 +73,7 @@ EXACT_ROPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 
 _EXACT_LAYERS = frozenset(("full_attention", "sliding_attention"))
 _HARMLESS_PRIVATE = frozenset(("_name_or_path", "_attn_implementation_autoset", "_commit_hash"))
+ONE_PROCESS = "serve it in one process (parallelType: custom, engine: accelerate)"
 _REMEDY = "serve a model of these types: " + ", ".join(EXACT_TYPES)
 
 
@@ -85,6 +89,26 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
     _refuse_type(path, data)
     _refuse_layers(path, data)
     return {key: value for key, value in data.items() if not key.startswith("_")}
+
+
+def other_engines(kind: object) -> str:
+    """The remedy for a model of this type that the native Llama is not: which engines serve it."""
+    if kind not in EXACT_TYPES:
+        return _REMEDY
+    in_stages = kind != "llama" and kind not in WITHOUT_PIPELINE_PLAN
+    pipeline = "parallelType: pp or pptp (--pp; engine pipeline), " if in_stages else ""
+    return (
+        f"write {pipeline}engine: deepspeed_tp (needs the extra deepspeed: pip install -e '.[deepspeed]') or "
+        "parallelType: custom (engine accelerate; needs the extra accelerate: pip install -e '.[accelerate]')"
+    )
+
+
+def no_pipeline_plan(model_dir: str | Path, kind: object) -> UnsupportedModel:
+    """The refusal of a type that cannot be cut into stages."""
+    return UnsupportedModel(
+        f"{model_dir}: model_type {kind!r} has no pipeline plan of embed_tokens, layers and norm: "
+        + ONE_PROCESS
+    )
 
 
 def refuse(path: Path, key: str, value: object, why: str, remedy: str) -> UnsupportedModel:

@@ -7,11 +7,14 @@ side, so that a rank maps its file and copies nothing. `sluice convert --to slui
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from engines.base import BadCheckpoint
-from engines.models.checkpoint import StoredTensor, read_header_and_metadata
+
+if TYPE_CHECKING:
+    from engines.models.checkpoint import StoredTensor
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "sluice"
@@ -85,6 +88,8 @@ def rank_file(tp_rank: int, tp: int, stage: int, pp: int) -> str:
 
 def read_rank(directory: Path, layout: Layout, tp_rank: int, stage: int) -> dict[str, StoredTensor]:
     """The tensors of one rank's file. Raises BadCheckpoint; also if it is another rank's, renamed."""
+    from engines.models.checkpoint import read_header_and_metadata  # imports torch; a manifest needs none
+
     name = rank_file(tp_rank, layout.tp, stage, layout.pp)
     path = directory / name
     tensors, metadata = read_header_and_metadata(path)

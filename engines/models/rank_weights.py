@@ -9,10 +9,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engines.base import BadCheckpoint, UnsupportedModel
+from engines.base import BadCheckpoint
 from engines.models.checkpoint import DTYPES, Checkpoint, StoredTensor
 from engines.models.config import LlamaConfig
-from engines.models.manifest import FORMAT, MANIFEST_NAME, Layout, rank_file, read_manifest, read_rank
+from engines.models.layout import layout_of, misfit, no_fp8
+from engines.models.manifest import Layout, rank_file, read_rank
 from engines.models.names import Slice, TensorSpec, expected_tensors, is_on_stage, slice_of
 from engines.models.quantized import ENCODINGS, encoding_of, has_fp8
 from engines.runtime.mesh import Mesh
@@ -29,18 +30,15 @@ def open_weights(
     divided anew; with the command that converts it.
     """
     root = Path(directory)
-    manifest = read_manifest(root)
-    if manifest is None or manifest.format != FORMAT:
-        return Checkpoint(root)
-    layout = manifest.layout
+    layout = layout_of(root)
     if layout is None:
-        raise BadCheckpoint(f"{root / MANIFEST_NAME}: layout: missing")
+        return Checkpoint(root)
     _check_device(root, layout, mesh)
     if _fits(layout, mesh, layers):
         return MappedRank(root, model, layout, mesh, layers)
     if reshard:
         return ReshardingCheckpoint(root, model, layout, mesh)
-    raise UnsupportedModel(_misfit(root, layout, mesh))
+    raise misfit(root, layout, mesh.tp_size, mesh.pp_size)
 
 
 def _check_device(root: Path, layout: Layout, mesh: Mesh) -> None:
@@ -48,31 +46,12 @@ def _check_device(root: Path, layout: Layout, mesh: Mesh) -> None:
     if layout.quantization != "fp8" or has_fp8(mesh.device):
         return
     device = "a CPU" if mesh.device.type == "cpu" else "an older one"
-    split = f"--to sluice --tp {mesh.tp_size} --pp {mesh.pp_size}"
-    raise UnsupportedModel(
-        f"{root}: is quantised to fp8, which is served on GPUs of compute capability 8.9 or more, and this "
-        f"is {device}: run `sluice convert {root} {root}-bf16 {split} --dtype bfloat16`, or "
-        f"`sluice convert SOURCE {root}-int8 {split} --quantize int8` on what it was made of"
-    )
+    raise no_fp8(root, mesh.tp_size, mesh.pp_size, device)
 
 
 def _fits(layout: Layout, mesh: Mesh, layers: range) -> bool:
     is_split = (layout.tp, layout.pp) == (mesh.tp_size, mesh.pp_size)
     return is_split and tuple(layout.stages[mesh.stage]) == (layers.start, layers.stop)
-
-
-def _misfit(root: Path, layout: Layout, mesh: Mesh) -> str:
-    tp, pp = mesh.tp_size, mesh.pp_size
-    target = f"{root}-tp{tp}-pp{pp}"
-    same = (layout.tp, layout.pp) == (tp, pp)
-    how = f"cut into the stages {layout.stages}" if same else f"for tp={layout.tp} pp={layout.pp}"
-    counts = [stop - start for start, stop in layout.stages]
-    command = f"run `sluice convert {root} {target} --to sluice --tp {tp} --pp {pp}`"
-    advice = f"set stageSplit: {counts}" if same else command
-    return (
-        f"{root}: its files are {how}, and the group has tp={tp} pp={pp}: {advice}, "
-        "or set reshard: true, which divides them anew at each start"
-    )
 
 
 class MappedRank(Checkpoint):

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from engines import deepspeed_inject
 from engines.base import UnsupportedModel
 from engines.config import DeepSpeedSection, ModelConfig
-from engines.deepspeed_inject import DeepSpeedInjectEngine, FillLayer, check_support, settings_of
+from engines.deepspeed_inject import DeepSpeedInjectEngine, FillLayer
+from engines.models.injection import check_support, settings_of
 from engines.runtime.mesh import Mesh
 from engines.runtime.plan import StepKind
 from engines.runtime.runner import ModelRunner
