@@ -10,10 +10,12 @@ has its mapping.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -139,9 +141,11 @@ def _agreed(reason: str) -> str:
 
 
 def build_root() -> Path:
-    """Where what DeepSpeed builds is kept: one directory a torch version, the user's own."""
+    """Where what DeepSpeed builds is kept: the user's own, one directory a Python environment. Two that shared
+    it would each compile anew what the other had, because their header files lie elsewhere."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "sluice" / f"torch_extensions-{torch.__version__}"
+    environment = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
+    return Path(cache) / "sluice" / f"torch_extensions-{environment}"
 
 
 @contextmanager
