@@ -141,7 +141,7 @@ def _agreed(reason: str) -> str:
 
 
 def build_root() -> Path:
-    """Where what DeepSpeed builds is kept: the user's own, one directory a Python environment. Two that shared
+    """Where what DeepSpeed builds is kept: the user's, a directory a Python environment. Two that shared
     it would each compile anew what the other had, because their header files lie elsewhere."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     environment = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
