@@ -81,11 +81,17 @@ class ModelConfig(BaseModel):
     chat_template: str | None = None
     deepspeed: DeepSpeedSection | None = None
     warnings: tuple[str, ...] = ()  # keys that have no effect here and why, each with file:line
+    places: tuple[tuple[str, str], ...] = ()  # (dotted key, file:line) of the keys that the file gives
 
     @property
     def world_size(self) -> int:
         """Processes of one group."""
         return self.tp_size * self.pp_size
+
+    def place(self, *keys: str) -> str:
+        """file:line of the first of these keys that the file gives; empty where it gives none."""
+        places = dict(self.places)
+        return next((places[key] for key in keys if key in places), "")
 
     @property
     def devices_per_group(self) -> int:

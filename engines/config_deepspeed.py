@@ -102,6 +102,8 @@ def read_deepspeed_file(
     """Read and check the file against the group's size and the YAML's dtype; what is wrong goes to `s`.
     None where it is missing (the engine looks again) or wrong."""
     if not path.exists():
+        unknown = "which engine serves (deepspeed_tp is shown), its tp_size and dtype depend on it"
+        s.warn(_KEY, f"{path} is not there: {unknown}")
         return None
     reading = _Reading(path, world_size, dtype)
     found = reading.read()

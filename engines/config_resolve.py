@@ -95,6 +95,7 @@ def _resolve(s: Settings, base: Path, source: str, num_gpus: int | None) -> Mode
         chat_template=_path(base, cast(str, template)) if template else None,
         deepspeed=deepspeed,
         warnings=tuple(sorted(s.warnings, key=warning_line)),
+        places=tuple((key, where) for key, where in s.places.items() if where != COMMAND_LINE),
     )
     s.check()
     return config

@@ -190,6 +190,7 @@ DEEPSPEED = {
 }
 
 _DIRECTORY = "it is read from the model's directory"
+_DTYPE_ON_TOP = "write dtype: at the top level, beside handler:"
 HANDLER = {
     "model_path": Key(Kind.TEXT),
     "max_seq_len": Key(Kind.INT, 1, MAX_INT),
@@ -197,6 +198,8 @@ HANDLER = {
     "chat_template": Key(Kind.TEXT),
     "device_map": Key(Kind.ANY),
     "max_memory": Key(Kind.ANY),
+    "torch_dtype": Key(Kind.ANY, ignored=_DTYPE_ON_TOP),
+    "dtype": Key(Kind.ANY, ignored=_DTYPE_ON_TOP),
     "low_cpu_mem_usage": Key(Kind.BOOL, ignored="weights are always read one tensor at a time"),
     "offload_folder": Key(
         Kind.TEXT, ignored="offloaded weights are read from the checkpoint itself; nothing is written"

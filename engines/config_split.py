@@ -41,6 +41,9 @@ def read_split(s: Settings, device: Device, gpus: int, replicas: int) -> Split:
     if kind == "custom":
         ids = s.integers("deviceIds") or ()
         every = len(ids) if ids else gpus if device == "cuda" else 1
+        if (s.integer(_NPROC) or 1) > 1:
+            meant = f"one process with {level} devices, not {level} processes"
+            s.warn(_NPROC, f"is {level}, which for parallelType custom means {meant}; write {_LEVEL} instead")
         return Split(kind, custom_devices=level or max(1, every // replicas))
     tp, pp = s.integer("tensorParallel"), s.integer("pipelineParallel")
     if level is None and s.has("torchrun") and not s.has(_NPROC):

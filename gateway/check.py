@@ -63,7 +63,7 @@ def fit(configs: Sequence[ModelConfig], machine: Machine, *, here: bool = True) 
 def missing(configs: Iterable[ModelConfig], *, here: bool) -> list[str]:
     """What the configurations name and this version or, where `here`, this machine does not have, and what
     their models cannot do."""
-    return [f"{_where(config)}: {problem}" for config in configs for problem in _missing(config, here)]
+    return [problem for config in configs for problem in _missing(config, here)]
 
 
 def name_clashes(configs: Sequence[ModelConfig]) -> list[Problem]:
@@ -114,29 +114,42 @@ def _missing(config: ModelConfig, here: bool) -> Iterator[str]:
     try:
         registry.check(config.engine)
     except registry.UnknownEngine as error:
-        yield str(error)
+        yield f"{config.place('engine') or _where(config)}: {error}"
     if here:
-        yield from _missing_here(config)
+        for keys, problem in _missing_here(config):
+            yield f"{config.place(*keys) or _where(config)}: {problem}"
     if Path(config.model_path, "config.json").is_file():
         try:
             yield from modelfit.misfits(config)
         except BadModelDir as error:
-            yield str(error)
+            yield f"{_where(config)}: {error}"
 
 
-def _missing_here(config: ModelConfig) -> Iterator[str]:
+_MODEL_KEYS = ("modelPath", "handler.model_path")
+_ENGINE_KEYS = ("engine", "deepspeed", "parallelType")
+
+
+def _missing_here(config: ModelConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What is not there, after the keys of which one asks for it."""
     package = _PACKAGES.get(config.engine)
     if package is not None and find_spec(package) is None:
         remedy = f"in Sluice's directory, pip install -e '.[{package}]'"
-        yield f"engine {config.engine} needs the package {package}, which is not installed; remedy: {remedy}"
+        wrong = f"engine {config.engine} needs the package {package}, which is not installed"
+        yield _ENGINE_KEYS, f"{wrong}; remedy: {remedy}"
     if not Path(config.model_path, "config.json").is_file():
         named = "set handler.model_path (or modelPath) to" if config.source else "give"
         remedy = f"{named} a local model directory in Hugging Face format"
-        yield f"no model at {config.model_path} (no config.json there); remedy: {remedy}"
-    files = (config.chat_template, config.deepspeed.config if config.deepspeed else None)
-    for file in filter(None, files):
-        if not Path(file).is_file():
-            yield f"{file}: no such file; remedy: correct the path, or put the file there"
+        yield _MODEL_KEYS, f"no model at {config.model_path} (no config.json there); remedy: {remedy}"
+    files = (
+        (("chatTemplate", "handler.chat_template"), config.chat_template, ""),
+        (("deepspeed.config",), config.deepspeed.config if config.deepspeed else None, _DEEPSPEED_FILE),
+    )
+    for keys, file, what_for in files:
+        if file and not Path(file).is_file():
+            yield keys, f"{file}: no such file{what_for}; remedy: correct the path, or put the file there"
+
+
+_DEEPSPEED_FILE = "; which engine serves, whether its tp_size is that of the group, and dtype depend on it"
 
 
 def _print_lines(lines: Iterable[str]) -> None:

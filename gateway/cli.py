@@ -432,7 +432,7 @@ def parity(
         result = asyncio.run(comparing.run(base, options, lambda line: typer.echo(line, err=True)))
     if json_file is not None:
         json_file.write_text(comparing.to_json(result))
-    Console().print(comparing.table(result))
+    comparing.show(result, Console())
     for note in comparing.notes(result):
         typer.echo(note)
     if result.is_wrong:

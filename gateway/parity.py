@@ -31,6 +31,7 @@ from gateway.workers.protocol import GroupState, WorkerLost, WorkerUnavailable
 from gateway.workers.supervisor import Supervisor, torchrun_group
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 HF = "hf"
@@ -302,13 +303,29 @@ def _prompt(where: str, line: str, base: ModelConfig) -> list[int]:
     return Tokenizer(file).encode(line, add_special_tokens=True)
 
 
+def show(result: Result, console: Console) -> None:
+    """Print the table: within a terminal's width, else as wide as it is; and what its columns mean."""
+    if not console.is_terminal:
+        console.width = _WIDEST
+    console.print(table(result))
+    console.print(_FORCED, highlight=False, soft_wrap=True)
+
+
+_WIDEST = 1000
+_FORCED = (
+    "equal tokens: of its own continuations, each up to its first difference; "
+    "forced: places where, given the reference's tokens so far, its likeliest token is the reference's"
+)
+
+
 def table(result: Result) -> Table:
     """For the terminal. What was not compared has its reason in `notes`."""
     from rich.table import Table
 
     shown = Table(title=f"reference: {result.reference}, {result.dtype}", title_justify="left")
-    shown.add_column("engine", no_wrap=True)
-    for title in ("verdict", "equal tokens", "forced", "first difference", f"max |dlogprob|, top {NUM_TOP}"):
+    for title in ("engine", "verdict"):
+        shown.add_column(title, no_wrap=True)
+    for title in ("equal tokens", "forced", "first difference", f"max |dlogprob|, top {NUM_TOP}"):
         shown.add_column(title, overflow="fold")
     for one in result.comparisons:
         if not one.num_tokens:

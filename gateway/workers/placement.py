@@ -83,10 +83,11 @@ class _Board:
         beyond = [device for device in pool if device >= len(self._holders)]
         if beyond:
             remedy = _remedy(config, False) if not self._holders else "name devices that there are"
-            return self._refuse(f"{name}: deviceIds names {beyond}, but {self._machine()}; remedy: {remedy}")
+            wrong = f"{name}: deviceIds names {beyond}, but {self._machine()}"
+            return self._refuse(config, f"{wrong}; remedy: {remedy}")
         free = [device for device in pool if self._fits(device, holder)]
         if len(free) < config.devices_per_group:
-            return self._refuse(self._shortage(config, holder, pool, len(free)))
+            return self._refuse(config, self._shortage(config, holder, pool, len(free)))
         # A stable sort: empty devices in order, then the least shared ones.
         chosen = sorted(sorted(free, key=self._load)[: config.devices_per_group], key=pool.index)
         for device in chosen:
@@ -101,8 +102,9 @@ class _Board:
     def _load(self, device: int) -> Fraction:
         return sum((other.share for other in self._holders[device]), Fraction())
 
-    def _refuse(self, problem: str) -> list[int]:
-        self.problems.append(problem)
+    def _refuse(self, config: ModelConfig, problem: str) -> list[int]:
+        place = config.place("deviceIds", "parallelLevel", "torchrun.nproc-per-node", "deviceType")
+        self.problems.append(f"{place}: {problem}" if place else problem)
         return []
 
     def _machine(self) -> str:

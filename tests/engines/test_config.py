@@ -237,6 +237,22 @@ def test_unknown_handler_key_warns_with_the_nearest(tmp_path: Path) -> None:
     assert "did you mean 'model_path'?" in warning
 
 
+@pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
+def test_a_dtype_of_the_handler_is_told_where_it_acts(tmp_path: Path, key: str) -> None:
+    config = loaded(tmp_path, f"modelName: m\nhandler:\n  {key}: bfloat16\n")
+    (warning,) = config.warnings
+    assert f":3: handler.{key}: has no effect: write dtype: at the top level" in warning
+    assert config.dtype == "auto"
+
+
+def test_ranks_that_become_devices_of_one_process_are_warned_of(tmp_path: Path) -> None:
+    text = "deviceType: gpu\nparallelType: custom\n{}: {}\n"
+    (warning,) = loaded(tmp_path, text.format("torchrun", "{nproc-per-node: 2}")).warnings
+    assert ":3: torchrun.nproc-per-node: is 2, which for parallelType custom means one process" in warning
+    assert loaded(tmp_path, text.format("torchrun", "{nproc-per-node: 1}")).warnings == ()
+    assert loaded(tmp_path, text.format("parallelLevel", "2")).warnings == ()
+
+
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     text = "parallelType: pp\ntorchrun: {nproc-per-node: 4}\ndtype: float32\nhandler: {model_path: a}\n"
     config = loaded(tmp_path, text, tp=2, dtype="bf16", max_model_len=64, model_name=None, modelPath="/b")

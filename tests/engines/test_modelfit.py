@@ -9,11 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from engines.base import UnsupportedModel
 from engines.config import DeepSpeedSection, ModelConfig
 from engines.modeldir import BadModelDir
 from engines.modelfit import misfits
+from engines.models.config import LlamaConfig
 
 LLAMA: dict[str, object] = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "vocab_size": 512,
     "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
@@ -24,6 +29,8 @@ LLAMA: dict[str, object] = {
 
 def model(home: Path, sizes: dict[str, object], **fields: object) -> ModelConfig:
     (home / "config.json").write_text(json.dumps(sizes))
+    if not (home / "manifest.json").exists():
+        (home / "model.safetensors").touch()
     given = {"model_name": "m", "served_model_names": ("m",), "model_path": str(home)}
     return ModelConfig.model_validate({**given, **fields})
 
@@ -36,7 +43,7 @@ def test_what_divides_fits(tmp_path: Path, tp: int) -> None:
 @pytest.mark.parametrize(
     ("sizes", "tp", "words"),
     [
-        (LLAMA, 3, ["8 attention heads", "for 3 ranks", "one of: 1, 2"]),
+        (LLAMA, 3, ["8 attention heads", "for 3 ranks", "one of: 1, 2, 4, 8"]),
         (LLAMA, 99, ["8 attention heads", "one of: 1, 2, 4, 8"]),
         (LLAMA | {"num_attention_heads": 12, "num_key_value_heads": 4}, 6, ["4 key/value heads", "1, 2, 4"]),
         (LLAMA | {"intermediate_size": 514}, 4, ["intermediate size of 514", "one of: 1, 2"]),
@@ -66,29 +73,135 @@ def test_longer_than_the_model_was_made_for(tmp_path: Path) -> None:
 
 def test_each_engine_has_its_own_rule(tmp_path: Path) -> None:
     by_autotp = model(tmp_path, LLAMA, engine="deepspeed_tp", tp_size=3)
-    assert misfits(by_autotp) == []
+    assert misfits(by_autotp) == [], "it divides unevenly"
     [problem] = misfits(by_autotp.model_copy(update={"tp_size": 8}))
     assert "4 key/value heads are too few for 8 ranks" in problem
-    injected = model(tmp_path, LLAMA, engine="deepspeed_inject", tp_size=3)
-    assert len(misfits(injected)) == 1
+    injected = model(tmp_path, LLAMA, engine="deepspeed_inject", tp_size=3, device="cuda")
+    assert len(misfits(injected)) == 2, "its heads are grouped, and 3 ranks cannot share them"
     section = DeepSpeedSection(config="ds.json", fallback="autotp")
     assert misfits(injected.model_copy(update={"deepspeed": section})) == []
     native = model(tmp_path, LLAMA, tp_size=3, deepspeed=section)
     assert len(misfits(native)) == 1, "only injection falls back"
-    odd = model(tmp_path, LLAMA | {"intermediate_size": 514}, engine="deepspeed_inject", tp_size=4)
-    assert "intermediate size of 514" in misfits(odd)[0]
+    sizes = LLAMA | {"intermediate_size": 514, "num_key_value_heads": 8}
+    odd = model(tmp_path, sizes, engine="deepspeed_inject", tp_size=4, device="cuda")
+    [problem] = misfits(odd)
+    assert "intermediate size of 514" in problem
     assert misfits(injected.model_copy(update={"engine": "somebodys_own"})) == []
 
 
 def test_other_names_and_nested_sizes_are_read(tmp_path: Path) -> None:
     sizes: dict[str, object] = {"n_head": 12, "n_layer": 2, "n_positions": 1024}
-    assert len(misfits(model(tmp_path, sizes, tp_size=5, max_model_len=2000))) == 2
-    assert len(misfits(model(tmp_path, {"text_config": sizes}, tp_size=5, max_model_len=2000))) == 2
+    for said in (sizes, {"text_config": sizes}):
+        type_of_it, heads, length = misfits(model(tmp_path, said, tp_size=5, max_model_len=2000))
+        assert ("missing" in type_of_it, "12 attention" in heads, "1024" in length) == (True, True, True)
 
 
-def test_what_config_json_does_not_say_is_left_to_the_engine(tmp_path: Path) -> None:
-    assert misfits(model(tmp_path, {}, tp_size=7, max_model_len=10**6)) == []
-    assert misfits(model(tmp_path, {"num_attention_heads": "8"}, tp_size=7)) == []
+def test_what_config_json_does_not_say_is_refused_in_the_engines_words(tmp_path: Path) -> None:
+    [problem] = misfits(model(tmp_path, {}, tp_size=7, max_model_len=10**6))
+    assert problem == engines_words(tmp_path)
+    [problem] = misfits(model(tmp_path, {"num_attention_heads": "8"}, tp_size=7))
+    assert problem == engines_words(tmp_path)
+    [problem] = misfits(model(tmp_path, LLAMA | {"layer_types": 5}))
+    assert "config.json: a value is not of its type" in problem
+
+
+def engines_words(home: Path) -> str:
+    with pytest.raises(UnsupportedModel) as refused:
+        LlamaConfig.load(home)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "engine", "words"),
+    [
+        ("qwen3", "native", ["is not llama", "parallelType: pp or pptp", "engine: deepspeed_tp", "custom"]),
+        ("qwen3", "pipeline", []),
+        ("phi", "pipeline", ["has no pipeline plan", "parallelType: custom"]),
+        ("phi", "native", ["is not llama", "engine: deepspeed_tp", "parallelType: custom"]),
+        ("mamba", "native", ["is not llama", "serve a model of these types"]),
+        ("mamba", "accelerate", ["recurrent state"]),
+        ("mixtral", "deepspeed_tp", ["mixture of experts"]),
+        ("qwen3", "deepspeed_inject", ["model_type ('qwen3') is not served by injection"]),
+    ],
+)
+def test_types_that_the_engine_refuses(tmp_path: Path, kind: str, engine: str, words: list[str]) -> None:
+    sizes = LLAMA | {"model_type": kind, "num_key_value_heads": 8}
+    found = misfits(model(tmp_path, sizes, engine=engine, device="cuda"))
+    assert len(found) == bool(words)
+    assert all(word in found[0] for word in words)
+    assert not found or ("pipeline)" in found[0]) == (kind == "qwen3" and engine == "native")
+    assert not any("accelerate or" in problem or "engine: deepspeed or" in problem for problem in found)
+
+
+def test_kernel_injection_on_a_cpu(tmp_path: Path) -> None:
+    config = model(tmp_path, LLAMA | {"num_key_value_heads": 8}, engine="deepspeed_inject")
+    [problem] = misfits(config)
+    assert "deviceType ('cpu') has no injected kernels" in problem
+    section = DeepSpeedSection(config=str(tmp_path / "absent.json"), fallback="autotp")
+    assert misfits(config.model_copy(update={"deepspeed": section})) == []
+    assert misfits(config.model_copy(update={"device": "cuda"})) == []
+
+
+def make_rank_files(home: Path, tp: int, stages: list[tuple[int, int]], **more: object) -> None:
+    """The manifest of a per-rank checkpoint of LLAMA, all that is looked at."""
+    sizes = {"vocab_size": 512, "padded_vocab_size": 512, "kv_replicas": 1, "is_tied": False}
+    layout = {"tp": tp, "pp": len(stages), "stages": stages, **sizes, **more}
+    manifest = {"tool": "t", "format": "sluice", "config": {}, "files": {}, "layout": layout}
+    (home / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tp_size": 2}, ""),
+        ({"tp_size": 4}, "its files are for tp=2 pp=1, and the group has tp=4 pp=1"),
+        ({"tp_size": 4, "reshard": True}, ""),
+        ({"tp_size": 2, "stage_split": (4,)}, ""),
+        ({"engine": "pipeline", "parallel_type": "pp", "pp_size": 2}, "the group has tp=1 pp=2: run `sluice"),
+        ({"engine": "pipeline", "parallel_type": "pp", "pp_size": 2, "reshard": True}, ""),
+        ({"engine": "accelerate", "parallel_type": "custom"}, "holds files for ranks"),
+        ({"engine": "deepspeed_tp", "tp_size": 2}, "holds files for ranks"),
+    ],
+)
+def test_files_for_ranks_are_for_one_division(tmp_path: Path, fields: dict[str, object], words: str) -> None:
+    make_rank_files(tmp_path, 2, [(0, 4)])
+    found = misfits(model(tmp_path, LLAMA, **fields))
+    assert len(found) == bool(words)
+    assert all(words in problem for problem in found)
+    assert all("reshard" not in problem or "in model-config.yaml" in problem for problem in found)
+
+
+def test_stages_of_files_for_ranks(tmp_path: Path) -> None:
+    make_rank_files(tmp_path, 1, [(0, 1), (1, 4)])
+    config = model(tmp_path, LLAMA, engine="pipeline", parallel_type="pp", pp_size=2)
+    [problem] = misfits(config)
+    assert "set stageSplit: [1, 3]" in problem
+    assert misfits(config.model_copy(update={"stage_split": (1, 3)})) == []
+    [problem] = misfits(config.model_copy(update={"stage_split": (1, 1)}))
+    assert "adds to 2" in problem
+    vast = model(tmp_path, LLAMA | {"num_hidden_layers": 10**9}, engine="pipeline", pp_size=2)
+    assert misfits(vast) == [], "numbers that nobody checked are not worked with"
+
+
+def test_fp8_is_not_for_a_cpu(tmp_path: Path) -> None:
+    make_rank_files(tmp_path, 1, [(0, 4)], quantization="fp8")
+    config = model(tmp_path, LLAMA)
+    [problem] = misfits(config)
+    assert "is quantised to fp8, which is served on GPUs" in problem
+    assert misfits(config.model_copy(update={"device": "cuda"})) == []
+
+
+def test_weights_that_are_not_safetensors(tmp_path: Path) -> None:
+    config = model(tmp_path, LLAMA)
+    (tmp_path / "model.safetensors").rename(tmp_path / "consolidated.00.pth")
+    [problem] = misfits(config)
+    assert problem.startswith(f"{tmp_path / 'consolidated.00.pth'}: run `sluice convert`")
+
+
+def test_problems_carry_their_line(tmp_path: Path) -> None:
+    places = (("parallelType", "m.yaml:3"), ("parallelLevel", "m.yaml:4"), ("maxModelLen", "m.yaml:5"))
+    config = model(tmp_path, LLAMA, tp_size=3, max_model_len=9999, source="m.yaml", places=places)
+    assert [problem.split(" ")[0] for problem in misfits(config)] == ["m.yaml:4:", "m.yaml:5:"]
 
 
 def test_what_is_no_configuration_is_named(tmp_path: Path) -> None:

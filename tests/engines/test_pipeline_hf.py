@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from engines.base import UnsupportedModel
 from engines.models import hf
 from engines.models.hf_inspect import inspect_model
 from engines.models.hf_stage import HFStage, sizes_of
+from engines.models.hf_support import EXACT_TYPES, WITHOUT_PIPELINE_PLAN
 from engines.models.stages import split_layers
 from engines.pipeline import PipelineEngine
 from engines.runtime.mesh import Mesh, single
@@ -41,6 +43,12 @@ def test_stages_give_the_tokens_of_the_whole(
     model = make_hf(tmp_path / kind, kind, num_hidden_layers=LAYERS, **changes)
     with running(config_for(model, tp_size=tp, parallel_type="pptp" if tp > 1 else "pp")) as group:
         assert tokens_equal(group, model, BASE["vocab_size"])
+
+
+def test_types_without_a_pipeline_plan_are_known_by_name() -> None:
+    plans = {kind: CONFIG_MAPPING[kind].base_model_pp_plan or {} for kind in EXACT_TYPES}
+    without = [kind for kind, plan in plans.items() if set(plan) != {"embed_tokens", "layers", "norm"}]
+    assert tuple(without) == WITHOUT_PIPELINE_PLAN
 
 
 def test_a_stage_reads_its_own_weights_only(tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from gateway import check, check_show
+from engines.config import load
+from gateway import check, check_show, serve
+from gateway.workers.placement import DoesNotFit
 from tests.engines.test_config import LEVEL, PIPPY
 
 NATIVE = """\
@@ -30,7 +33,9 @@ def write(home: Path, text: str) -> Path:
 
 def make_model(home: Path) -> None:
     home.mkdir(parents=True, exist_ok=True)
-    (home / "config.json").write_text("{}")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8}
+    (home / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 64, **sizes}))
+    (home / "model.safetensors").touch()
 
 
 def test_prints_configuration_devices_and_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,12 +140,48 @@ def test_everything_wrong_is_said_at_once(
 def test_a_model_that_cannot_be_divided_does_not_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "config.json").write_text('{"num_attention_heads": 8, "num_hidden_layers": 4}')
+    make_model(tmp_path)
     text = "deviceType: cpu\nparallelType: {}\nparallelLevel: 99\n"
     for kind, words in (("tp", "8 attention heads"), ("pp", "4 layers")):
         file = write(tmp_path, text.format(kind))
         assert check.run([file], gpus=None) == check.run([file], gpus=0) == 2
-        assert capsys.readouterr().err.count(words) == 2
+        err = capsys.readouterr().err.splitlines()
+        assert [line.startswith(f"{file}:3: ") and words in line for line in err] == [True, True]
+
+
+def test_what_the_engine_would_refuse_is_refused_by_check_and_serve(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "find_spec", lambda name: name)
+    make_model(tmp_path)
+    (tmp_path / "ds.json").write_text('{"replace_with_kernel_inject": true}')
+    file = write(tmp_path, "deviceType: cpu\ndeepspeed: {config: ds.json}\n")
+    assert check.run([file], gpus=None) == 2
+    words = capsys.readouterr().err
+    assert words.startswith(f"{file}:2: kernel injection: deviceType ('cpu') has no injected kernels")
+    with pytest.raises(DoesNotFit) as refused:
+        serve.run([load(file)], serve.Options(port=0))
+    assert str(refused.value) == words.strip()
+
+
+def test_a_missing_deepspeed_file_is_said_to_decide(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "find_spec", lambda name: name)
+    make_model(tmp_path)
+    file = write(tmp_path, "deviceType: cpu\ndeepspeed: {config: no.json}\n")
+    assert check.run([file], gpus=None) == 2
+    out, err = capsys.readouterr()
+    assert f"warning: {file}:2: deepspeed.config: {tmp_path / 'no.json'} is not there: which engine" in out
+    assert err.startswith(f"{file}:2: {tmp_path / 'no.json'}: no such file; which engine serves, whether its")
+
+
+def test_devices_that_are_not_there_have_their_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, "deviceType: gpu\nmodelName: m\ndeviceIds: [5]\n")
+    assert check.run([file], gpus=2) == 2
+    assert capsys.readouterr().err.startswith(f"{file}:3: m/0: deviceIds names [5], but the machine has 2")
 
 
 def test_a_directory_given_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from engines.config import ModelConfig
@@ -180,6 +182,20 @@ def test_real_groups_beside_transformers(tmp_path: Path) -> None:
     assert deepspeed["verdict"] == "refused"
     assert "num_key_value_heads" in deepspeed["reason"]
     assert "identical" in result.output
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_the_table_breaks_no_word_where_there_is_no_terminal(is_terminal: bool) -> None:
+    parting = compare("deepspeed_tp:tp2", REFERENCE, [answer([1, 2, 3]), answer([1, 99, 3])], "float32")
+    same = compare("native:tp1", REFERENCE, REFERENCE, "float32")
+    out = io.StringIO()
+    console = Console(file=out, width=60, force_terminal=is_terminal, color_system=None)
+    parity.show(parity.Result("native:tp2", "float32", [parting, same]), console)
+    table, _, explained = out.getvalue().rpartition("\nequal tokens: ")
+    assert "identical" in table
+    assert ("prompt 1, token 1, margin 0.0001" in table) == (not is_terminal)
+    assert max(map(len, table.splitlines())) <= 60 or not is_terminal
+    assert "forced: places where, given the reference's tokens so far" in " ".join(explained.split())
 
 
 def test_a_reference_that_cannot_be_had_ends_it(tmp_path: Path) -> None:
