@@ -39,7 +39,12 @@ def test_what_is_absent_has_hugging_faces_default() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mixtral"}, "model_type .'mixtral'.*engine: deepspeed"),
+        ({"model_type": "mixtral"}, "model_type .'mixtral'.*: serve a model of these types: "),
+        (
+            {"model_type": "qwen3"},
+            "model_type .'qwen3'.*parallelType: pp or pptp .*engine: deepspeed_tp .*custom",
+        ),
+        ({"model_type": "phi"}, "model_type .'phi'.*: write engine: deepspeed_tp .*parallelType: custom"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quantization_config": {"bits": 4}}, "quantization_config.*bf16"),
