@@ -45,10 +45,23 @@ ENDLESS = 4000
 TWO_RANKS = Behaviour(num_ranks=2)
 
 
+_left_by_others: set[psutil.Process] = set()
+
+
+@pytest.fixture(autouse=True)
+def _know_what_others_left() -> None:
+    """A resource tracker, renderers of templates: they end with the session."""
+    _left_by_others.clear()
+    _left_by_others.update(psutil.Process(os.getpid()).children(recursive=True))
+
+
 def descendants() -> list[psutil.Process]:
-    """All but the resource tracker that other tests' multiprocessing leaves."""
-    children = psutil.Process(os.getpid()).children(recursive=True)
-    return [child for child in children if "multiprocessing.resource_tracker" not in str(child.cmdline())]
+    """All that this test has started."""
+    return [
+        child
+        for child in psutil.Process(os.getpid()).children(recursive=True)
+        if child not in _left_by_others
+    ]
 
 
 def guard_of() -> psutil.Process:
