@@ -140,8 +140,9 @@ def test_a_checkpoint_that_cannot_be_served_ends_the_server_with_its_name(tmp_pa
         assert server.run_dirs() == []
 
 
-def test_sigkill_of_gateway_or_launcher_leaves_nothing_behind() -> None:
-    """Hundreds of trials in tests/soak/sigkill.py."""
+def test_sigkill_of_gateway_or_launcher_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of trials, within three seconds each, in tests/soak/sigkill.py; here a busy machine has time."""
+    monkeypatch.setattr(sigkill, "LIMIT_SECONDS", 30.0)
     figures = sigkill.trials(3, 10, real=False)
     print(figures)
     assert sigkill.num_failed(figures) == 0, figures
