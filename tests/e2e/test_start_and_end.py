@@ -141,7 +141,7 @@ def test_a_checkpoint_that_cannot_be_served_ends_the_server_with_its_name(tmp_pa
 
 
 def test_sigkill_of_gateway_or_launcher_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hundreds of trials, within three seconds each, in tests/soak/sigkill.py; here a busy machine has time."""
+    """Hundreds of trials within three seconds are in tests/soak/sigkill.py; a busy machine has time."""
     monkeypatch.setattr(sigkill, "LIMIT_SECONDS", 30.0)
     figures = sigkill.trials(3, 10, real=False)
     print(figures)
