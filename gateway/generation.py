@@ -11,7 +11,6 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Literal
 
 from engines.wire import Generate, Ready, SamplingParams
@@ -71,15 +70,6 @@ async def completion_prompts(
     ]
 
 
-@dataclass(slots=True)
-class _Sequence:
-    """One choice of one prompt: what will be sent, and what came of it."""
-
-    wire: Generate
-    assembler: ChoiceAssembler
-    num_cached_tokens: int = 0
-
-
 class Generation:
     """One request underway. Iterate `events()` once."""
 
@@ -101,7 +91,7 @@ class Generation:
         """
         self._admission, self._params, self._tenant = admission, params, tenant
         self._metrics = admission.metrics
-        self._sequences: list[_Sequence] = []
+        self._sequences: list[SequenceStream] = []
         self._prompt_tokens = sum(len(prompt) for prompt in prompts)
         model = admission.model
         info = ready_groups(model)[0].info
@@ -114,7 +104,7 @@ class Generation:
             for choice, wire in enumerate(wires):
                 index = number * params.n + choice
                 assembler = ChoiceAssembler(index, model.tokenizer, params, context)
-                self._sequences.append(_Sequence(wire, assembler))
+                self._sequences.append(SequenceStream(model, wire, assembler))
         admission.require_room(tenant.name, len(self._sequences))
         tenant.take_prompt(self._prompt_tokens)
 
@@ -124,7 +114,7 @@ class Generation:
 
     def usage(self) -> Usage:
         """So far. A prompt is counted once, whatever n is."""
-        completion_tokens = sum(sequence.assembler.num_tokens for sequence in self._sequences)
+        completion_tokens = sum(sequence.num_tokens for sequence in self._sequences)
         cached = sum(sequence.num_cached_tokens for sequence in self._sequences[:: self._params.n])
         return Usage(
             prompt_tokens=self._prompt_tokens,
@@ -149,20 +139,18 @@ class Generation:
                 async for batch in batches:
                     yield batch
 
-    async def _deltas(self, sequence: _Sequence) -> AsyncGenerator[ChoiceDelta, None]:
+    async def _deltas(self, sequence: SequenceStream) -> AsyncGenerator[ChoiceDelta, None]:
         """One sequence: its wait, its group, its text; and its tokens on its key's account."""
-        wire, assembler, key = sequence.wire, sequence.assembler, self._tenant.name
+        wire, key = sequence.wire, self._tenant.name
         num_prompt = len(wire.prompt_ids) if wire.choice == 0 else 0  # the others share it
         async with self._admission.slot(key, num_prompt):
-            stream = SequenceStream(self._admission.model, wire, assembler)
             try:
-                async with aclosing(stream.deltas(self._metrics)) as deltas:
+                async with aclosing(sequence.deltas(self._metrics)) as deltas:
                     async for delta in deltas:
-                        sequence.num_cached_tokens = stream.num_cached_tokens
                         yield delta
             finally:
-                self._admission.charge(key, assembler.num_tokens)
-                self._tenant.count_answer(assembler.num_tokens)
+                self._admission.charge(key, sequence.num_tokens)
+                self._tenant.count_answer(sequence.num_tokens)
 
 
 def require_ready(model: ServedModel) -> None:

@@ -29,11 +29,12 @@ class SequenceFailed(Exception):  # noqa: N818
 
 
 class SequenceStream:
-    """One sequence, in whatever group it is, and its text."""
+    """One choice of one prompt: a sequence, in whatever group it is, and its text. Nothing is sent before
+    `deltas` is iterated."""
 
     def __init__(self, model: ServedModel, wire: Generate, assembler: ChoiceAssembler) -> None:
         self._model = model
-        self._wire = wire
+        self.wire = wire
         self._assembler = assembler
         self.num_cached_tokens = 0
 
@@ -45,7 +46,7 @@ class SequenceStream:
         """Ends after the delta with the finish reason, and aborts what is left of the sequence."""
         timer = SequenceTimer(metrics)
         reason = "abort"
-        recovery = Recovery(self._model, self._wire, metrics)
+        recovery = Recovery(self._model, self.wire, metrics)
         try:
             async with aclosing(recovery.deltas()) as source:
                 async for delta in source:

@@ -44,7 +44,7 @@ class StartFailed(Exception):  # noqa: N818
 
 @dataclass
 class Ended:
-    """All that one sequence gave."""
+    """All that one sequence gave, or has given so far."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -52,6 +52,10 @@ class Ended:
     num_cached_tokens: int | None = None
     finish_reason: str | None = None
     error: RequestError | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
 
 
 class Group:

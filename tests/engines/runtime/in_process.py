@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -21,15 +20,14 @@ from engines.runtime.scheduler import ContinuousScheduler
 from engines.wire import (
     FromWorker,
     Generate,
-    RequestError,
     Stats,
-    TokenLogprob,
     Tokens,
     ToWorker,
     encode,
     from_worker_decoder,
     to_worker_decoder,
 )
+from tests.engines.harness import Ended
 
 EOS = 1
 
@@ -39,22 +37,6 @@ def load(model: Path) -> Engine:
     values = {"model_path": str(model), "dtype": "float32", "max_model_len": None, "reshard": False}
     config = cast(ModelConfig, SimpleNamespace(**values))  # all that the engine reads of it
     return NativeEngine(config, single(), lambda fraction: None)
-
-
-@dataclass
-class Ended:
-    """What one sequence has given so far."""
-
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob | None] | None = None
-    num_cached_tokens: int | None = None
-    finish_reason: str | None = None
-    error: RequestError | None = None
-
-    @property
-    def has_ended(self) -> bool:
-        return self.finish_reason is not None or self.error is not None
 
 
 class LocalInbox:
