@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from gateway.workers.connection import listen, peer_uid
+from gateway.workers.connection import accept_peer, listen, peer_uid
 
 log = logging.getLogger(__name__)
 
@@ -126,11 +126,8 @@ async def _offer(control: socket.socket, path: Path, listener: socket.socket, ta
     loop = asyncio.get_running_loop()
     try:
         while not taken.is_set():
-            peer, _ = await loop.sock_accept(control)
+            peer = await accept_peer(control)
             with peer, contextlib.suppress(OSError):  # it went away
-                if peer_uid(peer) != os.getuid():
-                    continue
-                peer.setblocking(False)
                 socket.send_fds(peer, [_HELLO], [listener.fileno()])
                 if await loop.sock_recv(peer, len(_READY)) == _READY:
                     taken.set()

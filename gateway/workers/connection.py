@@ -7,6 +7,7 @@ apart here: per delta it costs one dictionary look-up, one append and, if its re
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import struct
@@ -229,15 +230,35 @@ def listen(path: Path) -> socket.socket:
 
 async def accept(listener: socket.socket, path: Path, connection: Connection) -> None:
     """Connect the one peer; it must be of this user. Then nobody else can: listener and path are gone."""
-    loop = asyncio.get_running_loop()
-    while True:
-        peer, _ = await loop.sock_accept(listener)
-        if peer_uid(peer) == os.getuid():
-            break
-        peer.close()
+    peer = await accept_peer(listener)
     listener.close()
     os.unlink(path)
-    await loop.connect_accepted_socket(lambda: connection, peer)
+    await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, peer)
+
+
+async def accept_peer(listener: socket.socket) -> socket.socket:
+    """The next connection of this user's; others are closed. Non-blocking, as the listener has to be.
+
+    Not `loop.sock_accept`: cancelled in the turn in which a peer arrives, that raises InvalidStateError in the
+    loop and leaks the connection."""
+    while True:
+        await _readable(listener)
+        with contextlib.suppress(BlockingIOError, InterruptedError, ConnectionAbortedError):  # it went away
+            peer, _ = listener.accept()
+            if peer_uid(peer) == os.getuid():
+                peer.setblocking(False)
+                return peer
+            peer.close()
+
+
+async def _readable(sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(sock, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(sock)
 
 
 def peer_uid(peer: socket.socket) -> int:

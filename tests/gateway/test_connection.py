@@ -24,7 +24,7 @@ from engines.wire import (
     Tokens,
     ToWorker,
 )
-from gateway.workers.connection import Connection, Inbox, Report, accept, listen
+from gateway.workers.connection import Connection, Inbox, Report, accept, accept_peer, listen
 from gateway.workers.protocol import WorkerLost
 
 pytestmark = pytest.mark.anyio
@@ -253,6 +253,23 @@ async def test_tokens_and_a_counter_that_moves_are_signs_of_a_step(peer: Peer) -
         await until(lambda n=num_reports: len(peer.reports) > n or peer.connection.num_signs > 1)  # type: ignore[misc]
         await until(lambda n=num_signs: peer.connection.num_signs == n)  # type: ignore[misc]
     assert len(peer.reports) == 4
+
+
+async def test_whom_a_cancelled_accept_did_not_take_the_next_one_takes(tmp_path: Path) -> None:
+    loop, path = asyncio.get_running_loop(), tmp_path / "gateway.sock"
+    with listen(path) as listener, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        accepting = asyncio.create_task(accept_peer(listener))
+        await asyncio.sleep(0)
+        client.connect(os.fspath(path))
+        loop.call_soon(accepting.cancel)  # in the very turn of the loop that finds the listener readable
+        await asyncio.wait([accepting])
+        assert accepting.cancelled()
+        async with asyncio.timeout(5):
+            accepted = await accept_peer(listener)
+        with accepted:
+            assert not accepted.getblocking()
+            client.sendall(b"x")
+            assert await loop.sock_recv(accepted, 1) == b"x"
 
 
 async def test_a_name_too_long_for_a_socket(tmp_path: Path) -> None:
