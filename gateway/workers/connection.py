@@ -239,8 +239,8 @@ async def accept(listener: socket.socket, path: Path, connection: Connection) ->
 async def accept_peer(listener: socket.socket) -> socket.socket:
     """The next connection of this user's; others are closed. Non-blocking, as the listener has to be.
 
-    Not `loop.sock_accept`: cancelled in the turn in which a peer arrives, that raises InvalidStateError in the
-    loop and leaks the connection."""
+    Not `loop.sock_accept`: cancelled in the turn in which a peer arrives, that raises InvalidStateError in
+    the loop and leaks the connection."""
     while True:
         await _readable(listener)
         with contextlib.suppress(BlockingIOError, InterruptedError, ConnectionAbortedError):  # it went away
