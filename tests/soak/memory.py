@@ -1,0 +1,143 @@
+"""A real `sluice serve` of the demo model under steady, mixed traffic: memory and descriptors stay flat.
+
+`--trials` are minutes. The first quarter is not counted: caches fill, allocators find their size. Over the
+rest, a line is fitted through each process's memory (unique set size: what would be freed with it), and the
+descriptors it has open at first are compared with those at last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import httpx
+import psutil
+
+from tests.e2e.server import MODEL, Server, serving
+from tests.soak import _figures
+
+CLIENTS = 4
+THINK_SECONDS = 0.2  # on average, between a client's requests
+SAMPLE_SECONDS = 5.0
+MAX_SLOPE = 1.0  # MiB an hour
+WORDS = "what is the colour of a duck and how many are three plus four please tell me now".split()  # noqa: SIM905
+
+
+@dataclass
+class Samples:
+    """Of one process: when, how much memory, how many descriptors."""
+
+    seconds: list[float] = field(default_factory=list)
+    mebibytes: list[float] = field(default_factory=list)
+    descriptors: list[int] = field(default_factory=list)
+
+    def add(self, now: float, process: psutil.Process) -> None:
+        self.seconds.append(now)
+        self.mebibytes.append(process.memory_full_info().uss / (1 << 20))
+        self.descriptors.append(process.num_fds())
+
+    def figures(self, from_second: float) -> dict[str, float]:
+        first = next(i for i, second in enumerate(self.seconds) if second >= from_second)
+        hours = [second / 3600 for second in self.seconds[first:]]
+        memory, descriptors = self.mebibytes[first:], self.descriptors[first:]
+        return {
+            "MiB at first": round(memory[0], 1),
+            "MiB at last": round(memory[-1], 1),
+            "MiB an hour": round(statistics.linear_regression(hours, memory).slope, 2),
+            "descriptors, median at first": statistics.median(descriptors[: len(descriptors) // 4 + 1]),
+            "descriptors, median at last": statistics.median(descriptors[-len(descriptors) // 4 :]),
+        }
+
+
+class Client:
+    """Requests of every kind, one after another, until the time is up."""
+
+    def __init__(self, url: str, seed: int, counts: Counter[str]) -> None:
+        self._url, self._draw, self._counts = url, random.Random(seed), counts
+
+    async def run(self, until: float) -> None:
+        async with httpx.AsyncClient(base_url=self._url, timeout=60) as client:
+            while time.monotonic() < until:
+                kind = self._draw.choice((self._chat, self._stream, self._cut, self._choices, self._refused))
+                await kind(client)
+                self._counts[kind.__name__.strip("_")] += 1
+                await asyncio.sleep(self._draw.uniform(0, 2 * THINK_SECONDS))
+
+    def _text(self) -> str:
+        return " ".join(self._draw.choices(WORDS, k=self._draw.randint(3, 60)))
+
+    def _messages(self) -> dict[str, object]:
+        return {"messages": [{"role": "user", "content": self._text()}]}
+
+    async def _post(self, client: httpx.AsyncClient, path: str, status: int, **body: object) -> None:
+        max_tokens = self._draw.randint(1, 40)
+        answer = await client.post(f"/v1/{path}", json={"model": MODEL, "max_tokens": max_tokens, **body})
+        if answer.status_code != status:
+            self._counts["failed"] += 1
+
+    async def _chat(self, client: httpx.AsyncClient) -> None:
+        await self._post(client, "chat/completions", 200, logprobs=True, top_logprobs=3, **self._messages())
+
+    async def _choices(self, client: httpx.AsyncClient) -> None:
+        await self._post(client, "completions", 200, prompt=[self._text(), self._text()], n=2)
+
+    async def _refused(self, client: httpx.AsyncClient) -> None:
+        await self._post(client, "completions", 400, prompt=self._text(), temperature=-1, logit_bias={"1": 5})
+
+    async def _stream(self, client: httpx.AsyncClient, cut_after: int | None = None) -> None:
+        body = {"model": MODEL, "max_tokens": 60, "stream": True, **self._messages()}
+        last, count = "", 0
+        async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+            async for line in response.aiter_lines():
+                last, count = line or last, count + 1
+                if count == cut_after:
+                    return  # and the connection is closed: what is left of the answer is not read
+        if last != "data: [DONE]":
+            self._counts["failed"] += 1
+
+    async def _cut(self, client: httpx.AsyncClient) -> None:
+        await self._stream(client, self._draw.randint(1, 20))
+
+
+async def _soak(server: Server, minutes: float) -> tuple[Counter[str], dict[str, Samples]]:
+    started = time.monotonic()
+    until = started + 60 * minutes
+    processes = {"gateway": psutil.Process(server.process.pid)}
+    processes |= {f"rank {rank}": process for rank, process in server.workers().items()}
+    samples = {name: Samples() for name in processes}
+    counts: Counter[str] = Counter()
+    clients = [asyncio.create_task(Client(server.url, seed, counts).run(until)) for seed in range(CLIENTS)]
+    while (now := time.monotonic()) < until:
+        for name, process in processes.items():
+            samples[name].add(now - started, process)
+        await asyncio.sleep(SAMPLE_SECONDS)
+    await asyncio.gather(*clients)
+    return counts, samples
+
+
+def run(minutes: int) -> dict[str, object]:
+    with serving("--kv-cache-memory", "64MiB") as server:  # small: soon every page of it has been written
+        counts, samples = asyncio.run(_soak(server, minutes))
+    figures = {name: of.figures(15 * minutes) for name, of in samples.items()}
+    growing = [name for name, of in figures.items() if of["MiB an hour"] >= MAX_SLOPE]
+    leaking = [
+        name
+        for name, of in figures.items()
+        if of["descriptors, median at last"] > of["descriptors, median at first"] + 1  # a client between two
+    ]
+    return {
+        "minutes": minutes,
+        "requests": counts,
+        "processes": figures,
+        "growing": growing,
+        "leaking descriptors": leaking,
+        "failed": counts["failed"] + len(growing) + len(leaking),
+    }
+
+
+if __name__ == "__main__":
+    _figures.main("memory", __doc__, 60, run)
