@@ -51,6 +51,7 @@ class Generate(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, ta
     group: str = ""  # sequences of one group share a prompt: its K/V is computed once
     resume_token_ids: list[int] = []  # already delivered by a group that died; never sent again
     prompt_logprobs: int | None = None
+    grammar: str = ""  # of llguidance: what may be generated; empty: anything
     cache_salt: bytes = b""  # prefix blocks are shared only between equal salts
 
 

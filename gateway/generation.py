@@ -190,6 +190,7 @@ def _wire_requests(
             sampling=sampling,
             choice=choice,
             group=group,
+            grammar=params.grammar or "",
             cache_salt=cache_salt,
         )
         for choice in range(params.n)

@@ -44,6 +44,7 @@ class GenerationParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     logprobs: int | None = None  # None: none; k: the token's own and the k likeliest
+    grammar: str | None = None  # of llguidance, that the text must match: Lark, or JSON with "grammars"
 
 
 @dataclass(frozen=True, slots=True)
