@@ -30,6 +30,10 @@ class BadCheckpoint(ValueError):  # noqa: N818
     """A weight file is missing, truncated, corrupt or of the wrong shape. Names file and tensor."""
 
 
+COPY_AGAIN = "copy or download it again, and compare its size or sha256 with the original's"
+"""What to do with a file that is damaged."""
+
+
 @dataclass(frozen=True, slots=True)
 class KVSpec:
     """The paged K/V that this rank needs: one entry of `devices` a layer that it holds (pp), and the

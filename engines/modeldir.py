@@ -60,7 +60,7 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: no such file; a model directory holds config.json and *.safetensors"
         ) from None
     except (OSError, ValueError) as error:
-        raise BadModelDir(f"{path}: cannot be read as JSON: {error}") from None
+        raise BadModelDir(f"{path}: cannot be read as JSON: {error}: copy or download it again") from None
     if not isinstance(value, dict):
         raise BadModelDir(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value

@@ -36,6 +36,31 @@ def misfits(config: ModelConfig) -> list[str]:
     return [problem for check in checks for problem in check(config, shape)]
 
 
+def no_model(config: ModelConfig) -> str:
+    """What to do where there is no config.json: the command, for what can be converted."""
+    root = Path(config.model_path)
+    wrong = f"no model at {root} (no config.json there)"
+    if any(root.glob("consolidated*.pth")):
+        return f"the model at {root} is in Meta's format; remedy: {_convert(config)}"
+    if any(root.glob("*.safetensors")) or any(root.glob("pytorch_model*.bin")):
+        return f"{wrong}; remedy: put the config.json there that belongs to the weights"
+    named = "set handler.model_path (or modelPath) to" if config.source else "give"
+    return f"{wrong}; remedy: {named} a local model directory in Hugging Face format"
+
+
+def _convert(config: ModelConfig) -> str:
+    """The remedy for a Llama in Meta's format: files for these ranks where the engine maps such."""
+    root = Path(config.model_path)
+    if config.engine not in ("native", "pipeline"):
+        return layout.convert_first(root)
+    sizes = {"--tp": config.tp_size, "--pp": config.pp_size}
+    options = [word for name, size in sizes.items() if size > 1 for word in (name, str(size))]
+    split = config.stage_split
+    if config.pp_size > 1 and split != "work":
+        options += ["--stage-split", split if isinstance(split, str) else ",".join(map(str, split))]
+    return layout.convert_first(root, "--to", "sluice", *options)
+
+
 def _with_fallback(config: ModelConfig) -> ModelConfig:
     """As the engine that serves where kernel injection cannot, if that is allowed."""
     falls_back = config.engine == "deepspeed_inject" and config.deepspeed and config.deepspeed.fallback

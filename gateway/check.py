@@ -137,9 +137,7 @@ def _missing_here(config: ModelConfig) -> Iterator[tuple[tuple[str, ...], str]]:
         wrong = f"engine {config.engine} needs the package {package}, which is not installed"
         yield _ENGINE_KEYS, f"{wrong}; remedy: {remedy}"
     if not Path(config.model_path, "config.json").is_file():
-        named = "set handler.model_path (or modelPath) to" if config.source else "give"
-        remedy = f"{named} a local model directory in Hugging Face format"
-        yield _MODEL_KEYS, f"no model at {config.model_path} (no config.json there); remedy: {remedy}"
+        yield _MODEL_KEYS, modelfit.no_model(config)
     files = (
         (("chatTemplate", "handler.chat_template"), config.chat_template, ""),
         (("deepspeed.config",), config.deepspeed.config if config.deepspeed else None, _DEEPSPEED_FILE),

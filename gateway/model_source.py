@@ -12,6 +12,7 @@ from engines.config_resolve import resolve_directory
 
 DEMO_NAME = "sluice-demo"
 WANTED_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model")  # never pickles
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 UNWANTED_FILES = ("*/*",)  # other formats of the same weights live in folders
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -33,6 +34,8 @@ def resolve(source: str | None, flags: Mapping[str, object]) -> ModelConfig:
     if source is None:
         return resolve_directory(demo_directory(), {"model_name": DEMO_NAME, **flags}, None)
     path = Path(source)
+    if path.is_file() and path.suffix in WEIGHT_SUFFIXES:
+        raise _problem(source, "is one file of a model", f"give its directory: {path.absolute().parent}")
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         return load(path, flags)
     if path.is_dir():
@@ -81,7 +84,9 @@ def download(source: str) -> Path:
         raise _problem(source, f"cannot be downloaded: {_first_line(error)}", _LOCAL) from None
     if not any(directory.glob("*.safetensors")):
         raise _problem(
-            source, "has no safetensors files", "choose a repository that has; pickles are not read"
+            source,
+            "has no safetensors files",
+            "choose a repository that has, or download it whole and run `sluice convert`",
         )
     return directory
 

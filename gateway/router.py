@@ -110,7 +110,8 @@ def load_served_model(
     if path is None:
         raise FileNotFoundError(
             f"{model_dir / 'tokenizer.json'}: not found; the gateway needs the fast tokenizer"
-            " (save it with save_pretrained)"
+            " (save it with save_pretrained; `sluice convert` makes it of the tokenizer.model beside the"
+            " weights, or of what --tokenizer names)"
         )
     template = load_chat_template(model_dir, chat_template)
     return ServedModel(

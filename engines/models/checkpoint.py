@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engines.base import BadCheckpoint
+from engines.base import COPY_AGAIN, BadCheckpoint
 from engines.modeldir import BadModelDir, read_json
-from engines.models.layout import CONVERT, INDEX_NAME, PICKLE_SUFFIXES, SINGLE_NAME, no_whole_tensors
+from engines.models.layout import INDEX_NAME, PICKLE_SUFFIXES, SINGLE_NAME, convert_first, no_whole_tensors
 from engines.models.names import IGNORED_SUFFIXES, Slice, TensorSpec
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -63,26 +63,41 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             start = file.read(_LENGTH.size)
             if len(start) < _LENGTH.size:
                 _refuse_pickle(path, start)
-                raise BadCheckpoint(f"{path}: truncated: {len(start)} bytes are not even a header")
+                wrong = f"{path}: truncated: {len(start)} bytes are not even a header"
+                raise BadCheckpoint(f"{wrong}: {COPY_AGAIN}")
             (length,) = _LENGTH.unpack(start)
             if length > min(_MAX_HEADER_BYTES, path.stat().st_size - _LENGTH.size):
                 _refuse_pickle(path, start)  # not before: a length may begin as pickles do, 640 for one
-                raise BadCheckpoint(f"{path}: corrupt or truncated: its header claims {length} bytes")
+                refuse_stand_in(path, start)
+                raise BadCheckpoint(
+                    f"{path}: corrupt or truncated: its header claims {length} bytes: {COPY_AGAIN}"
+                )
             header = json.loads(file.read(length))
     except FileNotFoundError:
-        raise BadCheckpoint(f"{path}: no such file") from None
+        raise BadCheckpoint(f"{path}: no such file: copy or download it as well") from None
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, BadCheckpoint):
             raise
-        raise BadCheckpoint(f"{path}: corrupt header: {error}") from None
+        raise BadCheckpoint(f"{path}: corrupt header: {error}: {COPY_AGAIN}") from None
     if not isinstance(header, dict):
-        raise BadCheckpoint(f"{path}: corrupt header: expected a JSON object")
+        raise BadCheckpoint(f"{path}: corrupt header: expected a JSON object: {COPY_AGAIN}")
     return header, _LENGTH.size + length
 
 
 def _refuse_pickle(path: Path, start: bytes) -> None:
     if start.startswith(_PICKLE_MAGIC):
-        raise BadCheckpoint(f"{path}: holds a pickle, whatever its name says: {CONVERT}")
+        raise BadCheckpoint(
+            f"{path}: holds a pickle, whatever its name says: name it pytorch_model.bin, and "
+            f"{convert_first(path.parent)}"
+        )
+
+
+def refuse_stand_in(path: Path, start: bytes) -> None:
+    """Raises BadCheckpoint for what downloads leave in a file's place. `start`: its first bytes."""
+    if start.startswith(b"version "):
+        raise BadCheckpoint(f"{path}: is a pointer of Git LFS, not the weights: run `git lfs pull` beside it")
+    if start.lstrip()[:1] == b"<":
+        raise BadCheckpoint(f"{path}: is a web page, not the weights: {COPY_AGAIN}")
 
 
 def _entry(path: Path, name: str, entry: Any, data_start: int, data_bytes: int) -> StoredTensor:
@@ -91,12 +106,15 @@ def _entry(path: Path, name: str, entry: Any, data_start: int, data_bytes: int) 
         shape = tuple(int(size) for size in entry["shape"])
         in_order = type(begin) is type(end) is int and 0 <= begin <= end and min(shape, default=0) >= 0
     except (TypeError, KeyError, ValueError) as error:
-        raise BadCheckpoint(f"{path}: tensor {name}: corrupt header entry: {error!r}") from None
+        wrong = f"{path}: tensor {name}: corrupt header entry: {error!r}"
+        raise BadCheckpoint(f"{wrong}: {COPY_AGAIN}") from None
     if not in_order:
-        raise BadCheckpoint(f"{path}: tensor {name}: corrupt header entry: bytes {begin} to {end}")
+        wrong = f"{path}: tensor {name}: corrupt header entry: bytes {begin} to {end}"
+        raise BadCheckpoint(f"{wrong}: {COPY_AGAIN}")
     if end > data_bytes:
         raise BadCheckpoint(
-            f"{path}: tensor {name}: truncated: it ends at byte {end} of the data, the file has {data_bytes}"
+            f"{path}: tensor {name}: truncated: it ends at byte {end} of the data, "
+            f"the file has {data_bytes}: {COPY_AGAIN}"
         )
     return StoredTensor(path, dtype, shape, data_start + begin, end - begin)
 
@@ -138,7 +156,7 @@ class Checkpoint:
             )
         path, root = self.root / name, self.root.resolve()
         if path.suffix in PICKLE_SUFFIXES:
-            raise BadCheckpoint(f"{path}: {CONVERT}")
+            raise BadCheckpoint(f"{path}: {convert_first(self.root)}")
         if path.resolve().parent not in (root, root.parent.parent / "blobs"):
             raise BadCheckpoint(
                 f"{path}: is a link that leads out of the model directory: copy the file there"

@@ -6,16 +6,17 @@ same functions. Only names of files and manifest.json are looked at.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from engines.base import BadCheckpoint, UnsupportedModel
+from engines.models.config import is_llama
 from engines.models.manifest import FORMAT, MANIFEST_NAME, Layout, read_manifest
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
-CONVERT = "run `sluice convert` on it: the server does not read pickled weights"
 
 
 def layout_of(root: Path) -> Layout | None:
@@ -28,6 +29,17 @@ def layout_of(root: Path) -> Layout | None:
     return manifest.layout
 
 
+def convert_first(root: Path, *options: str) -> str:
+    """The remedy for weights that the server does not read. `options` of the conversion; without, to whole
+    safetensors, which every engine and division reads."""
+    target = f"{root}-{'sluice' if options else 'hf'}"
+    command = shlex.join(["sluice", "convert", str(root), target, *(options or ("--to", "hf"))])
+    remedy = f"run `{command}`, and serve {target}"
+    if (root / "config.json").is_file() and not is_llama(root):
+        remedy = "load it with transformers, and save it as safetensors with save_pretrained"
+    return f"{remedy}: the server does not read pickled weights"
+
+
 def check_whole(root: Path) -> None:
     """Raises BadCheckpoint where there are no safetensors files of whole tensors."""
     if not any((root / name).exists() for name in (INDEX_NAME, SINGLE_NAME)):
@@ -38,13 +50,19 @@ def no_whole_tensors(root: Path) -> BadCheckpoint:
     """Says what is there instead, and the remedy."""
     pickled = sorted(path.name for path in root.glob("*") if path.suffix in PICKLE_SUFFIXES)
     if pickled:
-        return BadCheckpoint(f"{root / pickled[0]}: {CONVERT}")
+        return BadCheckpoint(f"{root / pickled[0]}: {convert_first(root)}")
     if (root / MANIFEST_NAME).exists():
         return BadCheckpoint(
             f"{root}: holds files for ranks, which engines native and pipeline read: "
             f"for another engine, run `sluice convert {root} {root}-hf --to hf`"
         )
-    return BadCheckpoint(f"{root}: holds neither {SINGLE_NAME} nor {INDEX_NAME}")
+    shards = sorted(path.name for path in root.glob("*.safetensors"))
+    beside = f" (but {shards[0]})" if shards else ""
+    wanted = f"{INDEX_NAME}, and all shards that it names" if shards else "the model's safetensors"
+    return BadCheckpoint(
+        f"{root}: holds neither {SINGLE_NAME} nor {INDEX_NAME}{beside}: download {wanted}, from where its "
+        "config.json is from"
+    )
 
 
 def check_files(root: Path, stages: Sequence[range], tp: int, *, is_cpu: bool, reshard: bool) -> None:

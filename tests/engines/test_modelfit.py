@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engines.base import UnsupportedModel
 from engines.config import DeepSpeedSection, ModelConfig
 from engines.modeldir import BadModelDir
-from engines.modelfit import misfits
+from engines.modelfit import misfits, no_model
 from engines.models.config import LlamaConfig
 
 LLAMA: dict[str, object] = {
@@ -195,7 +196,50 @@ def test_weights_that_are_not_safetensors(tmp_path: Path) -> None:
     config = model(tmp_path, LLAMA)
     (tmp_path / "model.safetensors").rename(tmp_path / "consolidated.00.pth")
     [problem] = misfits(config)
-    assert problem.startswith(f"{tmp_path / 'consolidated.00.pth'}: run `sluice convert`")
+    command = f"sluice convert {tmp_path} {tmp_path}-hf --to hf"
+    assert problem.startswith(f"{tmp_path / 'consolidated.00.pth'}: run `{command}`, and serve {tmp_path}-hf")
+
+
+def test_other_types_in_pickles_are_for_transformers(tmp_path: Path) -> None:
+    config = model(tmp_path, LLAMA | {"model_type": "qwen2"}, engine="accelerate")
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    [problem] = misfits(config)
+    assert problem.startswith(f"{tmp_path / 'pytorch_model.bin'}: load it with transformers, and save it")
+    assert "sluice convert" not in problem
+
+
+@pytest.mark.parametrize(
+    ("settings", "target", "options"),
+    [
+        ({}, "sluice", "--to sluice"),
+        ({"tp_size": 4}, "sluice", "--to sluice --tp 4"),
+        ({"engine": "pipeline", "pp_size": 3, "tp_size": 2}, "sluice", "--to sluice --tp 2 --pp 3"),
+        (
+            {"engine": "pipeline", "pp_size": 2, "stage_split": (1, 3)},
+            "sluice",
+            "--to sluice --pp 2 --stage-split 1,3",
+        ),
+        ({"engine": "deepspeed_tp", "tp_size": 2}, "hf", "--to hf"),
+    ],
+)
+def test_of_metas_format_the_command_that_makes_what_this_group_reads(
+    tmp_path: Path, settings: dict[str, Any], target: str, options: str
+) -> None:
+    root = tmp_path / "my model"
+    root.mkdir()
+    config = model(root, LLAMA, **settings)
+    (root / "config.json").unlink()
+    (root / "model.safetensors").rename(root / "consolidated.00.pth")
+    command = f"sluice convert '{root}' '{root}-{target}' {options}"
+    assert f"run `{command}`, and serve {root}-{target}" in no_model(config)
+
+
+def test_weights_without_a_config_need_theirs(tmp_path: Path) -> None:
+    config = model(tmp_path, LLAMA)
+    (tmp_path / "config.json").unlink()
+    assert "remedy: put the config.json there that belongs to the weights" in no_model(config)
+    (tmp_path / "model.safetensors").unlink()
+    assert "give a local model directory in Hugging Face format" in no_model(config)
 
 
 def test_problems_carry_their_line(tmp_path: Path) -> None:

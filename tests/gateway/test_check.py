@@ -205,3 +205,12 @@ def test_names_may_not_clash(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_needs_no_torch() -> None:
     code = "import sys; from gateway import check; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_metas_checkpoint_is_answered_with_the_command_that_converts_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "consolidated.00.pth").touch()
+    assert check.run([tmp_path], gpus=None) == 2
+    command = f"sluice convert {tmp_path} {tmp_path}-sluice --to sluice"
+    assert f"run `{command}`, and serve {tmp_path}-sluice" in capsys.readouterr().err

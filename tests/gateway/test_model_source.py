@@ -89,3 +89,11 @@ def test_a_path_in_a_directory_that_exists_is_not_looked_up_on_the_hub(
     with pytest.raises(ConfigError, match="neither a directory nor a file"):
         resolve("models/llama", {})
     assert hub.calls == []
+
+
+def test_one_file_of_a_model_is_answered_with_its_directory(tmp_path: Path) -> None:
+    (tmp_path / "consolidated.00.pth").write_bytes(b"PK")
+    with pytest.raises(
+        ConfigError, match=rf"is one file of a model; remedy: give its directory: {tmp_path}$"
+    ):
+        resolve(str(tmp_path / "consolidated.00.pth"), {})

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engines.base import BadCheckpoint
+from engines.base import COPY_AGAIN, BadCheckpoint
 from engines.models.checkpoint import Checkpoint
 from engines.models.config import LlamaConfig
 from engines.models.names import RULES, Placement, Slice, expected_tensors, slice_of
@@ -78,6 +78,19 @@ def leave_only_a_bin(directory: Path) -> None:
     (directory / WEIGHTS).rename(directory / "pytorch_model.bin")
 
 
+def leave_a_shard(directory: Path) -> None:
+    (directory / WEIGHTS).rename(directory / "model-00001-of-00002.safetensors")
+
+
+def leave_a_pointer(directory: Path) -> None:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 16060556376\n"
+    (directory / WEIGHTS).write_text(text)
+
+
+def leave_a_web_page(directory: Path) -> None:
+    (directory / WEIGHTS).write_text("<!doctype html><title>Access denied</title>")
+
+
 def quantise(tensors: dict[str, torch.Tensor]) -> None:
     tensors[NORM] = tensors[NORM].to(torch.int8)
 
@@ -85,14 +98,17 @@ def quantise(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, rf"{WEIGHTS}: tensor [\w.]+: truncated"),
-        (shrink_to_nothing, rf"{WEIGHTS}: truncated: 2 bytes"),
-        (garble_header, rf"{WEIGHTS}: corrupt header"),
-        (claim_a_huge_header, rf"{WEIGHTS}: corrupt or truncated"),
+        (truncate, rf"{WEIGHTS}: tensor [\w.]+: truncated.*: {COPY_AGAIN}"),
+        (shrink_to_nothing, rf"{WEIGHTS}: truncated: 2 bytes.*: {COPY_AGAIN}"),
+        (garble_header, rf"{WEIGHTS}: corrupt header.*: {COPY_AGAIN}"),
+        (claim_a_huge_header, rf"{WEIGHTS}: corrupt or truncated.*: {COPY_AGAIN}"),
+        (leave_a_pointer, rf"{WEIGHTS}: is a pointer of Git LFS, not the weights: run `git lfs pull`"),
+        (leave_a_web_page, rf"{WEIGHTS}: is a web page, not the weights: {COPY_AGAIN}"),
         (overlap_offsets, rf"{WEIGHTS}: tensor [\w.]+: cannot be read"),
         (rename_a_pickle, rf"{WEIGHTS}: holds a pickle.*sluice convert"),
         (rename_a_torch_zip, rf"{WEIGHTS}: holds a pickle.*sluice convert"),
-        (leave_only_a_bin, r"pytorch_model\.bin: run `sluice convert`"),
+        (leave_only_a_bin, r"pytorch_model\.bin: run `sluice convert (\S+) \1-hf --to hf`, and serve \1-hf"),
+        (leave_a_shard, r"holds neither .* \(but model-00001-of-00002\.\w+\): download model\.\w+\.index"),
         (lambda d: (d / WEIGHTS).unlink(), r"holds neither model\.safetensors nor"),
         (lambda d: edit(d, lambda t: t.pop(NORM)), f"tensor {NORM}: missing"),
         (
