@@ -92,6 +92,7 @@ GENERATION = tuple(
     f"gateway.{name}"
     for name in ("generation", "sequence_stream", "choice", "merge", "recovery", "admission", "tenant")
 )
+HELPER = ("gateway.helper", "gateway.helper_process")  # processes that the kernel bounds
 WEB = ("fastapi", "starlette", "uvicorn", "sse_starlette")
 
 LAYERS = {
@@ -101,7 +102,7 @@ LAYERS = {
     "registry": Layer(("engines.registry",), ()),
     "guard": Layer(("engines.guard",), ()),
     "protocol": Layer(("gateway.protocol",), ("gateway.protocol", "engines.bounds"), WEB),
-    "prompt": Layer(("gateway.prompt",), ("gateway.prompt",), WEB),
+    "prompt": Layer(("gateway.prompt",), ("gateway.prompt", *HELPER), WEB),
     "workers": Layer(("gateway.workers",), ("gateway.workers", "gateway.errors", *SHARED), WEB),
     "generation": Layer(
         GENERATION,

@@ -1,0 +1,108 @@
+"""Work on what somebody else wrote, bounded in time and memory: the gateway's end of a helper process.
+
+A thread could not be stopped; a process can, and the kernel does it. See gateway/helper_process.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import weakref
+from typing import Any
+
+from gateway.helper_process import LENGTH
+
+_STUCK_SECONDS = 60.0  # by the clock: the process does not even get to run
+_MAX_REPLY = 256 << 20
+
+
+class HelperKilled(Exception):  # noqa: N818
+    """A question took more time or memory than the helper has."""
+
+
+class Helper:
+    """Asks a process that runs `module`, one question at a time. The process starts with the first one, or
+    with `start`, and ends with this object; when a question kills it, the next one has another."""
+
+    def __init__(self, module: str, job: object) -> None:
+        """`job` is what the process is told first, as JSON."""
+        self._module, self._job = module, _frame(job)
+        self._process: _Process | None = None
+        self._lock = asyncio.Lock()
+
+    def start(self) -> None:
+        """So that the first question need not wait."""
+        self._process = self._process or self._new_process()
+
+    async def ask(self, question: object) -> dict[str, Any]:
+        """The answer. Raises HelperKilled."""
+        async with self._lock:
+            process = self._process or self._new_process()
+            self._process = None  # unless it is fit for another one
+            try:
+                async with asyncio.timeout(_STUCK_SECONDS):
+                    answer = await process.ask(question)
+            except (OSError, EOFError, TimeoutError, ValueError) as error:
+                process.end()
+                raise HelperKilled from error
+            except BaseException:
+                process.end()
+                raise
+            self._process = process
+        return answer
+
+    def _new_process(self) -> _Process:
+        return _Process(self._module, self._job)
+
+
+class _Process:
+    def __init__(self, module: str, job: bytes) -> None:
+        self._sock, theirs = socket.socketpair()
+        with theirs:
+            popen = subprocess.Popen(
+                [sys.executable, "-m", module],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is the gateway's
+            )
+        self.end = weakref.finalize(self, _end, popen, self._sock)
+        self._sock.setblocking(False)
+        self._unsent = job  # goes out with the first question: here nobody can wait
+
+    async def ask(self, question: object) -> dict[str, Any]:
+        """Raises OSError or EOFError when the process has been killed, ValueError when it babbles."""
+        loop = asyncio.get_running_loop()
+        content, self._unsent = self._unsent + _frame(question), b""
+        await loop.sock_sendall(self._sock, content)
+        (length,) = LENGTH.unpack(await self._read(LENGTH.size))
+        if length > _MAX_REPLY:
+            raise ValueError("an endless reply")
+        answer = json.loads(await self._read(length))
+        if not isinstance(answer, dict):
+            raise ValueError("no reply of ours")
+        return answer
+
+    async def _read(self, num_bytes: int) -> bytes:
+        loop = asyncio.get_running_loop()
+        content = bytearray()
+        while len(content) < num_bytes:
+            part = await loop.sock_recv(self._sock, min(num_bytes - len(content), 1 << 20))
+            if not part:
+                raise EOFError
+            content += part
+        return bytes(content)
+
+
+def _frame(content: object) -> bytes:
+    body = json.dumps(content, ensure_ascii=False).encode()
+    return LENGTH.pack(len(body)) + body
+
+
+def _end(popen: subprocess.Popen[bytes], sock: socket.socket) -> None:
+    sock.close()
+    popen.kill()
+    popen.wait()
