@@ -90,7 +90,17 @@ SHARED = (
 SCHEDULING = tuple(f"engines.runtime.{name}" for name in TORCH_FREE_RUNTIME)
 GENERATION = tuple(
     f"gateway.{name}"
-    for name in ("generation", "sequence_stream", "choice", "merge", "recovery", "admission", "tenant")
+    for name in (
+        "generation",
+        "prompts",
+        "sequences",
+        "sequence_stream",
+        "choice",
+        "merge",
+        "recovery",
+        "admission",
+        "tenant",
+    )
 )
 HELPER = ("gateway.helper", "gateway.helper_process")  # processes that the kernel bounds
 WEB = ("fastapi", "starlette", "uvicorn", "sse_starlette")

@@ -9,7 +9,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from gateway.choice import ChoiceDelta
-from gateway.generation import Generation, chat_prompt, collect, require_ready
+from gateway.generation import Generation, collect
+from gateway.prompts import chat_prompt, require_ready
 from gateway.protocol.chat import (
     ROLE_DELTA,
     ChatChoice,

@@ -9,7 +9,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from gateway.choice import ChoiceDelta
-from gateway.generation import Generation, collect, completion_prompts, require_ready
+from gateway.generation import Generation, collect
+from gateway.prompts import completion_prompts, require_ready
 from gateway.protocol.common import encoder, parse_body
 from gateway.protocol.completions import Completion, CompletionChoice, CompletionRequest, completion_logprobs
 from gateway.routes.common import Answer, gateway_of, json_response, new_answer, tenant_of

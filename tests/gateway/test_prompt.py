@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from gateway.generation import NoChatTemplate, chat_prompt, completion_prompts
 from gateway.prompt import tokenizer as ours
 from gateway.prompt.renderer import Renderer
 from gateway.prompt.template import BadTemplate, ChatTemplate, TemplateRefused, load_chat_template
 from gateway.prompt.tokenizer import ControlTokenInText
+from gateway.prompts import NoChatTemplate, chat_prompt, completion_prompts
 from gateway.router import ServedModel, load_served_model
 from tests.gateway.serving import CONTROL_TOKENS, LINES, make_model_dir, make_served
 
