@@ -50,7 +50,9 @@ class Generate(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, ta
     choice: int = 0
     group: str = ""  # sequences of one group share a prompt: its K/V is computed once
     resume_token_ids: list[int] = []  # already delivered by a group that died; never sent again
-    prompt_logprobs: int | None = None
+    prompt_logprobs: int | None = (
+        None  # of the prompt's tokens: None: none; k: each one's own and the k likeliest
+    )
     grammar: str = ""  # of llguidance: what may be generated; empty: anything
     cache_salt: bytes = b""  # prefix blocks are shared only between equal salts
 
@@ -91,7 +93,8 @@ class TokenDelta(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     finish_reason: FinishReason | None = None
     is_stop_token: bool = False  # the last of token_ids ended the sequence: count it, do not show it
     num_cached_tokens: int | None = None  # on the first delta: prompt tokens read from the prefix cache
-    prompt_logprobs: list[TokenLogprob | None] | None = None
+    prompt_logprobs: list[TokenLogprob | None] = []  # of the next prompt tokens, the very first's is None;
+    # as they are computed, all of them before or with the first generated token
     error: RequestError | None = None
 
 

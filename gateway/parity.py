@@ -217,10 +217,10 @@ async def _scores(group: _Served, id: str, prompt: list[int], tokens: list[int])
         sampling=_GREEDY,
         prompt_logprobs=NUM_TOP,
     )
-    found = [d.prompt_logprobs for d in await group.deltas(request) if d.prompt_logprobs is not None]
+    found = [score for delta in await group.deltas(request) for score in delta.prompt_logprobs]
     if not found:
         raise _NotServed(Verdict.FAILED, "it gave no log-probabilities of the prompt")
-    return [score for score in found[0][len(prompt) :] if score is not None]
+    return [score for score in found[len(prompt) :] if score is not None]
 
 
 async def _ask_transformers(base: ModelConfig, prompts: Sequence[list[int]], max_tokens: int) -> list[Answer]:

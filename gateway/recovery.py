@@ -47,6 +47,8 @@ class Recovery:
         self._group: WorkerGroup | None = None  # that it was last sent to
         self._fingerprint: str | None = None
         self._delivered: list[int] = []
+        self._num_prompt_logprobs = 0  # delivered
+        self._num_repeated = 0  # of those, how many the group will send again
         self._num_deaths = 0
 
     async def deltas(self) -> AsyncGenerator[TokenDelta, None]:
@@ -63,6 +65,8 @@ class Recovery:
             try:
                 async with aclosing(self._send(group)) as deltas:
                     async for delta in deltas:
+                        if delta.prompt_logprobs:
+                            delta = self._without_repeated(delta)
                         self._delivered += delta.token_ids
                         yield delta
                 return
@@ -92,9 +96,17 @@ class Recovery:
     def _send(self, group: WorkerGroup) -> AsyncGenerator[TokenDelta, None]:
         assert group.info is not None, "a ready group has said what it is"
         self._group, self._fingerprint = group, group.info.fingerprint
+        self._num_repeated = self._num_prompt_logprobs
         request = msgspec.structs.replace(self._request, resume_token_ids=[*self._delivered])
         # The protocol says that it can be closed; an AsyncIterator's type does not.
         return cast("AsyncGenerator[TokenDelta, None]", group.generate(request))
+
+    def _without_repeated(self, delta: TokenDelta) -> TokenDelta:
+        """A group that died while it scored the prompt had sent a part of that; the next one begins anew."""
+        new = delta.prompt_logprobs[self._num_repeated :]
+        self._num_repeated = max(0, self._num_repeated - len(delta.prompt_logprobs))
+        self._num_prompt_logprobs += len(new)
+        return msgspec.structs.replace(delta, prompt_logprobs=new)
 
     def _count_death(self, error: WorkerLost) -> None:
         self._num_deaths += 1

@@ -119,12 +119,12 @@ def _input_ids(chunk: Chunk) -> Iterable[int]:
 
 def _add_prompt_rows(rows: _Rows, chunk: Chunk, offset: int) -> None:
     """Rows for the prompt positions of this chunk whose log-probabilities are asked for and not yet had."""
-    collected = chunk.sequence.prompt_logprobs
-    if collected is None:
+    num_scored = chunk.sequence.num_scored
+    if num_scored is None:
         return
     request = chunk.sequence.request
     params = _scoring_params(request.prompt_logprobs or 0)
-    first = max(chunk.start, len(collected) - 1)
+    first = max(chunk.start, num_scored - 1)
     last = min(chunk.end, len(request.prompt_ids) - 1)
     for position in range(first, last):
         target = request.prompt_ids[position + 1]

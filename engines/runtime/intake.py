@@ -66,7 +66,8 @@ class Intake:
             max_len=min(len(request.prompt_ids) + request.max_tokens, self.max_model_len),
             stop_ids=eos_ids.union(request.stop_token_ids),
             hash_root=self._hash_root(request),
-            prompt_logprobs=[None] if scores_prompt else None,
+            num_scored=1 if scores_prompt else None,
+            prompt_logprobs=[None] if scores_prompt else [],
             has_reported=bool(request.resume_token_ids),
         )
 
@@ -112,5 +113,5 @@ def _ended_before(sequence: Sequence) -> FinishReason | None:
     """Why there is nothing left to generate: what was resumed had ended, or no token is wanted."""
     if sequence.request.resume_token_ids and sequence.token_ids[-1] in sequence.stop_ids:
         return "stop"
-    wants_nothing = len(sequence.token_ids) >= sequence.max_len and sequence.prompt_logprobs is None
+    wants_nothing = len(sequence.token_ids) >= sequence.max_len and sequence.num_scored is None
     return "length" if wants_nothing else None

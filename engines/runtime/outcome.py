@@ -39,7 +39,7 @@ def _take_result(chunk: Chunk, token_ids: list[int], result: StepResult) -> Toke
         return _take_tokens(chunk, token_ids, result)
     if chunk.end == sequence.max_len:  # only its prompt was wanted
         return _delta(sequence, [], [], "length")
-    return None
+    return _delta(sequence, [], [], None) if sequence.prompt_logprobs else None
 
 
 def has_ended(delta: TokenDelta) -> bool:
@@ -76,6 +76,7 @@ def _delta(
 ) -> TokenDelta:
     is_first = not sequence.has_reported
     sequence.has_reported = True
+    prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, []
     return TokenDelta(
         id=sequence.request.id,
         token_ids=tokens,
@@ -83,7 +84,7 @@ def _delta(
         finish_reason=reason,
         is_stop_token=reason == "stop",
         num_cached_tokens=sequence.num_cached_tokens if is_first else None,
-        prompt_logprobs=sequence.prompt_logprobs if is_first else None,
+        prompt_logprobs=prompt_logprobs,
     )
 
 
@@ -93,10 +94,11 @@ def _first_error(chunk: Chunk, result: StepResult) -> str | None:
 
 
 def _collect_prompt_logprobs(chunk: Chunk, result: StepResult) -> None:
-    collected = chunk.sequence.prompt_logprobs
-    assert collected is not None, "prompt rows without a request for them"
+    sequence = chunk.sequence
+    assert sequence.num_scored is not None, "prompt rows without a request for them"
     rows = range(chunk.first_row, chunk.first_row + chunk.num_prompt_rows)
-    collected.extend(result.logprobs[row] for row in rows)
+    sequence.prompt_logprobs.extend(result.logprobs[row] for row in rows)
+    sequence.num_scored += chunk.num_prompt_rows
 
 
 def _logprobs(sequence: Sequence, first_row: int, count: int, result: StepResult) -> list[TokenLogprob]:

@@ -32,8 +32,9 @@ def sample(logits: Tensor, rows: Sequence[RowSampling], row_use: Sequence[int]) 
         rows: how to treat each row.
         row_use: RowUse of each row; only rows for SAMPLE and VERIFY draw.
     """
-    raw = logits.log_softmax(-1) if any(row.params.logprobs is not None for row in rows) else None
     errors: dict[int, str] = {}
+    asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    raw = _log_softmax(logits, asked)  # before anything is adjusted
     drawn = [i for i, use in enumerate(row_use) if use in _DRAWN]
     for i in filter(lambda i: _is_adjusted(rows[i]), drawn):
         _guarded([i], lambda own: _adjust_row(logits[own[0]], rows[own[0]]), "penalties and biases", errors)
@@ -44,9 +45,10 @@ def sample(logits: Tensor, rows: Sequence[RowSampling], row_use: Sequence[int]) 
         if row_use[i] not in _DRAWN:
             tokens[i] = row.target_id
     logprobs: dict[int, TokenLogprob] = {}
-    if raw is not None:
-        asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None and i not in errors]
-        _guarded(asked, lambda some: logprobs.update(_logprobs(raw, rows, tokens, some)), "logprobs", errors)
+    unharmed = [i for i in asked if i not in errors]
+    _guarded(
+        unharmed, lambda some: logprobs.update(_logprobs(raw, asked, rows, tokens, some)), "logprobs", errors
+    )
     tokens[list(errors)] = -1
     return StepResult(tokens.astype(np.int32), logprobs, errors)
 
@@ -160,17 +162,24 @@ def _cut(probs: Tensor, top_k: list[int], top_p: list[float]) -> Tensor:
     return best.gather(1, torch.minimum(last_p, last_k).unsqueeze(1))
 
 
+def _log_softmax(logits: Tensor, asked: list[int]) -> Tensor:
+    """[L, V] to [A, V], of the rows that asked."""
+    return (logits if len(asked) == len(logits) else logits[asked]).log_softmax(-1)
+
+
 def _logprobs(
-    raw: Tensor, rows: Sequence[RowSampling], tokens: np.ndarray, asked: list[int]
+    raw: Tensor, asked: list[int], rows: Sequence[RowSampling], tokens: np.ndarray, some: list[int]
 ) -> dict[int, TokenLogprob]:
-    """Of the drawn (or target) token and of the likeliest, for the rows that asked."""
-    width = min(max(rows[i].params.logprobs or 0 for i in asked), raw.shape[1])
-    chosen = raw[asked].gather(1, torch.from_numpy(tokens[asked]).to(raw.device).long().unsqueeze(1))
-    top = raw[asked].topk(max(width, 1), dim=-1)
+    """Of the drawn (or target) token and of the likeliest, for `some` of the rows that asked."""
+    if len(some) < len(asked):
+        raw = raw[np.searchsorted(asked, some)]
+    width = min(max(rows[i].params.logprobs or 0 for i in some), raw.shape[1])
+    chosen = raw.gather(1, torch.from_numpy(tokens[some]).to(raw.device).long().unsqueeze(1))
+    top = raw.topk(width, dim=-1)
     values, ids = top.values.tolist(), top.indices.tolist()
     own = chosen.squeeze(1).tolist()
     result = {}
-    for place, i in enumerate(asked):
+    for place, i in enumerate(some):
         k = rows[i].params.logprobs or 0
         pairs = list(zip(ids[place][:k], values[place][:k], strict=True))
         result[i] = TokenLogprob(own[place], pairs)

@@ -374,7 +374,7 @@ class ContinuousScheduler:
 
     def _waits_for_sibling(self, sequence: Sequence, num_found: int) -> bool:
         leader = self._prompt_leaders.get(sequence.request.group)
-        if leader is None or sequence.prompt_logprobs is not None:
+        if leader is None or sequence.num_scored is not None:
             return False
         return num_found < (sequence.num_prompt_tokens - 1) // self.block_size
 
@@ -407,7 +407,7 @@ class ContinuousScheduler:
         num_prompt = sequence.num_prompt_tokens
         sequence.num_cached_tokens = min(sequence.num_computed_tokens, num_prompt)
         self._num_prompt_tokens += num_prompt
-        if self._prefix_cache and sequence.prompt_logprobs is None:
+        if self._prefix_cache and sequence.num_scored is None:
             self._num_prefix_queries += num_prompt
             self._num_prefix_hits += sequence.num_cached_tokens
 

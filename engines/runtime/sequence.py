@@ -52,7 +52,8 @@ class Sequence:
     has_reported: bool = False  # what is said once; of a resumed one the group before has said it
     num_cached_tokens: int | None = None  # prompt tokens read from the cache when first admitted
     error: RequestError | None = None  # its own work failed: it ends with its next result
-    prompt_logprobs: list[TokenLogprob | None] | None = None  # collected so far; None: not asked for
+    num_scored: int | None = None  # prompt tokens whose log-probability it has had; None: not asked for
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # of them, those not sent yet
     _history: array[int] = field(default_factory=lambda: array("i"))
 
     @property
@@ -82,9 +83,9 @@ class Sequence:
         """How many tokens may come from the prefix cache: not the last, whose logits are needed, and
         none whose prompt log-probability is still to be had."""
         last = len(self.token_ids) - 1
-        if self.prompt_logprobs is None or len(self.prompt_logprobs) >= self.num_prompt_tokens:
+        if self.num_scored is None or self.num_scored >= self.num_prompt_tokens:
             return last
-        return min(last, len(self.prompt_logprobs) - 1)
+        return min(last, self.num_scored - 1)
 
     def history(self, drafts: tuple[int, ...]) -> Int32:
         """Its known tokens and these drafts, for penalties. Only new tokens are converted each time."""

@@ -88,6 +88,7 @@ def _joined(first: TokenDelta, second: TokenDelta) -> TokenDelta:
     """Both as one; the first is used up."""
     first.token_ids.extend(second.token_ids)
     first.logprobs.extend(second.logprobs)
+    first.prompt_logprobs.extend(second.prompt_logprobs)
     return msgspec.structs.replace(
         second,
         token_ids=first.token_ids,

@@ -34,7 +34,7 @@ SITES: dict[str, tuple[Any, str, Callable[..., list[int]]]] = {
     "logprobs": (
         sampler,
         "_logprobs",
-        lambda raw, rows, tokens, asked: [rows[i].params.seed for i in asked],
+        lambda raw, asked, rows, tokens, some: [rows[i].params.seed for i in some],
     ),
     "prompt logprobs": (
         outcome,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.wire import Generate, Ready, SamplingParams, TokenDelta
+from engines.wire import Generate, Ready, SamplingParams, TokenDelta, TokenLogprob
 from gateway.metrics import ModelMetrics
 from gateway.recovery import PoisonedRequest, Recovery
 from gateway.router import ServedModel
@@ -131,6 +131,31 @@ async def test_every_kind_of_sampling_goes_on_exactly(
         assert one.num_logprobs == (len(one.token_ids) if wire.sampling.logprobs is not None else 0)
     assert 0 < metrics.resumed["restarted"] <= len(KINDS)
     assert metrics.resumed["replica"] == metrics.num_poisoned == metrics.recovery_failed.total() == 0
+
+
+async def test_what_was_scored_of_a_prompt_is_not_given_twice(model_dir: Path, metrics: ModelMetrics) -> None:
+    """A group dies after a part of the prompt's log-probabilities; the next one sends all of them."""
+    scores = [None, *(TokenLogprob(-float(place)) for place in range(1, 8))]
+
+    class Scoring(FakeGroup):
+        def _deltas(self, request: Generate) -> list[TokenDelta]:
+            pieces = [TokenDelta(id=request.id, prompt_logprobs=scores[at : at + 3]) for at in range(0, 8, 3)]
+            return [*pieces, *super()._deltas(request)]
+
+    dying, other = (
+        Scoring(says=[5, 6, 7], info=ready(400), name=f"fake/{replica}", fails_after=fails)
+        for replica, fails in enumerate((2, None))
+    )
+    got: list[TokenLogprob | None] = []
+    tokens: list[int] = []
+    model = served(model_dir, dying, other)
+    wire = request(max_tokens=3, prompt_logprobs=0)
+    async with aclosing(Recovery(model, wire, metrics).deltas()) as deltas:
+        async for delta in deltas:
+            got += delta.prompt_logprobs
+            tokens += delta.token_ids
+    assert metrics.resumed["replica"] == 1, "the death took effect"
+    assert (got, tokens) == (scores, [5, 6, 7])
 
 
 async def test_another_replica_goes_on_at_once(

@@ -197,9 +197,11 @@ class Outputs:
             is_first = delta.id not in self.by_id
             output = self.by_id.setdefault(delta.id, Output([], []))
             assert not output.has_ended, "a delta after the last"
-            assert is_first or (delta.num_cached_tokens is None and delta.prompt_logprobs is None)
+            assert is_first or delta.num_cached_tokens is None
+            if delta.prompt_logprobs:
+                assert not output.token_ids, "the prompt's come first"
+                output.prompt_logprobs = [*(output.prompt_logprobs or []), *delta.prompt_logprobs]
             if is_first:
-                output.prompt_logprobs = delta.prompt_logprobs
                 self.num_cached[delta.id] = delta.num_cached_tokens or 0
             output.token_ids += delta.token_ids
             output.logprobs += delta.logprobs

@@ -68,8 +68,8 @@ class LocalInbox:
             ended.token_ids += delta.token_ids
             ended.logprobs += delta.logprobs
             ended.finish_reason, ended.error = delta.finish_reason, delta.error
-            if delta.prompt_logprobs is not None:
-                ended.prompt_logprobs = delta.prompt_logprobs
+            if delta.prompt_logprobs:
+                ended.prompt_logprobs = [*(ended.prompt_logprobs or []), *delta.prompt_logprobs]
             if delta.num_cached_tokens is not None:
                 ended.num_cached_tokens = delta.num_cached_tokens
 

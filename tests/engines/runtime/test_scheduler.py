@@ -156,6 +156,20 @@ def test_prompt_logprobs_are_reported_once_and_whole_in_spite_of_preemption() ->
     assert sum(map(len, scored)) == 15, "no position was scored twice"
 
 
+def test_prompt_logprobs_are_sent_as_they_are_computed() -> None:
+    """What a long prompt gives is never in one frame, nor kept."""
+    scheduler, leader = make(max_num_batched_tokens=4)
+    leader.add(request("scored", 10, 2, prompt_logprobs=0))
+    counts, tokens = [], 0
+    while scheduler.has_work:
+        leader.runner.submit(scheduler.schedule())
+        for delta in scheduler.update(*leader.runner.collect()):
+            counts.append(len(delta.prompt_logprobs))
+            tokens += len(delta.token_ids)
+    assert counts == [5, 4, 1, 0], "the first token's None, a chunk's each, none once tokens come"
+    assert tokens == 2
+
+
 def test_a_sequence_ends_where_its_model_or_the_pool_ends() -> None:
     scheduler, leader = make(num_blocks=3, block_size=4)
     assert scheduler.max_model_len == 12
