@@ -16,9 +16,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from gateway.admission import QueueTimeout
+from gateway.conversation import NoChatTemplate
 from gateway.prompt.template import TemplateRefused
 from gateway.prompt.tokenizer import ControlTokenInText
-from gateway.prompts import NoChatTemplate
 from gateway.protocol.common import InvalidField
 from gateway.protocol.fields import UnknownField, UnsupportedField
 from gateway.protocol.json_body import MalformedBody

@@ -92,6 +92,7 @@ GENERATION = tuple(
     f"gateway.{name}"
     for name in (
         "generation",
+        "conversation",
         "prompts",
         "sequences",
         "sequence_stream",

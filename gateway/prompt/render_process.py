@@ -11,15 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 from gateway.helper_process import answer_questions
+from gateway.prompt.conversation import Conversation
 from gateway.prompt.template import ChatTemplate, TemplateRefused
 
 
 def _begin(job: dict[str, Any]) -> Callable[[Any], dict[str, str]]:
     template = ChatTemplate(job["source"], job["special_tokens"])
 
-    def render(messages: Any) -> dict[str, str]:
+    def render(conversation: Any) -> dict[str, str]:
         try:
-            return {"text": template.render(messages)}
+            return {"text": template.render(Conversation(**conversation))}
         except TemplateRefused as error:
             return {"refused": str(error)}
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from dataclasses import fields
 
 from gateway.helper import Helper, HelperKilled
+from gateway.prompt.conversation import Conversation
 from gateway.prompt.template import ChatTemplate, TemplateRefused
 
 RENDER_SECONDS = 1.0
@@ -15,7 +16,7 @@ class Renderer:
     """Renders one template, in a helper process."""
 
     def __init__(self, template: ChatTemplate, seconds: float = RENDER_SECONDS) -> None:
-        self._seconds = seconds
+        self.template, self._seconds = template, seconds
         job = {"source": template.source, "special_tokens": template.special_tokens, "seconds": seconds}
         self._helper = Helper("gateway.prompt.render_process", job)
 
@@ -23,10 +24,11 @@ class Renderer:
         """So that the first conversation need not wait."""
         self._helper.start()
 
-    async def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    async def render(self, conversation: Conversation) -> str:
         """The prompt that asks for the next message. Raises TemplateRefused."""
+        parts = {field.name: getattr(conversation, field.name) for field in fields(conversation)}
         try:
-            result = await self._helper.ask(list(messages))
+            result = await self._helper.ask(parts)
         except HelperKilled as error:
             raise TemplateRefused(
                 f"the model's chat template took more than {self._seconds:g} s or too much memory"

@@ -7,6 +7,7 @@ The environment has what Hugging Face's has (loop controls, `tojson`, `raise_exc
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -19,6 +20,7 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from gateway.prompt.conversation import Conversation
 from gateway.prompt.model_files import file_in
 
 MAX_SOURCE_CHARS = 1 << 20
@@ -53,28 +55,50 @@ class ChatTemplate:
         if len(source) > MAX_SOURCE_CHARS:
             raise BadTemplate(f"{origin}: the chat template is longer than {MAX_SOURCE_CHARS} characters")
         try:
-            _check_names(_environment(), source)
+            tree = _environment().parse(source)
+            _check_names(_environment(), tree)
         except jinja2.TemplateSyntaxError as error:
             raise BadTemplate(
                 f"{origin}:{error.lineno}: the chat template is not valid: {error.message}"
             ) from error
         except RecursionError as error:
             raise BadTemplate(f"{origin}: the chat template is nested too deep") from error
+        self.variables = frozenset(
+            node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx == "load"
+        )
+        """Names that it reads. A variable that is not among them changes nothing."""
 
     @cached_property
     def _template(self) -> jinja2.Template:
         return _environment().from_string(self.source)
 
-    def render(self, messages: Sequence[Mapping[str, object]]) -> str:
-        """The prompt that asks for the next message. It may take for ever: see Renderer.
+    def render(self, conversation: Conversation) -> str:
+        """The prompt that asks for the next message, or for more of the last one. It may take for ever: see
+        Renderer.
 
         Raises TemplateRefused."""
-        room = MAX_ADDED_CHARS + sum(len(str(value)) for message in messages for value in message.values())
+        if not conversation.continue_final_message:
+            return self._render(conversation, conversation.messages)
+        # As transformers does it: a tag at the end of the last message, and nothing of the prompt from there
+        # on. A template that trims messages takes the tag's own space away, and so shall we.
+        tag = f"\ue002{secrets.randbits(64):020d}"
+        *others, last = conversation.messages
+        last = {**last, "content": f"{last['content']}{tag} "}
+        before, found, after = self._render(conversation, [*others, last]).rpartition(tag)
+        if not found:
+            raise TemplateRefused("the model's chat template leaves the last message out: it cannot go on")
+        return before if after.startswith(" ") else before.rstrip()
+
+    def _render(self, conversation: Conversation, messages: Sequence[Mapping[str, object]]) -> str:
+        room = MAX_ADDED_CHARS + conversation.num_chars
         pieces: list[str] = []
         try:
             for piece in self._template.generate(
+                **conversation.variables,
                 messages=[dict(message) for message in messages],
-                add_generation_prompt=True,
+                tools=conversation.tools,
+                documents=None,
+                add_generation_prompt=conversation.add_generation_prompt,
                 **self.special_tokens,
             ):
                 pieces.append(piece)
@@ -160,9 +184,9 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _check_names(environment: jinja2.Environment, source: str) -> None:
-    """Raises TemplateSyntaxError, for unknown filters and tests, too."""
-    for node in environment.parse(source).find_all((jinja2.nodes.Filter, jinja2.nodes.Test)):
+def _check_names(environment: jinja2.Environment, tree: jinja2.nodes.Template) -> None:
+    """Raises TemplateSyntaxError for unknown filters and tests."""
+    for node in tree.find_all((jinja2.nodes.Filter, jinja2.nodes.Test)):
         kind, known = (
             ("filter", environment.filters)
             if isinstance(node, jinja2.nodes.Filter)

@@ -37,11 +37,16 @@ class Guard:
 
     def __init__(self, control_tokens: list[str]) -> None:
         self._control_tokens = control_tokens  # longest first
+        self._spelled = re.compile(
+            "|".join(map(re.escape, control_tokens)) or r"(?!)"
+        )  # compiled once, cached
         self._marker = f"\ue000{secrets.randbits(64):020d}\ue001"  # digits: upper() and lower() keep them
         self._is_used = False
 
     def protect(self, text: str) -> str:
         """The text with its control tokens broken. Raises ControlTokenInText if one is a single character."""
+        if self._spelled.search(text) is None:
+            return text
         while spelled := [token for token in self._control_tokens if token in text]:
             for token in spelled:
                 middle = len(token) // 2
@@ -70,6 +75,7 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         special = {id: token for id, token in added.items() if token.special and token.content}
         self._control_ids = frozenset(special)
+        self._id_of_control = {token.content: id for id, token in special.items()}
         self._control_tokens = sorted((token.content for token in special.values()), key=len, reverse=True)
         self._added = {id: token.content for id, token in added.items()}
         self._can_normalize_to_control = self._tokenizer.normalizer is not None and any(
@@ -122,6 +128,10 @@ class Tokenizer:
         anchor_id, anchor = self._anchor
         ids = self.encode(anchor + piece, add_special_tokens=False)
         return ids[1:] if ids[:1] == [anchor_id] else self.encode(piece, add_special_tokens=False)
+
+    def control_id(self, text: str) -> int | None:
+        """The id of the control token that is written so, if there is one."""
+        return self._id_of_control.get(text)
 
     async def encode_async(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """`encode`, in a thread when the text is large."""

@@ -9,8 +9,10 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from gateway.choice import ChoiceDelta
+from gateway.conversation import chat_prompt
 from gateway.generation import Generation, collect
-from gateway.prompts import chat_prompt, require_ready
+from gateway.prompt.conversation import Conversation
+from gateway.prompts import require_ready
 from gateway.protocol.chat import (
     ROLE_DELTA,
     ChatChoice,
@@ -47,7 +49,8 @@ async def _start(request: Request, body: ChatCompletionRequest) -> Generation:
     model = gateway.router.find(body.model)
     params = body.params()
     require_ready(model)
-    prompt = await chat_prompt(model, [message.for_template() for message in body.messages])
+    conversation = Conversation(messages=[message.for_template() for message in body.messages])
+    prompt, _ = await chat_prompt(model, conversation)
     admission = gateway.admissions[model.name]
     return Generation(admission, [prompt], params, tenant_of(request), prompt_param="messages")
 

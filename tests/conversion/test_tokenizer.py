@@ -20,6 +20,7 @@ from conversion.sentencepiece import read_pieces
 from conversion.tensors import CannotConvert
 from conversion.tokenizer import LLAMA2_TEMPLATE, LLAMA3_TEMPLATE, make_tokenizer, special_tokens
 from engines.models.config import LlamaConfig
+from gateway.prompt.conversation import Conversation
 from gateway.prompt.template import ChatTemplate
 from tests.conversion.helpers import convert
 from tests.models import LLAMA3_SCALING, Shape, make_llama
@@ -217,7 +218,7 @@ def test_a_converted_model_has_a_tokenizer_that_serves(tmp_path: Path) -> None:
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     tokenizer = Reference.from_file(str(tmp_path / "out" / "tokenizer.json"))
     template = ChatTemplate(settings["chat_template"], {"bos_token": "<s>", "eos_token": "</s>"})
-    prompt = template.render([{"role": "user", "content": "the"}])
+    prompt = template.render(Conversation(messages=[{"role": "user", "content": "the"}]))
     assert prompt == "<s>[INST] the [/INST]"
     assert tokenizer.encode(prompt, add_special_tokens=False).ids[0] == 1
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == 2
@@ -225,13 +226,14 @@ def test_a_converted_model_has_a_tokenizer_that_serves(tmp_path: Path) -> None:
 
 def test_the_templates(tmp_path: Path) -> None:
     three = ChatTemplate(LLAMA3_TEMPLATE, {"bos_token": "<|begin_of_text|>"})
-    assert three.render([{"role": "system", "content": " s "}, {"role": "user", "content": "u"}]) == (
+    said = [{"role": "system", "content": " s "}, {"role": "user", "content": "u"}]
+    assert three.render(Conversation(messages=said)) == (
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\ns<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nu<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
     two = ChatTemplate(LLAMA2_TEMPLATE, {"bos_token": "<s>", "eos_token": "</s>"})
     turns = [("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v")]
-    assert two.render([{"role": role, "content": text} for role, text in turns]) == (
+    assert two.render(Conversation(messages=[{"role": role, "content": text} for role, text in turns])) == (
         "<s>[INST] <<SYS>>\ns\n<</SYS>>\n\nu [/INST] a </s><s>[INST] v [/INST]"
     )

@@ -10,15 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from gateway.conversation import NoChatTemplate
+from gateway.conversation import chat_prompt as render_and_encode
 from gateway.prompt import tokenizer as ours
+from gateway.prompt.conversation import Conversation
 from gateway.prompt.renderer import Renderer
 from gateway.prompt.template import BadTemplate, ChatTemplate, TemplateRefused, load_chat_template
 from gateway.prompt.tokenizer import ControlTokenInText
-from gateway.prompts import NoChatTemplate, chat_prompt, completion_prompts
+from gateway.prompts import completion_prompts
 from gateway.router import ServedModel, load_served_model
 from tests.gateway.serving import CONTROL_TOKENS, LINES, make_model_dir, make_served
 
 pytestmark = pytest.mark.anyio
+
+
+async def chat_prompt(model: ServedModel, messages: list[dict[str, str]]) -> list[int]:
+    return (await render_and_encode(model, Conversation(messages=messages))).ids
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +183,7 @@ def test_the_template_file_wins_over_the_configuration(tmp_path: Path) -> None:
     def rendered(override: Path | None = None) -> str:
         template = load_chat_template(tmp_path, override)
         assert template is not None
-        return template.render(messages)
+        return template.render(Conversation(messages=messages))
 
     assert rendered() == "config"
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}file{{ eos_token }}")
@@ -190,7 +197,7 @@ def test_of_named_templates_the_default_is_taken(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     template = load_chat_template(tmp_path)
     assert template is not None
-    assert template.render([]) == "plain"
+    assert template.render(Conversation(messages=[])) == "plain"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named[:1]}))
     assert load_chat_template(tmp_path) is None
 
@@ -224,7 +231,7 @@ def test_templates_render_as_hugging_face_does() -> None:
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
     messages = [{"role": "user", "content": "<b>ü</b>"}] * 3
     [expected], _ = utils.render_jinja_template([messages], chat_template=source, add_generation_prompt=True)
-    assert ChatTemplate(source, {}).render(messages) == expected
+    assert ChatTemplate(source, {}).render(Conversation(messages=messages)) == expected
 
 
 @pytest.mark.parametrize(
@@ -240,7 +247,7 @@ def test_templates_render_as_hugging_face_does() -> None:
 )
 def test_a_template_that_cannot_render_refuses(source: str) -> None:
     with pytest.raises(TemplateRefused, match="chat template"):
-        ChatTemplate(source, {}).render([{"role": "user", "content": "x"}])
+        ChatTemplate(source, {}).render(Conversation(messages=[{"role": "user", "content": "x"}]))
 
 
 async def test_chat_without_a_template_says_what_to_do(model_dir: Path, tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gateway.prompt.conversation import Conversation
 from gateway.prompt.renderer import Renderer
 from gateway.prompt.template import MAX_ADDED_CHARS, ChatTemplate, TemplateRefused
 
 pytestmark = pytest.mark.anyio
-HELLO = [{"role": "user", "content": "hello"}]
+HELLO = Conversation(messages=[{"role": "user", "content": "hello"}])
 GOOD = "{{ messages[0].content }}"
 NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
 END = "{% endfor %}" * 3
@@ -126,7 +127,7 @@ async def test_after_a_kill_the_next_conversation_is_served() -> None:
     source = "{% if messages[0].content == 'kill' %}" + NESTED + END + "{% endif %}" + GOOD
     renderer = Renderer(ChatTemplate(source, {}), 0.2)
     assert await renderer.render(HELLO) == "hello"
-    kill = [{"role": "user", "content": "kill"}]
+    kill = Conversation(messages=[{"role": "user", "content": "kill"}])
     results = await asyncio.gather(
         *(renderer.render(messages) for messages in (HELLO, kill, HELLO, kill, HELLO)), return_exceptions=True
     )
@@ -141,10 +142,10 @@ async def test_after_a_kill_the_next_conversation_is_served() -> None:
 
 async def test_output_may_be_as_long_as_the_messages_and_a_megabyte() -> None:
     fits = GOOD + f"{{{{ 'x' * {MAX_ADDED_CHARS} }}}}"
-    long = [{"role": "", "content": "ü🦆\n" * 1_000_000}]
+    long = Conversation(messages=[{"role": "", "content": "ü🦆\n" * 1_000_000}])
     text = await Renderer(ChatTemplate(fits, {})).render(long)
     assert len(text) == 3_000_000 + MAX_ADDED_CHARS
-    assert str(MAX_ADDED_CHARS) in await _refusal(fits + "!" * 10, 60.0)
+    assert str(MAX_ADDED_CHARS) in await _refusal(fits + "!" * 100, 60.0)
 
 
 async def test_what_a_template_refuses_it_says() -> None:
