@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conversion.mapped import MappedFiles
 from conversion.pickled import read_pickled
-from conversion.problems import collect
+from conversion.problems import absent, collect
 from conversion.source import Choices, Source
 from conversion.tensors import Bytes, LogicalTensor, Part
 from engines.base import BadCheckpoint
@@ -28,6 +28,11 @@ def is_hf(root: Path) -> bool:
 
 def open_hf(root: Path, choices: Choices) -> Source:
     """Raises BadCheckpoint, BadModelDir, UnsupportedModel."""
+    if not (root / "config.json").exists():
+        raise BadModelDir(
+            f"{root / 'config.json'}: missing: the model's sizes are in it: copy or download it, and the "
+            "tokenizer's files, from where the weights are from"
+        )
     config_json = read_json(root / "config.json")
     config = LlamaConfig.parse(config_json, str(root / "config.json"))
     layout, found, files, notes = _locate(root)
@@ -70,6 +75,9 @@ def _indexed(index: Path, read: Callable[[Path], Found]) -> tuple[Found, list[Pa
     """What an index names, each tensor from the file that it says. The index is untrusted data."""
     weight_map, total = _weight_map(index)
     files = {name: index.parent / _beside(index, name) for name in sorted(set(weight_map.values()))}
+    missing = [name for name, path in files.items() if not path.exists()]
+    if missing:
+        raise absent(index.parent, missing, f"{index.name} names {len(files)} files")
     contents = {name: read(path) for name, path in files.items()}
     for file, content in contents.items():
         _check_against_index(index, files[file], weight_map, file, content)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from math import prod
 
 from conversion import families
 from conversion.sidecar import model_config_yaml
-from conversion.source import Source
+from conversion.sizes import shown_bytes
+from conversion.source import Choices, Source
 from engines.models.config import LlamaConfig
 from engines.models.names import expected_tensors, indivisible
 
@@ -24,7 +26,7 @@ def describe(source: Source) -> Iterator[tuple[str, str]]:
     dtypes = Counter(tensor.dtype for tensor in source.tensors.values())
     yield "family", family(config)
     of = f" of the {_num_parameters(config):,} that it should have" if source.problems else ""
-    yield "parameters", f"{count:,} ({num_bytes / 1e9:.2f} GB){of}"
+    yield "parameters", f"{count:,} ({shown_bytes(num_bytes)}){of}"
     yield "format", f"{source.format}: {source.layout}"
     yield "dtypes", ", ".join(f"{dtype} ({number} tensors)" for dtype, number in sorted(dtypes.items()))
     yield "layers", f"{config.num_layers} of hidden size {config.hidden_size}, mlp {config.intermediate_size}"
@@ -67,12 +69,14 @@ def _fitting(config: LlamaConfig) -> str:
     return ", ".join(map(str, sizes)) + note
 
 
-def ready_config(source: Source) -> str:
-    """A model-config.yaml that serves this directory as it is; a comment where the server cannot."""
+def ready_config(source: Source, choices: Choices) -> str:
+    """A model-config.yaml that serves this directory as it is; a comment where the server cannot.
+
+    `choices`: what the source was opened with, and has to be converted with."""
     root = source.root.resolve()
     if any(path.suffix != ".safetensors" for path in source.files):
-        command = f"sluice convert {root} {root}-sluice --to sluice"
-        return f"# the server reads safetensors only: run `{command}`, and serve that\n"
+        words = ["sluice", "convert", str(root), f"{root}-sluice", "--to", "sluice", *choices.options]
+        return f"# the server reads safetensors only: run `{shlex.join(words)}`, and serve {root}-sluice\n"
     is_divided = source.manifest is not None and source.format == "sluice"
     layout = source.manifest.layout if source.manifest and is_divided else None
     return model_config_yaml(layout, json.dumps(str(root)))

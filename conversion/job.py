@@ -23,6 +23,7 @@ from conversion.journal import Journal, digest, locked, partial_dir
 from conversion.plan import OutputFile, Plan
 from conversion.progress import Progress
 from conversion.sidecar import SideFile, side_files
+from conversion.sizes import shown_bytes
 from conversion.source import Source
 from conversion.tensors import CannotConvert, LogicalTensor, windows
 from conversion.write import write_file
@@ -33,7 +34,11 @@ _BUFFERS = 10  # windows that a file may hold at once: as read, put in order, co
 
 
 class Stopped(Exception):  # noqa: N818
-    """Another file has failed."""
+    """Another file has failed, or the user has interrupted."""
+
+
+class Interrupted(CannotConvert):
+    """By Ctrl-C, while files were written. The message says how to go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +54,14 @@ def run(source: Source, plan: Plan, target: Path, options: Options, progress: Pr
     """Raises CannotConvert, BadCheckpoint; an OSError becomes one of them, with file and tensor."""
     check_target(source, target)
     _check_replicas(source)
+    sides = side_files(source, plan)
     partial = partial_dir(target)
+    if not partial.exists():
+        check_room(target, plan.num_bytes)  # before there is anything to clear away
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with locked(partial):
-            manifest = _convert(source, plan, target, options, progress, partial)
+            manifest = _convert(source, plan, sides, target, options, progress)
             shutil.rmtree(partial)
             return manifest
     except OSError as error:
@@ -72,20 +80,20 @@ def _os_error(error: OSError, target: Path) -> str:
     where = "; ".join(getattr(error, "__notes__", [])) or str(error.filename or target)
     remedy = ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        remedy = ": make room and go on with --resume; the target is not there yet"
+        remedy = ": make room, and run the same command with --resume to go on; the target is not there yet"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         remedy = ": choose a target that you may write to"
     return f"{target}: {where}: {error.strerror or error}{remedy}"
 
 
 def _convert(
-    source: Source, plan: Plan, target: Path, options: Options, progress: Progress, partial: Path
+    source: Source, plan: Plan, sides: list[SideFile], target: Path, options: Options, progress: Progress
 ) -> Manifest:
-    sides = side_files(source, plan)
+    partial = partial_dir(target)
     journal = Journal(partial, _digest(source, plan), options.resume)
     try:
         todo = [file for file in plan.files if file.name not in journal.finished]
-        check_room(partial.parent, sum(file.num_bytes for file in todo))
+        _check_room_for(todo, journal, partial)
         _write_all(todo, journal, options, progress)
         for side in sides:
             _write_side(journal.out / side.name, side)
@@ -93,6 +101,11 @@ def _convert(
         content = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
         _write_side(journal.out / MANIFEST_NAME, SideFile(MANIFEST_NAME, content))
         _sync_directories(journal.out)
+    except KeyboardInterrupt:
+        done = f"{len(journal.finished)} of {len(plan.files)} file(s) of weights are finished"
+        raise Interrupted(
+            f"interrupted: {done}: run the same command with --resume to go on, or remove {partial}"
+        ) from None
     finally:
         journal.close()
     os.rename(journal.out, target)
@@ -105,14 +118,25 @@ def _digest(source: Source, plan: Plan) -> str:
     return digest(version("sluice"), stats, sorted(source.config_json.items()), plan.target)
 
 
-def check_room(directory: Path, needed: int) -> None:
-    """Raises CannotConvert if the disk of a directory has less room than that."""
+def check_room(path: Path, needed: int) -> None:
+    """Raises CannotConvert if the disk of a path, which need not be there yet, has less room than that."""
+    directory = next(parent for parent in path.absolute().parents if parent.exists())
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise CannotConvert(
-            f"{directory}: the target needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: make room, "
-            "or choose another disk"
+            f"{path}: needs {shown_bytes(needed)}, and the disk of {directory} has {shown_bytes(free)} free: "
+            "make room, or choose another disk"
         )
+
+
+def _check_room_for(todo: Sequence[OutputFile], journal: Journal, partial: Path) -> None:
+    """As check_room; leaves nothing behind that a later --resume could not use."""
+    try:
+        check_room(partial, sum(file.num_bytes for file in todo))
+    except CannotConvert:
+        if not journal.finished:
+            shutil.rmtree(partial)
+        raise
 
 
 def _write_all(todo: Sequence[OutputFile], journal: Journal, options: Options, progress: Progress) -> None:
@@ -135,10 +159,15 @@ def _write_all(todo: Sequence[OutputFile], journal: Journal, options: Options, p
 
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(write, file) for file in todo]
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        stop.set() if any(future.exception() for future in done) else None
-        for future in futures:
-            future.cancel()
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            stop.set() if any(future.exception() for future in done) else None
+        except KeyboardInterrupt:
+            stop.set()
+            raise
+        finally:
+            for future in futures:
+                future.cancel()
     errors = [future.exception() for future in futures if not future.cancelled()]
     for error in errors:
         if error is not None and not isinstance(error, Stopped):

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import shlex
 import time
 from pathlib import Path
 from typing import cast
 
 from conversion.inspect import describe, ready_config
-from conversion.job import Options, check_room, check_target, run
+from conversion.job import Interrupted, Options, check_room, check_target, run
 from conversion.open import examine, open_checkpoint
 from conversion.plan import Plan, Target, make_plan
 from conversion.problems import BadTensors
 from conversion.progress import shown
+from conversion.sidecar import lacks_tokenizer
+from conversion.sizes import shown_bytes, shown_speed
 from conversion.source import Choices, Source
 from conversion.tensors import CannotConvert
-from conversion.verify import check_source, differences
+from conversion.verify import check_source, differences, summary
 from engines.base import BadCheckpoint, UnsupportedModel
 from engines.config import StageSplit
 from engines.modeldir import BadModelDir
@@ -24,6 +28,9 @@ from engines.models.manifest import Manifest
 
 USER_ERRORS = (CannotConvert, BadCheckpoint, UnsupportedModel, BadModelDir)
 """What these functions raise for what is wrong with a checkpoint or a request; the message says it all."""
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as shells have it."""
 
 _UNITS = {"": 1, "k": 10, "m": 20, "g": 30, "t": 40}
 
@@ -61,10 +68,11 @@ def convert(
     source = open_checkpoint(source_dir, choices)
     plan = make_plan(source, target)
     _show_notes(source, as_json)
+    _show_tokenizer(source, target, as_json)
     if dry_run:
         check_target(source, target_dir)
         _show_plan(plan, target_dir, as_json)
-        check_room(nearest(target_dir), plan.num_bytes)
+        check_room(target_dir, plan.num_bytes)
         return
     if check is not False:
         _check(source, options, must=bool(check), as_json=as_json)
@@ -81,7 +89,7 @@ def _check(source: Source, options: Options, *, must: bool, as_json: bool) -> No
     if as_json:
         _say("checked", by=checked or None)
     else:
-        print(f"  checked: {checked or 'headers only, nothing says what the values should be'}")
+        print(f"  checked: {checked or 'headers only: there are no checksums to compare the values with'}")
 
 
 def _show_notes(source: Source, as_json: bool) -> None:
@@ -95,6 +103,22 @@ def _show_notes(source: Source, as_json: bool) -> None:
         print(f"  left out: {', '.join(source.ignored)}")
 
 
+def _show_tokenizer(source: Source, target: Target, as_json: bool) -> None:
+    """Before the work, where there is none."""
+    if not lacks_tokenizer(source, target):
+        return
+    if as_json:
+        _say("warning", message=f"{source.root}: {_NO_TOKENIZER}")
+    else:
+        print(f"  warning: {_NO_TOKENIZER}")
+
+
+_NO_TOKENIZER = (
+    "there is neither tokenizer.json nor tokenizer.model, without which the result cannot be served: put one "
+    "beside the weights first, or name a tokenizer.model with --tokenizer"
+)
+
+
 def _about(source: Source) -> dict[str, object]:
     opened = {"format": source.format, "layout": source.layout}
     return {**opened, "concluded": source.notes, "left_out": source.ignored}
@@ -105,10 +129,15 @@ def _say(event: str, **what: object) -> None:
     print(json.dumps({"event": event, **what}), flush=True)
 
 
-def say_error(error: Exception, exit_code: int) -> None:
+def exit_code(error: Exception) -> int:
+    """Of a command that fails with one of USER_ERRORS."""
+    return INTERRUPTED if isinstance(error, Interrupted) else 1
+
+
+def say_error(error: Exception) -> None:
     """The last line of the JSON log of a command that fails with one of USER_ERRORS."""
     problems = error.problems if isinstance(error, BadTensors) else [str(error)]
-    _say("error", message=str(error), problems=problems, exit_code=exit_code)
+    _say("error", message=str(error), problems=problems, exit_code=exit_code(error))
 
 
 def _show_plan(plan: Plan, target: Path, as_json: bool) -> None:
@@ -118,12 +147,7 @@ def _show_plan(plan: Plan, target: Path, as_json: bool) -> None:
         return
     for file in plan.files:
         print(f"  {file.num_bytes:>16,} bytes  {len(file.entries):>5} tensors  {target / file.name}")
-    print(f"  {plan.num_bytes:>16,} bytes  in all")
-
-
-def nearest(path: Path) -> Path:
-    """The path, or the first of its parents that is there."""
-    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    print(f"  {plan.num_bytes:>16,} bytes  in all ({shown_bytes(plan.num_bytes)})")
 
 
 def _show_result(plan: Plan, manifest: Manifest, target: Path, seconds: float, as_json: bool) -> None:
@@ -142,8 +166,10 @@ def _show_result(plan: Plan, manifest: Manifest, target: Path, seconds: float, a
     for name in odd:
         print(f"  warning: {name}: has values that are infinite or not numbers")
     _show_errors(manifest)
-    speed = plan.num_bytes / 1e9 / max(seconds, 1e-9)
-    print(f"{target}: {plan.num_bytes / 1e9:.2f} GB in {seconds:.1f} s, {speed:.2f} GB/s")
+    size, speed = shown_bytes(plan.num_bytes), shown_speed(plan.num_bytes, seconds)
+    print(f"{target}: {size} in {seconds:.1f} s, {speed}")
+    if "tokenizer.json" in manifest.files and manifest.format != "meta":
+        print(f"serve it with: sluice serve {shlex.quote(str(target))}")
 
 
 def _errors(manifest: Manifest) -> list[tuple[float, str]]:
@@ -170,7 +196,7 @@ def inspect(directory: Path, choices: Choices, *, as_json: bool) -> tuple[str, .
     """Shows what is known. Returns a line for each tensor that is missing, unknown or oddly shaped; as JSON
     they are shown too. Raises USER_ERRORS."""
     source = examine(directory, choices)
-    ready = None if source.problems else ready_config(source)
+    ready = None if source.problems else ready_config(source, choices)
     if as_json:
         described = dict(describe(source))
         described.pop("note", None)
@@ -185,24 +211,28 @@ def inspect(directory: Path, choices: Choices, *, as_json: bool) -> tuple[str, .
 
 
 def verify(first_dir: Path, second_dir: Path | None, choices: Choices, *, numeric: bool, layers: int) -> int:
-    """The number of differences, each printed. Raises USER_ERRORS."""
+    """The number of differences, each printed. Raises USER_ERRORS.
+
+    A quantised side may differ by what quantising loses: no difference, and told in the last line."""
     first = open_checkpoint(first_dir, choices)
     second = None if second_dir is None else open_checkpoint(second_dir, choices)
     num_differences = 0
     checked = {source.root: check_source(source) for source in (first, second) if source is not None}
     for root, what in checked.items():
-        print(f"{root}: {what}" if what else f"{root}: nothing says what its files should be")
+        print(f"{root}: {what}" if what else f"{root}: no checksums to compare its files with")
     if second is None and not checked[first.root]:
         raise CannotConvert(f"{first_dir}: cannot be verified alone: name a second checkpoint")
     if second is None:
         return 0
+    found = []
     for difference in differences(first, second):
-        print(f"differs: {difference.what}: {difference.why}")
-        num_differences += 1
-    if num_differences == 0:
-        print(f"all {len(first.tensors)} tensors are equal, bit by bit")
+        found.append(difference)
+        if difference.loss is None:
+            print(f"differs: {difference.what}: {difference.why}", flush=True)
+            num_differences += 1
     if numeric:
         num_differences += _numeric_differences(first, second, layers)
+    print(summary(first, second, found))
     return num_differences
 
 
@@ -220,9 +250,11 @@ def _numeric_differences(first: Source, second: Source, layers: int) -> int:
         if source is first and by == "hf":
             continue
         largest = float((logits(source, layers, by) - expected).abs().max())
-        equal = largest <= 1e-4 * max(scale, 1.0)  # not where one is not a number
+        is_lossy = (source.quantization or first.quantization) is not None
+        allowed = math.inf if is_lossy else 1e-4 * max(scale, 1.0)
+        equal = largest <= allowed  # not where one is not a number
         num_differences += not equal
-        verdict = "agree" if equal else "differs: logits"
+        verdict = "differs: logits" if not equal else "quantised" if is_lossy else "agree"
         print(
             f"{verdict}: {layers} layers in float32 differ by {largest:.2g} at most, "
             f"logits are up to {scale:.3g}: {source.root} by {_PROGRAMS[by]}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from conversion.tensors import TORCH_DTYPES, Bytes, itemsize
-from engines.base import BadCheckpoint
+from engines.base import COPY_AGAIN, BadCheckpoint
 from engines.models.checkpoint import StoredTensor
 
 
@@ -30,7 +30,7 @@ class MappedFiles:
         if num_bytes != stored.num_bytes:
             raise BadCheckpoint(
                 f"{stored.path}: tensor {name}: corrupt header: {list(stored.shape)} {stored.dtype} are "
-                f"{num_bytes} bytes, it says {stored.num_bytes}"
+                f"{num_bytes} bytes, it says {stored.num_bytes}: {COPY_AGAIN}"
             )
         data = self._file(stored.path)[stored.offset : stored.offset + num_bytes]
         rows = stored.shape[0] if stored.shape else 1

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from conversion.params import Measured, Params, to_config
+from conversion.params import Measured, Params, num_shards, to_config
 from conversion.pickled import read_pickled
-from conversion.problems import collect
+from conversion.problems import absent, collect
 from conversion.source import Choices, Json, Source
 from conversion.tensors import TORCH_DTYPES, Bytes, LogicalTensor, Part, replicas
 from engines.base import BadCheckpoint
+from engines.modeldir import BadModelDir
 from engines.models.checkpoint import StoredTensor
 from engines.models.config import LlamaConfig
 from engines.models.manifest import Manifest, read_manifest
@@ -32,10 +33,10 @@ def is_meta(root: Path) -> bool:
 
 def open_meta(root: Path, choices: Choices) -> Source:
     """Raises BadCheckpoint, BadModelDir, UnsupportedModel, CannotConvert."""
-    paths = _shard_paths(root)
+    manifest = read_manifest(root)
+    paths = _shard_paths(root, manifest)
     shards = _Shards(paths, [read_pickled(path) for path in paths])
     shards.check_distinct()
-    manifest = read_manifest(root)
     config_json, notes = _config(root, shards, manifest, choices)
     config = LlamaConfig.parse(config_json, str(root / "params.json"))
     stated = manifest is not None and manifest.layout is not None
@@ -66,8 +67,8 @@ def open_meta(root: Path, choices: Choices) -> Source:
     )
 
 
-def _shard_paths(root: Path) -> list[Path]:
-    """consolidated.00.pth and so on, none missing."""
+def _shard_paths(root: Path, manifest: Manifest | None) -> list[Path]:
+    """consolidated.00.pth and so on, none missing as far as manifest.json or else params.json tell."""
     found: dict[int, Path] = {}
     for path in sorted(root.glob("consolidated*")):
         match = _SHARD.fullmatch(path.name)
@@ -76,17 +77,31 @@ def _shard_paths(root: Path) -> list[Path]:
             raise BadCheckpoint(f"{path}: duplicate: {found[number].name} is shard {number} too")
         if match:
             found[number] = path
-    missing = sorted(set(range(max(found) + 1)) - set(found))
+    stated = _num_written(manifest) if manifest is not None else _num_by_sizes(root, min(found.items())[1])
+    num = max(stated, max(found) + 1)
+    missing = [f"consolidated.{number:02}.pth" for number in range(num) if number not in found]
     if missing:
-        raise BadCheckpoint(
-            f"{root / f'consolidated.{missing[0]:02}.pth'}: missing: the shards go up to {max(found)}"
-        )
+        raise absent(root, missing, f"the model is in {num} shards, 00 to {num - 1:02}")
     return [found[number] for number in sorted(found)]
+
+
+def _num_written(manifest: Manifest) -> int:
+    return sum(_SHARD.fullmatch(name) is not None for name in manifest.files)
+
+
+def _num_by_sizes(root: Path, shard: Path) -> int:
+    """How many shards like this one make up the model of params.json; 0: it does not tell."""
+    if not (root / "params.json").is_file():
+        return 0
+    rows = {name: stored.shape[0] for name, (stored, _) in read_pickled(shard).items() if stored.shape}
+    return num_shards(Params.load(root / "params.json"), rows)
 
 
 def _config(
     root: Path, shards: _Shards, manifest: Manifest | None, choices: Choices
 ) -> tuple[Json, list[str]]:
+    if not (root / "params.json").exists():
+        raise BadModelDir(_without_params(root))
     params = Params.load(root / "params.json")
     if manifest is None or manifest.layout is None:
         config, notes = to_config(params, shards.measure(params), choices)
@@ -103,6 +118,14 @@ def _config(
                 f"{params.path}: {key} ({params.count(key)}): manifest.json's {mine} is {config.get(mine)}"
             )
     return config, []
+
+
+def _without_params(root: Path) -> str:
+    tokenizer = "" if (root / "tokenizer.model").exists() else ", and tokenizer.model with it"
+    return (
+        f"{root / 'params.json'}: missing: the sizes of the model are in it: copy or download it{tokenizer}, "
+        "from where consolidated.*.pth are from"
+    )
 
 
 def _is_tied(shards: _Shards, config: LlamaConfig) -> bool:

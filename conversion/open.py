@@ -12,6 +12,9 @@ from conversion.source import Choices, Source
 from conversion.tensors import CannotConvert
 from engines.base import BadCheckpoint
 
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
+_FEW = 4
+
 
 def open_checkpoint(root: Path, choices: Choices | None = None) -> Source:
     """Raises BadCheckpoint, BadModelDir, UnsupportedModel, CannotConvert; each names the file."""
@@ -29,6 +32,8 @@ def examine(root: Path, choices: Choices) -> Source:
 
 
 def _open(root: Path, choices: Choices) -> Source:
+    if root.is_file():
+        raise BadCheckpoint(f"{root}: is a file: give the directory that it lies in")
     if not root.is_dir():
         raise BadCheckpoint(f"{root}: no such directory")
     if is_ranks(root):
@@ -37,9 +42,14 @@ def _open(root: Path, choices: Choices) -> Source:
         return open_hf(root, choices)
     if is_meta(root):
         return open_meta(root, choices)
+    there = sorted(path.name for path in root.iterdir() if path.suffix in _WEIGHTS)
+    beside = (
+        f" ({', '.join(there[:_FEW])}{', ...' if len(there) > _FEW else ''} alone is none)" if there else ""
+    )
     raise BadCheckpoint(
-        f"{root}: holds no checkpoint that is known: model.safetensors, pytorch_model.bin (or an index), "
-        "consolidated.NN.pth, or manifest.json of sluice convert"
+        f"{root}: holds no checkpoint that is known{beside}: copy or download what is missing of one: "
+        "model.safetensors or pytorch_model.bin (several: with their index.json), consolidated.NN.pth with "
+        "params.json, or what sluice convert writes, with its manifest.json"
     )
 
 

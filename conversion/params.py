@@ -5,6 +5,7 @@ The sizes come from the weights where they tell; params.json is checked against 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,20 @@ def _ffn(params: Params, dim: int) -> int | None:
     multiple_of = params.count("multiple_of")
     factor = params.number("ffn_dim_multiplier") or 1.0
     return multiple_of * -(-int(factor * int(8 * dim / 3)) // multiple_of)
+
+
+def num_shards(params: Params, rows: Mapping[str, int]) -> int:
+    """How many shards with so `rows` of each tensor make up the model; 0 unless its sizes agree on that."""
+    dim, heads = params.count("dim"), params.count("n_heads")
+    head_dim = params.values.get("head_dim")
+    wholes = {
+        "layers.0.attention.wq.weight": dim if head_dim is None else heads * params.count("head_dim"),
+        "layers.0.feed_forward.w1.weight": _ffn(params, dim),
+        "output.weight": params.values.get("vocab_size"),
+    }
+    known = [(rows[name], size) for name, size in wholes.items() if rows.get(name) and type(size) is int]
+    counts = [size // part for part, size in known if size > 0 and size % part == 0]
+    return counts[0] if len(counts) > 1 and len(set(counts)) == 1 else 0
 
 
 def _norm_eps(params: Params) -> float:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
+from conversion.sizes import shown_bytes
 from conversion.tensors import DTYPE_NAMES, Bytes
-from engines.base import BadCheckpoint
-from engines.models.checkpoint import StoredTensor
+from engines.base import COPY_AGAIN, BadCheckpoint
+from engines.models.checkpoint import StoredTensor, refuse_stand_in
 
 _FORBIDDEN = re.compile(r"GLOBAL (\S+) was not an allowed global")
 
@@ -39,23 +40,37 @@ def read_pickled(path: Path) -> dict[str, tuple[StoredTensor, Bytes]]:
 def _check_zip(path: Path) -> None:
     """Every record stored as it is, inside the file, and none twice: what mapping relies on."""
     try:
+        _check_start(path)
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
     except FileNotFoundError:
-        raise BadCheckpoint(f"{path}: no such file") from None
+        raise BadCheckpoint(f"{path}: no such file: copy or download it as well") from None
+    except BadCheckpoint:
+        raise
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
         raise BadCheckpoint(
-            f"{path}: truncated, corrupt, or in the format before torch 1.6: {error}; load and save it "
-            "again with a current torch if it is yours"
+            f"{path}: truncated or corrupt ({shown_bytes(path.stat().st_size)}): {error}: {COPY_AGAIN}"
         ) from None
     size = path.stat().st_size
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED:
             raise BadCheckpoint(f"{path}: record {info.filename}: is compressed, and cannot be mapped")
         if info.header_offset + info.file_size > size or info.compress_size != info.file_size:
-            raise BadCheckpoint(f"{path}: record {info.filename}: truncated or corrupt")
+            raise BadCheckpoint(f"{path}: record {info.filename}: truncated or corrupt: {COPY_AGAIN}")
     if len({info.filename for info in infos}) != len(infos):
-        raise BadCheckpoint(f"{path}: corrupt: a record is there twice")
+        raise BadCheckpoint(f"{path}: corrupt: a record is there twice: {COPY_AGAIN}")
+
+
+def _check_start(path: Path) -> None:
+    """Whether it begins as something else than a zip file, that can be told."""
+    with path.open("rb") as file:
+        start = file.read(16)
+    refuse_stand_in(path, start)
+    if start.startswith(b"\x80"):
+        raise BadCheckpoint(
+            f"{path}: is in torch's format from before version 1.6: if it is yours, load and save it again "
+            "with a current torch"
+        )
 
 
 def _reason(error: Exception) -> str:
@@ -67,7 +82,7 @@ def _reason(error: Exception) -> str:
         found = re.search(r"(Unsupported \w+[^.\n]*|Trying to [^.\n]*)", text)
         what = f" ({found[1].strip()})" if found else ""
         return f"its pickle holds more than tensors{what}: refused, nothing of it has run"
-    return f"cannot be read: {type(error).__name__}: {(text.splitlines() or ['?'])[0][:200]}"
+    return f"cannot be read: {type(error).__name__}: {(text.splitlines() or ['?'])[0][:200]}: {COPY_AGAIN}"
 
 
 def _name(path: Path, name: object) -> str:
@@ -87,7 +102,8 @@ def _entry(path: Path, name: str, value: object) -> tuple[StoredTensor, Bytes]:
     if not value.is_contiguous():
         raise BadCheckpoint(f"{path}: tensor {name}: is not contiguous: save it again with .contiguous()")
     if value.untyped_storage().nbytes() < (value.storage_offset() + value.numel()) * value.itemsize:
-        raise BadCheckpoint(f"{path}: tensor {name}: truncated: its storage is smaller than its shape")
+        wrong = f"{path}: tensor {name}: truncated: its storage is smaller than its shape"
+        raise BadCheckpoint(f"{wrong}: {COPY_AGAIN}")
     rows = value.shape[0] if value.dim() else 1
     data: Bytes = value.reshape(rows, -1 if value.numel() else 0).view(torch.uint8).numpy()
     stored = StoredTensor(path, DTYPE_NAMES[value.dtype], tuple(value.shape), 0, value.nbytes)

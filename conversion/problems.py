@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from conversion.tensors import LogicalTensor
 from engines.base import BadCheckpoint
 from engines.models.names import TensorSpec
 
+_FEW = 16  # files that are named one by one
 _QUANTIZED = ("I8", "F8_E4M3")
 
 
@@ -18,6 +20,16 @@ class BadTensors(BadCheckpoint):
         more = f" (and {len(problems) - 1} more: sluice inspect lists them)" if len(problems) > 1 else ""
         super().__init__(problems[0] + more)
         self.problems = tuple(problems)
+
+
+def absent(root: Path, names: Sequence[str], why: str) -> BadCheckpoint:
+    """The refusal of a checkpoint that lacks files."""
+    listed = ", ".join([str(root / names[0]), *names[1:_FEW]])
+    more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
+    them = "it" if len(names) == 1 else "them"
+    return BadCheckpoint(
+        f"{listed}{more}: missing: {why}: copy or download {them} from where the others are from"
+    )
 
 
 def collect(

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import Protocol, TextIO
 
+from conversion.sizes import shown_bytes, shown_speed
+
 
 class Progress(Protocol):
     """Called from several threads."""
@@ -90,7 +92,7 @@ class Lines:
         self._last, self._shown = now, self._done
         done, total, seconds = self._done, self._total, now - self._begin
         left = (total - done) * seconds / done
-        written = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {done / 1e9 / seconds:.2f} GB/s"
+        written = f"{shown_bytes(done)} of {shown_bytes(total)}, {shown_speed(done, seconds)}"
         print(f"  {done / total:.0%}: {written}, {left:.0f} s left", file=self._stream, flush=True)
 
 

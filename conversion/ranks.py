@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from conversion.mapped import MappedFiles
-from conversion.problems import collect
+from conversion.problems import absent, collect
 from conversion.source import Choices, Source
 from conversion.tensors import LogicalTensor, Part, replicas
 from engines.base import BadCheckpoint
@@ -59,6 +59,10 @@ class _Ranks:
     def __init__(self, root: Path, layout: Layout, config: LlamaConfig, small: str | None) -> None:
         self._root, self._layout, self._config, self._small = root, layout, config, small
         self._maps = MappedFiles()
+        names = [rank_file(t, layout.tp, p, layout.pp) for t in range(layout.tp) for p in range(layout.pp)]
+        missing = [name for name in names if not (root / name).exists()]
+        if missing:
+            raise absent(root, missing, f"manifest.json names {len(names)} files for ranks")
         self._headers = {
             (t, p): read_rank(root, layout, t, p) for t in range(layout.tp) for p in range(layout.pp)
         }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conversion.params import to_params
-from conversion.plan import Plan
+from conversion.plan import Plan, Target
 from conversion.source import Json, Source
 from conversion.tensors import TORCH_DTYPES, CannotConvert
 from conversion.tokenizer import MadeTokenizer, make_tokenizer
@@ -56,6 +56,13 @@ def side_files(source: Source, plan: Plan) -> list[SideFile]:
         text = model_config_yaml(plan.layout)
         sides.append(SideFile("model-config.yaml", text.encode()))
     return sides
+
+
+def lacks_tokenizer(source: Source, target: Target) -> bool:
+    """Whether the result cannot be served for want of a tokenizer.json."""
+    names = ("tokenizer.json", "tokenizer.model")
+    given = target.tokenizer is not None or any((source.root / name).is_file() for name in names)
+    return target.format != "meta" and not given
 
 
 def _tokenizer(source: Source, plan: Plan) -> MadeTokenizer | None:

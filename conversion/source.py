@@ -51,3 +51,14 @@ class Choices:
     rope_scaling_factor: float | None = None
     max_positions: int | None = None
     allow_extra: bool = False
+
+    @property
+    def options(self) -> list[str]:
+        """As the command line's words."""
+        values = {
+            "--rope-theta": self.rope_theta,
+            "--rope-scaling-factor": self.rope_scaling_factor,
+            "--max-positions": self.max_positions,
+        }
+        words = [word for name, value in values.items() if value is not None for word in (name, str(value))]
+        return words + (["--allow-extra"] if self.allow_extra else [])

@@ -45,22 +45,26 @@ MaxPositions = Annotated[int | None, typer.Option(min=1, help="max_position_embe
 AllowExtra = Annotated[bool, typer.Option("--allow-extra", help="Leave unknown tensors out.")]
 
 
-def _fail(lines: Iterable[str]) -> NoReturn:
+def _fail(lines: Iterable[str], code: int = 1) -> NoReturn:
     for line in lines:
         typer.echo(f"sluice: error: {line}", err=True)
-    raise typer.Exit(1)
+    raise typer.Exit(code)
 
 
 @contextmanager
 def _clear_errors(as_json: bool = False) -> Iterator[Any]:
-    """Gives conversion.main. Its errors end the command with a line and exit code 1; `as_json`: an event."""
-    main = import_module("conversion.main")
+    """Gives conversion.main. Its errors end the command with a line and exit code 1, Ctrl-C with 130;
+    `as_json`: an event."""
     try:
-        yield main
-    except main.USER_ERRORS as error:
-        if as_json:
-            main.say_error(error, 1)
-        _fail(str(error).splitlines())
+        main = import_module("conversion.main")
+        try:
+            yield main
+        except main.USER_ERRORS as error:
+            if as_json:
+                main.say_error(error)
+            _fail(str(error).splitlines(), main.exit_code(error))
+    except KeyboardInterrupt:
+        _fail(["interrupted, and nothing was written"], 130)
 
 
 def _choices(*values: object) -> Any:
@@ -175,7 +179,8 @@ def verify(
     max_positions: MaxPositions = None,
     allow_extra: AllowExtra = False,
 ) -> None:
-    """Compare two checkpoints of any layouts, tensor by tensor. Exit code 1: they differ."""
+    """Compare two checkpoints of any layouts, tensor by tensor. Exit code 1: they differ, a quantised one
+    by more than quantising loses."""
     with _clear_errors() as main:
         choices = _choices(rope_theta, rope_scaling_factor, max_positions, allow_extra)
         raise typer.Exit(min(1, main.verify(first, second, choices, numeric=numeric, layers=layers)))

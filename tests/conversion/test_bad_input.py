@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -20,7 +21,7 @@ from conversion.pickled import read_pickled
 from conversion.plan import Target
 from conversion.source import Choices
 from conversion.verify import check_source
-from engines.base import BadCheckpoint
+from engines.base import COPY_AGAIN, BadCheckpoint
 from tests.conversion.helpers import convert
 from tests.conversion.hostile import as_pth, payloads
 from tests.models import GQA, MHA, make_llama
@@ -73,9 +74,16 @@ def edit(path: Path, **values: object) -> None:
 HF_DAMAGE: dict[str, tuple[Damage, str]] = {
     "truncated": (
         lambda d: os.truncate(d / "model.safetensors", 20_000),
-        r"model\.safetensors: tensor .*: truncated",
+        rf"model\.safetensors: tensor .*: truncated: .*: {COPY_AGAIN}",
     ),
-    "empty": (lambda d: os.truncate(d / "model.safetensors", 0), r"model\.safetensors: truncated"),
+    "empty": (
+        lambda d: os.truncate(d / "model.safetensors", 0),
+        rf"model\.safetensors: truncated: .*: {COPY_AGAIN}",
+    ),
+    "renamed": (
+        lambda d: (d / "model.safetensors").rename(d / "weights.safetensors"),
+        r"no checkpoint that is known \(weights\.safetensors alone is none\): copy or download",
+    ),
     "missing": (lambda d: (d / "model.safetensors").unlink(), "holds no checkpoint that is known"),
     "a tensor missing": (
         lambda d: rewrite(d / "model.safetensors", lambda t: t.pop("model.norm.weight")),
@@ -96,7 +104,10 @@ HF_DAMAGE: dict[str, tuple[Damage, str]] = {
         ),
         r"tensor model\.norm\.weight: is I64",
     ),
-    "no config": (lambda d: (d / "config.json").unlink(), r"config\.json: no such file"),
+    "no config": (
+        lambda d: (d / "config.json").unlink(),
+        r"config\.json: missing: .*copy or download it, and the tokenizer's",
+    ),
     "another model's config": (lambda d: edit(d / "config.json", hidden_size=100), r"its shape is"),
     "not a Llama": (lambda d: edit(d / "config.json", model_type="gpt2"), "model_type"),
 }
@@ -130,7 +141,7 @@ INDEX_DAMAGE: dict[str, tuple[Damage, str]] = {
     ),
     "names a file that is not there": (
         lambda d: reindex(d, lambda m: m.update(odd="odd.safetensors")),
-        r"odd\.safetensors: no such file",
+        r"odd\.safetensors: missing: model\.safetensors\.index\.json names \d+ files: copy or download it",
     ),
     "leads out of the directory": (
         lambda d: reindex(d, lambda m: m.update(odd="../../etc/passwd")),
@@ -166,7 +177,7 @@ def test_an_index_that_lies(tmp_path: Path, name: str) -> None:
 META_DAMAGE: dict[str, tuple[Damage, str]] = {
     "a shard missing": (
         lambda d: (d / "consolidated.01.pth").unlink(),
-        r"consolidated\.01\.pth: missing: the shards go up to 3",
+        r"consolidated\.01\.pth: missing: the model is in 4 shards, 00 to 03",
     ),
     "a shard twice": (
         lambda d: (d / "consolidated.1.pth").write_bytes((d / "consolidated.01.pth").read_bytes()),
@@ -178,13 +189,21 @@ META_DAMAGE: dict[str, tuple[Damage, str]] = {
     ),
     "the last one missing": (
         lambda d: (d / "consolidated.03.pth").unlink(),
-        r"has the shape|its shape|does not fit",
+        r"consolidated\.03\.pth: missing: the model is in 4 shards, 00 to 03",
     ),
     "truncated": (
         lambda d: os.truncate(d / "consolidated.02.pth", 30_000),
-        r"consolidated\.02\.pth: truncated",
+        rf"consolidated\.02\.pth: truncated or corrupt \(30\.0 kB\): .*: {COPY_AGAIN}",
     ),
-    "no params": (lambda d: (d / "params.json").unlink(), r"params\.json: no such file"),
+    "a pointer of Git LFS": (
+        lambda d: (d / "consolidated.02.pth").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        r"consolidated\.02\.pth: is a pointer of Git LFS, not the weights: run `git lfs pull`",
+    ),
+    "an old pickle": (
+        lambda d: (d / "consolidated.02.pth").write_bytes(pickle.dumps({}, protocol=2)),
+        r"consolidated\.02\.pth: is in torch's format from before version 1\.6: if it is yours",
+    ),
+    "no params": (lambda d: (d / "params.json").unlink(), r"params\.json: missing"),
     "another dim": (lambda d: edit(d / "params.json", dim=65), r"params\.json: dim \(65\)"),
     "more layers": (lambda d: edit(d / "params.json", n_layers=3), r"params\.json: n_layers \(3\)"),
 }
@@ -251,7 +270,9 @@ def test_a_changed_value_is_found_by_what_the_source_says(tmp_path: Path, what: 
     else:
         data[-20_000] ^= 1
         path.write_bytes(data)
-    with pytest.raises(BadCheckpoint, match=rf"consolidated\.01\.pth: .*is damaged: its {what}"):
+    with pytest.raises(
+        BadCheckpoint, match=rf"consolidated\.01\.pth: .*is damaged: its {what}.*: {COPY_AGAIN}"
+    ):
         check_source(open_checkpoint(meta, Choices(max_positions=2048)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ def sluice(*arguments: object, code: int = 0) -> str:
 def test_convert_verify_inspect(tmp_path: Path) -> None:
     hf = make_llama(tmp_path / "hf", ODD_FOR_META)
     printed = sluice("convert", hf, tmp_path / "meta", "--to", "meta", "--shards", 2)
-    assert "GB/s" in printed
+    assert re.search(r"meta: 510 kB in \d+\.\d s, [\d.]+ \w+/s$", printed.strip()), printed
     sluice("convert", tmp_path / "meta", tmp_path / "s", "--to", "sluice", "--tp", 2, "--pp", 2)
     printed = sluice("verify", hf, tmp_path / "s")
     assert "all 34 tensors are equal, bit by bit" in printed
@@ -41,7 +42,7 @@ def test_convert_verify_inspect(tmp_path: Path) -> None:
     printed = sluice("inspect", tmp_path / "s")
     assert "tp=2 pp=2" in printed
     assert "1, 2, 4 (key/value heads are replicated at 2, 4)" in printed
-    assert "100,504" in printed
+    assert "100,504 (402 kB)" in printed
 
 
 def test_the_model_config_that_comes_with_it_is_valid(tmp_path: Path) -> None:
@@ -65,7 +66,13 @@ def test_inspect_says_how_to_serve_what_the_server_does_not_read(tmp_path: Path)
         f"consolidated.0{i}.pth" for i in (0, 1)
     ]
     shown = json.loads(sluice("inspect", tmp_path / "m", "--json"))
-    assert f"run `sluice convert {tmp_path}/m {tmp_path}/m-sluice --to sluice`" in shown["model-config.yaml"]
+    command = f"sluice convert {tmp_path}/m {tmp_path}/m-sluice --to sluice"
+    assert f"run `{command}`, and serve {tmp_path}/m-sluice" in shown["model-config.yaml"]
+    options = ["--max-positions", 2048, "--rope-theta", 10000.0, "--allow-extra"]
+    shown = json.loads(sluice("inspect", tmp_path / "m", "--json", *options))
+    assert (
+        f"`{command} --rope-theta 10000.0 --max-positions 2048 --allow-extra`" in shown["model-config.yaml"]
+    )
     assert shown["tp that fits"] == "1, 2, 4, 8 (key/value heads are replicated at 4, 8)"
 
 
@@ -205,7 +212,10 @@ def test_verify_finds_one_changed_value(tmp_path: Path) -> None:
     tensors["model.layers.1.mlp.down_proj.weight"][5, 99] += 1
     save_file(tensors, file)
     printed = sluice("verify", hf, tmp_path / "s", "--no-numeric", code=1)
-    assert printed.splitlines()[2:] == ["differs: model.layers.1.mlp.down_proj.weight: values differ"]
+    assert printed.splitlines()[2:] == [
+        "differs: model.layers.1.mlp.down_proj.weight: values differ",
+        "of 30 tensors 29 are equal, bit by bit, 1 differ",
+    ]
 
 
 def test_verify_finds_a_damaged_file_by_its_hash(tmp_path: Path) -> None:
@@ -290,7 +300,7 @@ def test_verify_runs_meta_checkpoints_by_hugging_face_too(
     hf = make_llama(tmp_path / "hf", GQA)
     for shards in (1, 2):
         convert(hf, tmp_path / f"m{shards}", Target("meta", shards=shards))
-    lines = sluice("verify", tmp_path / "m1", tmp_path / "m2").splitlines()[-3:]
+    lines = sluice("verify", tmp_path / "m1", tmp_path / "m2").splitlines()[-4:-1]
     assert [line.split(": ")[0] for line in lines] == ["agree"] * 3
     assert [line.split(": ")[2] for line in lines] == [
         f"{tmp_path}/m1 by Meta's arithmetic",
@@ -298,7 +308,7 @@ def test_verify_runs_meta_checkpoints_by_hugging_face_too(
         f"{tmp_path}/m2 by Hugging Face's transformers",
     ]
     monkeypatch.setattr("conversion.tensors.stored_order", lambda rows, head_dim: rows)
-    lines = sluice("verify", tmp_path / "m1", tmp_path / "m2", code=1).splitlines()[-3:]
+    lines = sluice("verify", tmp_path / "m1", tmp_path / "m2", code=1).splitlines()[-4:-1]
     assert [line.split(": ")[0] for line in lines] == ["differs", "differs", "agree"]
 
 
@@ -345,3 +355,76 @@ def test_private_memory_is_bounded_by_the_flag(tmp_path: Path) -> None:
     grown = [int(line) for line in result.stdout.split()]
     assert len(grown) == 2
     assert max(grown) < 32, f"MB of private memory: {grown}"
+
+
+@pytest.mark.parametrize("has_manifest", [True, False])
+@pytest.mark.parametrize("missing", [(1,), (3,), (0, 2, 3)])
+def test_inspect_names_the_shards_that_are_missing(
+    tmp_path: Path, has_manifest: bool, missing: tuple[int, ...]
+) -> None:
+    convert(make_llama(tmp_path / "hf", MHA), tmp_path / "m", Target("meta", shards=4))
+    names = [f"consolidated.{number:02}.pth" for number in missing]
+    for name in [*names, *([] if has_manifest else ["manifest.json"])]:
+        (tmp_path / "m" / name).unlink()
+    printed = sluice("inspect", tmp_path / "m", code=1)
+    listed = ", ".join([f"{tmp_path}/m/{names[0]}", *names[1:]])
+    assert printed.startswith(
+        f"sluice: error: {listed}: missing: the model is in 4 shards, 00 to 03: copy or"
+    )
+
+
+def test_all_files_that_an_index_or_a_manifest_names_are_missed(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", GQA, shard_bytes=200_000)
+    convert(hf, tmp_path / "s", Target("sluice", tp=2, pp=2))
+    gone = sorted(hf.glob("model-*.safetensors"))[1:3]
+    for path in gone:
+        path.unlink()
+    assert f"{gone[0]}, {gone[1].name}: missing: model.safetensors.index.json names" in sluice(
+        "inspect", hf, code=1
+    )
+    for path in (tmp_path / "s" / "tp1-of-2").iterdir():
+        path.unlink()
+    printed = sluice("inspect", tmp_path / "s", code=1)
+    assert "s/tp1-of-2/pp0-of-2.safetensors, tp1-of-2/pp1-of-2.safetensors: missing: manifest.json" in printed
+
+
+def test_a_missing_params_json_is_asked_for_with_what_else_is_missing(tmp_path: Path) -> None:
+    convert(make_llama(tmp_path / "hf", MHA), tmp_path / "m", Target("meta", shards=2))
+    (tmp_path / "m" / "params.json").unlink()
+    printed = sluice("inspect", tmp_path / "m", code=1)
+    assert f"{tmp_path}/m/params.json: missing: " in printed
+    assert "copy or download it, and tokenizer.model with it, from where consolidated.*.pth are" in printed
+    (tmp_path / "m" / "tokenizer.model").touch()
+    printed = sluice("inspect", tmp_path / "m", code=1)
+    assert "copy or download it, from where consolidated.*.pth are from" in printed
+
+
+def test_convert_says_how_to_serve_or_what_is_missing_for_it(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", GQA)
+    printed = sluice("convert", hf, tmp_path / "one", "--to", "sluice")
+    assert "warning: there is neither tokenizer.json nor tokenizer.model" in printed
+    assert "serve it with" not in printed
+    (hf / "tokenizer.json").write_text("{}")
+    printed = sluice("convert", hf, tmp_path / "two", "--to", "sluice")
+    assert printed.endswith(f"serve it with: sluice serve {tmp_path}/two\n")
+    assert "warning" not in printed
+    printed = sluice("convert", hf, tmp_path / "three", "--to", "meta")
+    assert "serve it with" not in printed
+
+
+def test_a_file_in_place_of_a_directory(tmp_path: Path) -> None:
+    hf = make_llama(tmp_path / "hf", GQA)
+    printed = sluice("inspect", hf / "model.safetensors", code=1)
+    assert "model.safetensors: is a file: give the directory that it lies in" in printed
+
+
+@pytest.mark.parametrize(
+    "command", [["inspect", "x"], ["verify", "x", "y"], ["convert", "x", "y", "--to", "hf"]]
+)
+def test_interrupted_before_anything_is_written(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("examine", "open_checkpoint"):
+        monkeypatch.setattr(f"conversion.main.{name}", interrupted)
+    assert sluice(*command, code=130) == "sluice: error: interrupted, and nothing was written\n"

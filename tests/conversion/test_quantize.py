@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conversion.main import verify
 from conversion.open import open_checkpoint
 from conversion.plan import Target
+from conversion.source import Choices
 from conversion.tensors import CannotConvert
 from conversion.verify import differences
 from engines.base import BadCheckpoint, Engine, UnsupportedModel
@@ -181,6 +183,33 @@ def test_verify_tells_how_far_quantised_values_are(tmp_path: Path) -> None:
     found = {d.what: d.why for d in differences(open_checkpoint(tmp_path / "q"), open_checkpoint(hf))}
     assert len(found) == 7 * GQA.layers
     assert found[NAME] == f"I8 and BF16, relative error {error:.3%}"
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_verify_ends_with_what_quantising_lost_and_fails_where_more_is(
+    tmp_path: Path, kind: Literal["int8", "fp8"], capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf = make_llama(tmp_path / "hf", GQA, 2, torch.bfloat16)
+    convert(hf, tmp_path / "q", Target("sluice", quantize=kind))
+    opened = open_checkpoint(hf), open_checkpoint(tmp_path / "q")
+    _, worst, why = max((d.loss or 0.0, d.what, d.why) for d in differences(*opened))
+    assert verify(hf, tmp_path / "q", Choices(), numeric=True, layers=2) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-2].startswith("quantised: 2 layers in float32 differ by ")
+    assert printed[-1] == (
+        f"of 30 tensors 9 are equal, bit by bit, 21 within what {kind} loses (the worst: {worst}, {why})"
+    )
+    assert not any(line.startswith("differs") for line in printed)
+    tensors = weights(hf)
+    row = tensors[NAME][3].float().abs()
+    tensors[NAME][3, row.argmin()] = row.max() / 4  # a value that its int8 or fp8 is not the nearest to
+    save_file(tensors, hf / "model.safetensors")
+    assert verify(hf, tmp_path / "q", Choices(), numeric=False, layers=2) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-2].startswith(f"differs: {NAME}: BF16 and ")
+    assert printed[-2].endswith(", more than quantising loses")
+    assert printed[-1].startswith(f"of 30 tensors 9 are equal, bit by bit, 20 within what {kind} loses (")
+    assert printed[-1].endswith("), 1 differ")
 
 
 @pytest.mark.parametrize("shape", [GQA, ODD])
