@@ -52,12 +52,10 @@ class Options:
 
 def run(source: Source, plan: Plan, target: Path, options: Options, progress: Progress) -> Manifest:
     """Raises CannotConvert, BadCheckpoint; an OSError becomes one of them, with file and tensor."""
-    check_target(source, target)
+    check_start(source, plan, target)
     _check_replicas(source)
     sides = side_files(source, plan)
     partial = partial_dir(target)
-    if not partial.exists():
-        check_room(target, plan.num_bytes)  # before there is anything to clear away
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with locked(partial):
@@ -68,12 +66,19 @@ def run(source: Source, plan: Plan, target: Path, options: Options, progress: Pr
         raise CannotConvert(_os_error(error, target)) from None
 
 
+def check_start(source: Source, plan: Plan, target: Path) -> None:
+    """Raises CannotConvert where a conversion cannot begin, before there is anything to clear away."""
+    check_target(source, target)
+    if not partial_dir(target).exists():
+        check_room(target, plan.num_bytes)
+
+
 def check_target(source: Source, target: Path) -> None:
-    """Raises CannotConvert unless the target is absent, or an empty directory, outside the source."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CannotConvert(f"{target}: is there already: name another target, or remove it")
+    """Raises CannotConvert unless the target is outside the source, and absent or an empty directory."""
     if target.resolve() == source.root.resolve() or source.root.resolve() in target.resolve().parents:
         raise CannotConvert(f"{target}: lies in the source, which is left as it is: name another target")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CannotConvert(f"{target}: is there already: name another target, or remove it")
 
 
 def _os_error(error: OSError, target: Path) -> str:

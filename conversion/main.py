@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from conversion.inspect import describe, ready_config
-from conversion.job import Interrupted, Options, check_room, check_target, run
+from conversion.job import Interrupted, Options, check_start, run
 from conversion.open import examine, open_checkpoint
 from conversion.plan import Plan, Target, make_plan
 from conversion.problems import BadTensors
@@ -70,9 +70,9 @@ def convert(
     _show_notes(source, as_json)
     _show_tokenizer(source, target, as_json)
     if dry_run:
-        check_target(source, target_dir)
         _show_plan(plan, target_dir, as_json)
-        check_room(target_dir, plan.num_bytes)
+    check_start(source, plan, target_dir)  # before checksums, which may take long
+    if dry_run:
         return
     if check is not False:
         _check(source, options, must=bool(check), as_json=as_json)

@@ -60,5 +60,7 @@ class Choices:
             "--rope-scaling-factor": self.rope_scaling_factor,
             "--max-positions": self.max_positions,
         }
-        words = [word for name, value in values.items() if value is not None for word in (name, str(value))]
+        words = [
+            word for name, value in values.items() if value is not None for word in (name, f"{value:.17g}")
+        ]
         return words + (["--allow-extra"] if self.allow_extra else [])

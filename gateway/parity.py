@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from engines import config_devices
+from engines import config_devices, modelfit
 from engines.config import ModelConfig
 from engines.wire import Generate, SamplingParams, TokenDelta, TokenLogprob
 from gateway.parity_compare import NUM_TOP, Answer, Comparison, Verdict, compare
@@ -267,6 +267,8 @@ def _random_prompts(base: ModelConfig, options: Options) -> list[list[int]]:
 def _limits(base: ModelConfig) -> tuple[int, int]:
     """The model's vocabulary, and its positions."""
     path = Path(base.model_path) / "config.json"
+    if not path.is_file():
+        raise CannotCompare(modelfit.no_model(base))
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         vocab, positions = int(config["vocab_size"]), int(config["max_position_embeddings"])

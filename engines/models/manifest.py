@@ -78,7 +78,8 @@ def read_manifest(directory: Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, msgspec.MsgspecError, RecursionError) as error:
-        raise BadCheckpoint(f"{path}: is not a manifest of sluice convert: {error}") from None
+        wrong = f"{path}: is not a manifest of sluice convert: {error}"
+        raise BadCheckpoint(f"{wrong}: copy it again, or remove it if it is another program's") from None
 
 
 def rank_file(tp_rank: int, tp: int, stage: int, pp: int) -> str:

@@ -70,9 +70,7 @@ def test_inspect_says_how_to_serve_what_the_server_does_not_read(tmp_path: Path)
     assert f"run `{command}`, and serve {tmp_path}/m-sluice" in shown["model-config.yaml"]
     options = ["--max-positions", 2048, "--rope-theta", 10000.0, "--allow-extra"]
     shown = json.loads(sluice("inspect", tmp_path / "m", "--json", *options))
-    assert (
-        f"`{command} --rope-theta 10000.0 --max-positions 2048 --allow-extra`" in shown["model-config.yaml"]
-    )
+    assert f"`{command} --rope-theta 10000 --max-positions 2048 --allow-extra`" in shown["model-config.yaml"]
     assert shown["tp that fits"] == "1, 2, 4, 8 (key/value heads are replicated at 4, 8)"
 
 
@@ -428,3 +426,11 @@ def test_interrupted_before_anything_is_written(monkeypatch: pytest.MonkeyPatch,
     for name in ("examine", "open_checkpoint"):
         monkeypatch.setattr(f"conversion.main.{name}", interrupted)
     assert sluice(*command, code=130) == "sluice: error: interrupted, and nothing was written\n"
+
+
+def test_a_target_that_is_there_is_refused_before_checksums_are_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(make_llama(tmp_path / "hf", MHA), tmp_path / "m", Target("meta"))
+    monkeypatch.setattr("conversion.main.check_source", lambda *_: pytest.fail("has read it all"))
+    assert "hf: is there already" in sluice("convert", tmp_path / "m", tmp_path / "hf", "--to", "hf", code=1)

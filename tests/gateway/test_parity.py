@@ -155,6 +155,13 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
             parity.read_prompts(file, base)
 
 
+def test_metas_checkpoint_has_to_be_converted_first(tmp_path: Path) -> None:
+    (tmp_path / "consolidated.00.pth").touch()
+    result = CliRunner().invoke(cli.app, ["parity", str(tmp_path)])
+    assert result.exit_code == 2
+    assert f"run `sluice convert {tmp_path} {tmp_path}-sluice --to sluice`" in result.stderr
+
+
 SMALL_QUEUE = """
 handler:
   model_path: model
