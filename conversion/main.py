@@ -79,7 +79,8 @@ def convert(
     start = time.perf_counter()
     with shown(plan.num_bytes, as_json) as progress:
         manifest = run(source, plan, target_dir, options, progress)
-    _show_result(plan, manifest, target_dir, time.perf_counter() - start, as_json)
+    seconds = time.perf_counter() - start
+    _show_result(plan, manifest, target_dir, seconds, is_resumed=options.resume, as_json=as_json)
 
 
 def _check(source: Source, options: Options, *, must: bool, as_json: bool) -> None:
@@ -150,7 +151,10 @@ def _show_plan(plan: Plan, target: Path, as_json: bool) -> None:
     print(f"  {plan.num_bytes:>16,} bytes  in all ({shown_bytes(plan.num_bytes)})")
 
 
-def _show_result(plan: Plan, manifest: Manifest, target: Path, seconds: float, as_json: bool) -> None:
+def _show_result(
+    plan: Plan, manifest: Manifest, target: Path, seconds: float, *, is_resumed: bool, as_json: bool
+) -> None:
+    """`is_resumed`: the time is not that of all bytes."""
     odd = [
         f"{file}: {name}"
         for file, written in manifest.files.items()
@@ -166,8 +170,8 @@ def _show_result(plan: Plan, manifest: Manifest, target: Path, seconds: float, a
     for name in odd:
         print(f"  warning: {name}: has values that are infinite or not numbers")
     _show_errors(manifest)
-    size, speed = shown_bytes(plan.num_bytes), shown_speed(plan.num_bytes, seconds)
-    print(f"{target}: {size} in {seconds:.1f} s, {speed}")
+    speed = f" in {seconds:.1f} s, {shown_speed(plan.num_bytes, seconds)}"
+    print(f"{target}: {shown_bytes(plan.num_bytes)}{'' if is_resumed else speed}")
     if "tokenizer.json" in manifest.files and manifest.format != "meta":
         print(f"serve it with: sluice serve {shlex.quote(str(target))}")
 

@@ -233,6 +233,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, as_json: bool) -> None:
     assert not target.exists()
     result = CliRunner().invoke(app, [*command, "--resume"])
     assert result.exit_code == 0, result.output
+    assert as_json or f"{target}: 1.2 MB\n" in result.output  # and no speed, as if all had been written now
     assert interrupted.is_same(hf, target)
     assert not partial.exists()
 
