@@ -105,7 +105,10 @@ def main() -> None:
         for one, other in RATIOS
     }
     record = {
-        "command": f"python -m tests.bench.bench_engines --shape {args.shape} --batch {args.batch}",
+        "command": (
+            f"python -m tests.bench.bench_engines --shape {args.shape} --batch {args.batch}"
+            f" --prompt {args.prompt} --output {args.output} --rounds {args.rounds}"
+        ),
         "machine": machine(),
         "versions": {p: version(p) for p in ("torch", "transformers", "deepspeed", "accelerate")},
         "output tokens per second": {side: [round(r, 1) for r in found] for side, found in rates.items()},
