@@ -6,16 +6,22 @@ MODEL ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: serve test soak check
+.PHONY: serve test soak check page test-page
 
 serve: .venv/.installed  ## MODEL= a directory, a hub id or a model-config.yaml; the demo model without
 	@exec $(BIN)/sluice serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: .venv/.installed-dev  ## ARGS= goes to pytest
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 soak: .venv/.installed-dev  ## hours; ARGS= names some
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak $(ARGS)
+
+page: web/node_modules/.installed  ## builds gateway/web from web/; Node 20 or newer
+	@node web/build.mjs
+
+test-page: web/node_modules/.installed .venv/.installed-dev  ## the page in Chromium; CHROMIUM= names another
+	@node --test web/test/*.test.mjs tests/page/*.test.mjs
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check .
@@ -36,3 +42,7 @@ check: .venv/.installed-dev
 	@echo "Installing into .venv; the first time takes some minutes, PyTorch is large."
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
 	@touch .venv/.installed $@
+
+web/node_modules/.installed: web/package-lock.json
+	cd web && npm ci --no-audit --no-fund
+	@touch $@
