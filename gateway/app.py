@@ -10,13 +10,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from gateway.admission import Admission
-from gateway.auth import ApiKeys, RequestContext
+from gateway.auth import PROBES, ApiKeys, RequestContext
 from gateway.body_limit import BodyLimit
 from gateway.errors import to_api_error
 from gateway.keys import KeyRing
 from gateway.metrics import Metrics
 from gateway.router import Router, ServedModel
-from gateway.routes import chat, completions, models, ops
+from gateway.routes import chat, completions, models, ops, page
 from gateway.routes.common import Gateway, gateway_of
 from gateway.settings import Settings
 
@@ -47,11 +47,12 @@ def create_app(
         {model.name: Admission(model, metrics.of(model), settings.queue_timeout) for model in served_models},
     )
     app.state.gateway = gateway
-    for routes in (chat, completions, models, ops):
+    for routes in (chat, completions, models, ops, *([page] if settings.page else [])):
         app.include_router(routes.router)
     app.add_exception_handler(HTTPException, _no_such_route)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    app.add_middleware(ApiKeys, keys=gateway.keys)
+    open_paths = PROBES | page.PATHS if settings.page else PROBES
+    app.add_middleware(ApiKeys, keys=gateway.keys, open_paths=open_paths)
     app.add_middleware(RequestContext, metrics=metrics, access_log=settings.access_log)  # last: outermost
     return app
 

@@ -20,7 +20,7 @@ from gateway.keys import KeyRing
 from gateway.metrics import Metrics
 from gateway.tenant import Tenant
 
-OPEN_PATHS = frozenset({b"/livez", b"/readyz"})
+PROBES = frozenset({b"/livez", b"/readyz"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -92,15 +92,16 @@ def _request_id(given: str | None) -> str:
 
 
 class ApiKeys:
-    """Refuses what comes without a known key, whatever it is, but for GET and HEAD of OPEN_PATHS; and counts
-    a key's POST requests against its limits."""
+    """Refuses what comes without a known key, whatever it is, but for GET and HEAD of `open_paths`; and
+    counts a key's POST requests against its limits."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, open_paths: frozenset[bytes] = PROBES) -> None:
         self._app = app
         self._keys = keys
+        self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or _is_open(scope):
+        if scope["type"] == "lifespan" or _is_open(scope, self._open_paths):
             await self._app(scope, receive, send)
             return
         if scope["type"] != "http":
@@ -119,12 +120,12 @@ class ApiKeys:
             await self._app(scope, receive, send)
 
 
-def _is_open(scope: Scope) -> bool:
+def _is_open(scope: Scope, open_paths: frozenset[bytes]) -> bool:
     """By the path as it was sent, byte for byte; `path` has been decoded, and is what the routes go by."""
     return (
         scope["type"] == "http"
         and scope["method"] in ("GET", "HEAD")
-        and scope.get("raw_path") in OPEN_PATHS
+        and scope.get("raw_path") in open_paths
         and scope["path"].encode() == scope["raw_path"]
     )
 

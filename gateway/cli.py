@@ -182,6 +182,9 @@ def serve(
     access_log: Annotated[
         bool, typer.Option("--access-log", envvar="SLUICE_ACCESS_LOG", help="Log a line for each request.")
     ] = False,
+    page: Annotated[
+        bool, typer.Option("--page/--no-page", envvar="SLUICE_PAGE", help="The chat page at /.")
+    ] = True,
     replace: Annotated[
         bool,
         typer.Option(
@@ -231,6 +234,7 @@ def serve(
         log_level=log_level.value,
         log_dir=log_dir,
         access_log=access_log,
+        page=page,
         replace=replace,
     )
     sources: list[str | None] = [*models] if models else [None]

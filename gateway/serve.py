@@ -52,6 +52,7 @@ class Options:
     log_level: str = "info"
     log_dir: Path | None = None
     access_log: bool = False
+    page: bool = True
     log_format: logs.LogFormat = "text"
     api_key_file: Path | None = None
     queue_timeout: float = 60.0
@@ -198,6 +199,7 @@ class _Service:
             receive_timeout=self._options.receive_timeout,
             send_timeout=self._options.send_timeout,
             access_log=self._options.access_log,
+            page=self._options.page,
         )
         try:
             models = [

@@ -23,6 +23,7 @@ class Settings:
     api_key_file: Path | None = None
     queue_timeout: float = 60.0  # seconds that a sequence may wait for a place in a group
     access_log: bool = False
+    page: bool = True  # the chat page at /
     max_body_bytes: int = 16 << 20
     max_connections: int = 16_384
     idle_timeout: float = 75.0  # seconds that a connection may stay open without a request
