@@ -95,7 +95,9 @@ def main() -> None:
                     rows.append(check(name, model, layout, args.prompts, args.output_len))
                     print(json.dumps(rows[-1]), flush=True)
     record = {
-        "command": f"python -m tests.bench.bench_parity --prompts {args.prompts} --output-len {args.output_len}",
+        "command": (
+            f"python -m tests.bench.bench_parity --prompts {args.prompts} --output-len {args.output_len}"
+        ),
         "prompts": sum(int(str(row.get("prompts", 0))) for row in rows),
         "tokens_compared": sum(int(str(row.get("tokens_compared", 0))) for row in rows),
         "tokens_different": sum(int(str(row.get("tokens_different", 0))) for row in rows),
