@@ -60,5 +60,7 @@ GENERATE = {
 }
 """Fields of Generate that are."""
 
+MAX_GRAMMAR_CHARS = 2 << 20
+
 MAX_LABEL_CHARS = 256
 """Of an id or a group, and bytes of a salt: what the gateway makes is far shorter."""

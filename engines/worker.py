@@ -25,6 +25,7 @@ from engines.base import BadCheckpoint, Engine, KVSpec, ReportProgress, Unsuppor
 from engines.config import ConfigError, ModelConfig
 from engines.runtime import kv_cache, warmup
 from engines.runtime.channel import LoadReport, Pipe, PlanSender, connect
+from engines.runtime.grammar import Grammars
 from engines.runtime.inbox import Inbox
 from engines.runtime.leader import Leader
 from engines.runtime.mesh import Mesh, join
@@ -274,6 +275,7 @@ def _ready(
 
 
 def _scheduler(config: ModelConfig, ready: Ready, engine: Engine) -> Scheduler:
+    grammars = Grammars(Path(config.model_path) / "tokenizer.json", ready.vocab_size, ready.eos_token_ids)
     if engine.kv_spec is None:
         return StaticScheduler(
             batch_size=config.batch_size,
@@ -283,6 +285,7 @@ def _scheduler(config: ModelConfig, ready: Ready, engine: Engine) -> Scheduler:
             now=time.monotonic,
             min_prompt_len=getattr(engine, "min_prompt_len", 1),
             vocab_size=ready.vocab_size,
+            grammars=grammars,
         )
     return ContinuousScheduler(
         num_blocks=ready.num_blocks,
@@ -295,6 +298,7 @@ def _scheduler(config: ModelConfig, ready: Ready, engine: Engine) -> Scheduler:
         max_plans_in_flight=engine.plans_in_flight,
         min_prompt_tokens=_MIN_PROMPT_TOKENS[ready.device] if engine.plans_in_flight > 1 else None,
         vocab_size=ready.vocab_size,
+        grammars=grammars,
     )
 
 

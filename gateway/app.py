@@ -13,6 +13,7 @@ from gateway.admission import Admission
 from gateway.auth import PROBES, ApiKeys, RequestContext
 from gateway.body_limit import BodyLimit
 from gateway.errors import to_api_error
+from gateway.grammar import Grammars
 from gateway.keys import KeyRing
 from gateway.metrics import Metrics
 from gateway.router import Router, ServedModel
@@ -45,6 +46,7 @@ def create_app(
         metrics,
         KeyRing(settings.api_keys, settings.api_key_file),
         {model.name: Admission(model, metrics.of(model), settings.queue_timeout) for model in served_models},
+        Grammars(),
     )
     app.state.gateway = gateway
     for routes in (chat, completions, models, ops, *([page] if settings.page else [])):

@@ -195,6 +195,20 @@ def write_tokenizer(directory: Path, vocab: int) -> list[int]:
     return partial + list(range(num_trained, vocab))
 
 
+def write_byte_tokenizer(directory: Path) -> None:
+    """One token a byte, from 2 on, without training; 0 begins a text and 1 ends it."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|begin_of_text|>", "<|end_of_text|>"]
+    vocab = {token: id for id, token in enumerate(special + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"

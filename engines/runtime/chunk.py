@@ -157,6 +157,8 @@ def _row_sampling(chunk: Chunk, num_drafts: int, target_id: int) -> RowSampling:
     position = chunk.end - len(chunk.drafts) + num_drafts
     num_generated = position - len(request.prompt_ids)
     banned = tuple(sequence.stop_ids) if num_generated < request.min_tokens else ()
+    if sequence.constraint is not None:
+        sequence.constraint.follow(sequence.token_ids, len(request.prompt_ids))
     history = _NO_HISTORY
     if sequence.needs_history:
         history = sequence.history(chunk.drafts[:num_drafts])
@@ -168,6 +170,7 @@ def _row_sampling(chunk: Chunk, num_drafts: int, target_id: int) -> RowSampling:
         history,
         banned,
         target_id,
+        sequence.constraint,
     )
 
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import logging
 
+from engines.runtime.grammar import GrammarFailed
 from engines.wire import RequestError
 
 log = logging.getLogger("sluice.engine")
 
 
-def describe(work: str, error: Exception) -> str:
-    """Why a sequence fails whose `work` raised, from within the except clause: the log gets all of it."""
-    log.exception("a sequence fails: %s", work)
-    return f"{work} failed: {type(error).__name__}"
-
-
 def failed(work: str, error: Exception) -> RequestError:
-    return RequestError("internal", describe(work, error))
+    """Why a sequence fails whose `work` raised, from within the except clause: the log gets all of it, but
+    for grammars, which tell what the request said."""
+    if isinstance(error, GrammarFailed):
+        log.warning("a sequence fails: its grammar cannot be followed")
+        return RequestError("invalid_request", f"the grammar cannot be followed: {error}")
+    log.exception("a sequence fails: %s", work)
+    return RequestError("internal", f"{work} failed: {type(error).__name__}")

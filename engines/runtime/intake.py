@@ -10,20 +10,28 @@ from collections.abc import Iterable, Iterator
 
 from engines import bounds
 from engines.runtime.faults import failed
+from engines.runtime.grammar import Constraint, Grammars
 from engines.runtime.sequence import Sequence, root_hash
 from engines.wire import FinishReason, Generate, RequestError, TokenDelta
 
 
 class Intake:
-    """`max_model_len` bounds prompt and generated tokens of one sequence, `vocab_size` the ids in it."""
+    """`max_model_len` bounds prompt and generated tokens of one sequence, `vocab_size` the ids in it.
+    Without `grammars` sequences that have one are refused."""
 
     def __init__(
-        self, max_model_len: int, eos_token_ids: Iterable[int], prefix_cache: bool, vocab_size: int
+        self,
+        max_model_len: int,
+        eos_token_ids: Iterable[int],
+        prefix_cache: bool,
+        vocab_size: int,
+        grammars: Grammars | None = None,
     ) -> None:
         self.max_model_len = max_model_len
         self._vocab_size = vocab_size
         self._eos_ids = frozenset(eos_token_ids)
         self._prefix_cache = prefix_cache
+        self._grammars = grammars
         self._num_arrivals = 0
 
     def take(self, request: Generate) -> Sequence | TokenDelta:
@@ -45,6 +53,8 @@ class Intake:
             return RequestError("invalid_request", "the prompt is empty; it needs at least one token")
         if (message := next(out_of_bounds(request, self._vocab_size), None)) is not None:
             return RequestError("invalid_request", message)
+        if request.grammar and self._grammars is None:
+            return RequestError("invalid_request", "this engine follows no grammar")
         num_tokens = len(request.prompt_ids) + len(request.resume_token_ids)
         will_generate = request.max_tokens > 0 and not request.resume_token_ids
         if num_tokens + will_generate <= self.max_model_len:
@@ -57,7 +67,8 @@ class Intake:
 
     def _new_sequence(self, request: Generate) -> Sequence:
         self._num_arrivals += 1
-        eos_ids = frozenset[int]() if request.ignore_eos else self._eos_ids
+        ignores_eos = request.ignore_eos and not request.grammar  # which ends where its text is complete
+        eos_ids = frozenset[int]() if ignores_eos else self._eos_ids
         scores_prompt = request.prompt_logprobs is not None and not request.resume_token_ids
         return Sequence(
             request=request,
@@ -66,10 +77,14 @@ class Intake:
             max_len=min(len(request.prompt_ids) + request.max_tokens, self.max_model_len),
             stop_ids=eos_ids.union(request.stop_token_ids),
             hash_root=self._hash_root(request),
+            constraint=self._constraint(request),
             num_scored=1 if scores_prompt else None,
             prompt_logprobs=[None] if scores_prompt else [],
             has_reported=bool(request.resume_token_ids),
         )
+
+    def _constraint(self, request: Generate) -> Constraint | None:
+        return self._grammars.begin(request.grammar) if self._grammars and request.grammar else None
 
     def _hash_root(self, request: Generate) -> bytes | None:
         """Without a prefix cache only siblings share blocks."""
@@ -104,6 +119,7 @@ def out_of_bounds(request: Generate, vocab_size: int) -> Iterator[str]:
         ("id", request.id, bounds.MAX_LABEL_CHARS),
         ("group", request.group, bounds.MAX_LABEL_CHARS),
         ("cache_salt", request.cache_salt, bounds.MAX_LABEL_CHARS),
+        ("grammar", request.grammar, bounds.MAX_GRAMMAR_CHARS),
     ):
         if len(items) > most:
             yield f"'{name}' has {len(items)} items; at most {most} are allowed"

@@ -17,8 +17,8 @@ def take_result(chunk: Chunk, token_ids: list[int], result: StepResult) -> Token
     the first that was not: it is what the model drew instead.
     """
     sequence = chunk.sequence
-    if result.errors and (message := _first_error(chunk, result)) is not None:
-        return end_with(sequence, RequestError("internal", message))
+    if result.errors and (error := _first_error(chunk, result)) is not None:
+        return end_with(sequence, error)
     if sequence.error is not None:
         return end_with(sequence, sequence.error)
     try:
@@ -88,7 +88,7 @@ def _delta(
     )
 
 
-def _first_error(chunk: Chunk, result: StepResult) -> str | None:
+def _first_error(chunk: Chunk, result: StepResult) -> RequestError | None:
     rows = range(chunk.first_row, chunk.first_row + chunk.num_rows)
     return next((result.errors[row] for row in rows if row in result.errors), None)
 

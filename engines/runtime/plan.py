@@ -14,7 +14,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.wire import SamplingParams, TokenLogprob
+from engines.runtime.grammar import Constraint
+from engines.wire import RequestError, SamplingParams, TokenLogprob
 
 Int32 = NDArray[np.int32]
 
@@ -40,9 +41,9 @@ class RowSampling(msgspec.Struct, frozen=True, eq=False):
 
     `token_ids` is the whole history (prompt and generated) when penalties need it, else empty;
     `position` is that of the token to be drawn, counted from the sequence's first; `banned_ids` may
-    not be drawn (end tokens before min_tokens). `target_id`: the prompt token whose log-probability
-    is wanted (PROMPT_LOGPROBS), the draft (VERIFY: the row is drawn as if there were none, and the
-    scheduler compares), else -1.
+    not be drawn (end tokens before min_tokens), unless `constraint`, its grammar, leaves nothing else.
+    `target_id`: the prompt token whose log-probability is wanted (PROMPT_LOGPROBS), the draft (VERIFY: the
+    row is drawn as if there were none, and the scheduler compares), else -1.
     """
 
     params: SamplingParams
@@ -52,6 +53,7 @@ class RowSampling(msgspec.Struct, frozen=True, eq=False):
     token_ids: Int32 = msgspec.field(default_factory=lambda: np.empty(0, np.int32))
     banned_ids: tuple[int, ...] = ()
     target_id: int = -1
+    constraint: Constraint | None = None
 
 
 _ARRAYS = (
@@ -134,4 +136,4 @@ class StepResult:
 
     token_ids: Int32  # [L]; the drawn token (SAMPLE, VERIFY), the target for PROMPT_LOGPROBS, -1 for CHECK
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # row -> value, for rows that asked
-    errors: dict[int, str] = field(default_factory=dict)
+    errors: dict[int, RequestError] = field(default_factory=dict)

@@ -1,6 +1,6 @@
 """Logits to tokens, on rank 0. Greedy rows cost one argmax; the others share vectorised filters.
 
-Order: penalties, bias, bans; then temperature, top_k, top_p, min_p; then one draw by inverse CDF in
+Order: penalties, bias, bans, grammars; then temperature, top_k, top_p, min_p; then one draw by inverse CDF in
 vocabulary order. Log-probabilities are of the model's own distribution, before all of that.
 
 A row harms no other: what raises for many rows at once is done again row by row, and a row whose largest
@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.runtime.faults import describe
+from engines.runtime.faults import failed
+from engines.runtime.grammar import token_masks
 from engines.runtime.plan import RowSampling, RowUse, StepResult
 from engines.runtime.random import uniforms
-from engines.wire import TokenLogprob
+from engines.wire import RequestError, TokenLogprob
 
 _FIRST_TOP = 1024
 """How many candidates to sort before giving up on a short list: top_p rarely needs more."""
@@ -32,12 +33,14 @@ def sample(logits: Tensor, rows: Sequence[RowSampling], row_use: Sequence[int]) 
         rows: how to treat each row.
         row_use: RowUse of each row; only rows for SAMPLE and VERIFY draw.
     """
-    errors: dict[int, str] = {}
+    errors: dict[int, RequestError] = {}
     asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     raw = _log_softmax(logits, asked)  # before anything is adjusted
     drawn = [i for i, use in enumerate(row_use) if use in _DRAWN]
     for i in filter(lambda i: _is_adjusted(rows[i]), drawn):
         _guarded([i], lambda own: _adjust_row(logits[own[0]], rows[own[0]]), "penalties and biases", errors)
+    constrained = [i for i in drawn if rows[i].constraint is not None]
+    _guarded(constrained, lambda some: _constrain(logits, rows, some), "its grammar", errors)
     tokens = _likeliest(logits, errors)
     random = [i for i in drawn if rows[i].params.temperature > 0 and i not in errors]
     _guarded(random, lambda some: _put_random(tokens, logits, rows, some), "sampling", errors)
@@ -56,7 +59,9 @@ def sample(logits: Tensor, rows: Sequence[RowSampling], row_use: Sequence[int]) 
 _DRAWN = (RowUse.SAMPLE, RowUse.VERIFY)
 
 
-def _guarded(rows: list[int], work: Callable[[list[int]], object], name: str, errors: dict[int, str]) -> None:
+def _guarded(
+    rows: list[int], work: Callable[[list[int]], object], name: str, errors: dict[int, RequestError]
+) -> None:
     """`work(rows)`; if that raises, `work([row])` for each, and those that still raise are in error."""
     if not rows:
         return
@@ -64,23 +69,35 @@ def _guarded(rows: list[int], work: Callable[[list[int]], object], name: str, er
         work(rows)
     except Exception as error:  # whatever it is, it is somebody's own
         if len(rows) == 1:
-            errors[rows[0]] = describe(name, error)
+            errors[rows[0]] = failed(name, error)
             return
         for row in rows:
             _guarded([row], work, name, errors)
 
 
-def _likeliest(logits: Tensor, errors: dict[int, str]) -> np.ndarray:
+def _likeliest(logits: Tensor, errors: dict[int, RequestError]) -> np.ndarray:
     """[L, V] to [L]. A maximum is NaN where anything is: that row is in error."""
     values, best = logits.max(-1)
     tokens: np.ndarray = best.masked_fill_(~values.isfinite(), -1).cpu().numpy()
     for i in np.flatnonzero(tokens < 0).tolist():
-        errors.setdefault(i, "the model gave logits that are not finite")
+        errors.setdefault(i, RequestError("internal", "the model gave logits that are not finite"))
     return tokens
 
 
 def _is_adjusted(row: RowSampling) -> bool:
     return bool(len(row.token_ids) or row.params.logit_bias or row.banned_ids)
+
+
+def _constrain(logits: Tensor, rows: Sequence[RowSampling], some: list[int]) -> None:
+    """-inf where the grammars of `some` rows do not go on. On a GPU the masks are made while it computes."""
+    constraints = [(own, rows[i].banned_ids) for i in some if (own := rows[i].constraint) is not None]
+    masks = torch.from_numpy(token_masks(constraints, logits.shape[1]).view(np.uint8)).to(logits.device)
+    bits = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    is_out = ((masks.unsqueeze(-1) >> bits) & 1).flatten(1)[:, : logits.shape[1]] == 0  # [R, V]
+    if len(some) == len(rows):
+        logits.masked_fill_(is_out, -torch.inf)
+    else:
+        logits[some] = logits[some].masked_fill_(is_out, -torch.inf)
 
 
 def _adjust_row(logits: Tensor, row: RowSampling) -> None:
@@ -90,7 +107,7 @@ def _adjust_row(logits: Tensor, row: RowSampling) -> None:
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=logits.device)
         logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
-    if row.banned_ids:
+    if row.banned_ids and row.constraint is None:
         logits[torch.tensor(row.banned_ids, device=logits.device)] = -torch.inf
 
 

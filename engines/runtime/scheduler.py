@@ -15,6 +15,7 @@ from typing import Protocol
 from engines.runtime.blocks import BlockPool, Unaccounted, require
 from engines.runtime.chunk import BlockTables, Chunk, build_plan
 from engines.runtime.faults import failed
+from engines.runtime.grammar import Grammars
 from engines.runtime.intake import Intake
 from engines.runtime.outcome import end_with, has_ended, take_result
 from engines.runtime.plan import StepKind, StepPlan, StepResult
@@ -65,8 +66,8 @@ class ContinuousScheduler:
 
     Running sequences go first, oldest first. When blocks run out the youngest is preempted: its blocks
     are freed, it returns to the front of the queue and is computed again (mostly from the prefix cache).
-    Then the queue is admitted in order; the only one that others may pass is a sequence whose sibling
-    (same `group`) is just computing the prompt they share.
+    Then the queue is admitted in order; others may pass only a sequence whose sibling (same `group`) is just
+    computing the prompt they share, or whose grammar is being compiled.
 
     `max_plans_in_flight` plans may be out at once. Without `run_ahead` their sequences are disjoint, and each
     plan takes its share of them (micro-batches). With it a sequence that only lacks its last sampled token is
@@ -94,6 +95,7 @@ class ContinuousScheduler:
         max_draft_tokens: int = 4,
         min_prompt_tokens: int | None = None,
         vocab_size: int = 2**31,
+        grammars: Grammars | None = None,
     ) -> None:
         assert min(block_size, max_num_seqs, max_num_batched_tokens, max_plans_in_flight) > 0
         self.block_size = block_size
@@ -101,7 +103,7 @@ class ContinuousScheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = min(max_model_len, num_blocks * block_size)  # so that any sequence fits alone
         self.max_plans_in_flight = max_plans_in_flight
-        self._intake = Intake(self.max_model_len, eos_token_ids, prefix_cache, vocab_size)
+        self._intake = Intake(self.max_model_len, eos_token_ids, prefix_cache, vocab_size, grammars)
         self._prefix_cache = prefix_cache
         self._run_ahead = run_ahead
         self._drafter = drafter
@@ -266,7 +268,9 @@ class ContinuousScheduler:
             return False
         if sequence.num_unknown_tokens == 0:
             return True  # the next chunk of its prompt
-        return sequence.num_tokens < sequence.max_len and not sequence.needs_history and not self._drafter
+        if sequence.needs_history or sequence.constraint is not None or self._drafter:
+            return False  # what it sampled decides how it samples next
+        return sequence.num_tokens < sequence.max_len
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give it blocks for its first `num_tokens` tokens, if need be those of the youngest.
@@ -304,7 +308,8 @@ class ContinuousScheduler:
         if sequence.num_pending > 1:
             self._prompt_budget -= num_tokens
         samples = start + num_tokens == sequence.num_tokens < sequence.max_len
-        drafts = self._draft(sequence, budget - num_tokens) if samples and self._drafter else ()
+        can_draft = samples and self._drafter is not None and sequence.constraint is None
+        drafts = self._draft(sequence, budget - num_tokens) if can_draft else ()
         chunk = Chunk(sequence, start, num_tokens + len(drafts), samples, drafts)
         chunks.append(chunk)
         sequence.num_computed_tokens = chunk.end
@@ -342,6 +347,8 @@ class ContinuousScheduler:
         for sequence in self._queue.values():
             if min(budget, self._prompt_budget) <= 0 or not self._free_slots or len(chunks) >= max_chunks:
                 break
+            if not sequence.is_ready:
+                continue
             prefix = self._find_prefix(sequence)
             if self._waits_for_sibling(sequence, len(prefix)):
                 continue

@@ -8,6 +8,7 @@ from hashlib import blake2b
 
 import numpy as np
 
+from engines.runtime.grammar import Constraint
 from engines.runtime.plan import Int32
 from engines.wire import Generate, RequestError, TokenLogprob
 
@@ -41,6 +42,7 @@ class Sequence:
     max_len: int  # tokens, prompt included, after which it ends with "length"
     stop_ids: frozenset[int]
     hash_root: bytes | None  # None: it shares no blocks
+    constraint: Constraint | None = None  # its grammar; it may not run ahead of what it sampled
     num_computed_tokens: int = 0
     num_unknown_tokens: int = 0
     num_plans_in_flight: int = 0
@@ -71,6 +73,11 @@ class Sequence:
     @property
     def num_pending(self) -> int:
         return len(self.token_ids) + self.num_unknown_tokens - self.num_computed_tokens
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can start: its grammar is compiled."""
+        return self.constraint is None or self.constraint.is_ready
 
     @property
     def needs_history(self) -> bool:

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 from engines.runtime.chunk import BlockTables, Chunk, build_plan
+from engines.runtime.grammar import Grammars
 from engines.runtime.intake import Intake
 from engines.runtime.outcome import has_ended, take_result
 from engines.runtime.plan import StepKind, StepPlan, StepResult
@@ -34,13 +35,14 @@ class StaticScheduler:
         now: Callable[[], float],
         min_prompt_len: int = 1,
         vocab_size: int = 2**31,
+        grammars: Grammars | None = None,
     ) -> None:
         self.batch_size = batch_size
         self.max_batch_delay = max_batch_delay
         self.max_model_len = max_model_len
         self.min_prompt_len = min_prompt_len  # shorter ones look like a decoding step to some engines
         self._now = now
-        self._intake = Intake(max_model_len, eos_token_ids, prefix_cache=False, vocab_size=vocab_size)
+        self._intake = Intake(max_model_len, eos_token_ids, False, vocab_size, grammars)
         self._tables = BlockTables(batch_size, 1, max_model_len)
         for row in range(batch_size):
             self._tables.write(row, 0, [row])
@@ -102,11 +104,12 @@ class StaticScheduler:
 
     def _next_batch(self) -> list[Sequence]:
         """Empty while it is better to wait."""
-        if not self._queue:
+        ready = [sequence for sequence in self._queue.values() if sequence.is_ready]
+        if not ready:
             return []
-        oldest = next(iter(self._queue.values()))
+        oldest = ready[0]
         length = len(oldest.token_ids)
-        batch = [s for s in self._queue.values() if len(s.token_ids) == length][: self.batch_size]
+        batch = [sequence for sequence in ready if len(sequence.token_ids) == length][: self.batch_size]
         if len(batch) < self.batch_size and self._now() - self._arrived[oldest.id] < self.max_batch_delay:
             return []
         for row, sequence in enumerate(batch):

@@ -49,6 +49,9 @@ MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 1_000
 MAX_MESSAGES = 4_096
 MAX_CONTENT_PARTS = 1_024
+MAX_SHAPE_CHARS = 262_144
+"""Of a schema (as JSON), a regular expression, a grammar, a list of choices (as JSON)."""
+MAX_SHAPE_CHOICES = 10_000
 MAX_PROMPTS = 256
 MAX_SEQUENCES = 256
 """Prompts times choices of one request."""

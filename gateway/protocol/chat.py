@@ -10,12 +10,12 @@ from pydantic import BeforeValidator, Field
 from gateway.protocol import bounds, fields
 from gateway.protocol.common import (
     GenerationParams,
-    GenerationRequest,
     InvalidField,
     RequestPart,
     TokenInfo,
     Usage,
 )
+from gateway.protocol.structured import StructuredRequest
 
 
 class TextPart(RequestPart):
@@ -57,7 +57,7 @@ class ChatMessage(RequestPart):
         return message if self.name is None else message | {"name": self.name}
 
 
-class ChatCompletionRequest(GenerationRequest):
+class ChatCompletionRequest(StructuredRequest):
     rules = fields.CHAT
 
     messages: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import msgspec
@@ -117,7 +118,13 @@ class RequestPart(BaseModel):
     def _keep_supported(cls, given: object) -> object:
         if not isinstance(given, dict):
             return given
-        return without_unused(given, cls.rules, frozenset(cls.model_fields))
+        return without_unused(given, cls.rules, _names(cls))
+
+
+@cache
+def _names(part: type[RequestPart]) -> frozenset[str]:
+    """Its fields, as clients call them."""
+    return frozenset(field.alias or name for name, field in part.model_fields.items())
 
 
 class StreamOptions(RequestPart):

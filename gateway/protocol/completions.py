@@ -10,11 +10,11 @@ from pydantic import Field, PlainValidator
 from gateway.protocol import bounds, fields
 from gateway.protocol.common import (
     GenerationParams,
-    GenerationRequest,
     InvalidField,
     TokenInfo,
     Usage,
 )
+from gateway.protocol.structured import StructuredRequest
 
 _FORMS = "expected a string, a list of strings, token ids, or a list of lists of token ids"
 
@@ -48,7 +48,7 @@ def _check_ids(ids: object) -> None:
         raise ValueError(f"token ids are from {low} to {high}")
 
 
-class CompletionRequest(GenerationRequest):
+class CompletionRequest(StructuredRequest):
     rules = fields.COMPLETIONS
 
     prompt: Annotated[list[str] | list[list[int]], PlainValidator(_as_prompts)]

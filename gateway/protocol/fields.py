@@ -47,6 +47,8 @@ SHARED = {
     "skip_special_tokens": _refused("control tokens are never shown", True),
     "spaces_between_special_tokens": _refused("control tokens are never shown", True, False),
     "include_stop_str_in_output": _refused(_NOT_YET, False),
+    "guided_decoding_backend": _ignored("there is one, llguidance"),
+    "guided_whitespace_pattern": _refused("white space in JSON is as much as indents need"),
     "use_beam_search": _refused(_NOT_YET, False),
     "length_penalty": _refused("it belongs to beam search", 1, 1.0),
     "truncate_prompt_tokens": _refused("a prompt is served whole or refused"),
@@ -68,7 +70,6 @@ CHAT = SHARED | {
     "tool_choice": _refused(_NOT_YET, "none", "auto"),
     "functions": _refused(_NOT_YET, []),
     "function_call": _refused(_NOT_YET, "none", "auto"),
-    "response_format": _refused(_NOT_YET, {"type": "text"}),
     "reasoning_effort": _refused(_NOT_YET, "none"),
     "verbosity": _refused(_NOT_YET, "medium"),
     "modalities": _refused("the models write text only", ["text"]),
@@ -103,6 +104,14 @@ MESSAGE = {
 
 TEXT_PART = {
     "prompt_cache_breakpoint": _ignored("a hint; the prefix cache finds every shared prefix itself"),
+}
+
+STRUCTURED_OUTPUTS = {
+    "disable_fallback": _ignored("nothing is fallen back to"),
+    "disable_any_whitespace": _refused("white space in JSON is as much as indents need", False),
+    "disable_additional_properties": _refused("the schema says it", False),
+    "whitespace_pattern": _refused("white space in JSON is as much as indents need"),
+    "structural_tag": _refused("write it as a grammar"),
 }
 
 STREAM_OPTIONS = {

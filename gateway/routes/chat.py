@@ -47,8 +47,8 @@ async def create_chat_completion(request: Request) -> Response:
 async def _start(request: Request, body: ChatCompletionRequest) -> Generation:
     gateway = gateway_of(request)
     model = gateway.router.find(body.model)
-    params = body.params()
     require_ready(model)
+    params = await gateway.grammars.constrain(body.params(), body.shape())
     conversation = Conversation(messages=[message.for_template() for message in body.messages])
     prompt, _ = await chat_prompt(model, conversation)
     admission = gateway.admissions[model.name]

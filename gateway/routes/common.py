@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from gateway.admission import Admission
 from gateway.errors import to_api_error
+from gateway.grammar import Grammars
 from gateway.keys import KeyRing
 from gateway.metrics import Metrics
 from gateway.router import Router
@@ -31,6 +32,7 @@ class Gateway:
     metrics: Metrics
     keys: KeyRing
     admissions: Mapping[str, Admission]  # by the model's name
+    grammars: Grammars
 
     def error_describer(self, request: Request) -> DescribeError:
         """Gives the error object as JSON, for this request's stream when it fails underway. Counts it."""

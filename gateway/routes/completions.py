@@ -35,7 +35,7 @@ async def create_completion(request: Request) -> Response:
 async def _start(request: Request, body: CompletionRequest) -> Generation:
     gateway = gateway_of(request)
     model = gateway.router.find(body.model)
-    params = body.params()
+    params = await gateway.grammars.constrain(body.params(), body.shape())
     require_ready(model)
     prompts = await completion_prompts(model, body.prompt)
     admission = gateway.admissions[model.name]

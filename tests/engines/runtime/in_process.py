@@ -13,6 +13,7 @@ from engines.base import Engine
 from engines.config import ModelConfig
 from engines.native import NativeEngine
 from engines.runtime import kv_cache
+from engines.runtime.grammar import Grammars
 from engines.runtime.leader import Leader
 from engines.runtime.mesh import single
 from engines.runtime.runner import ModelRunner
@@ -86,6 +87,9 @@ class InProcess:
         max_num_seqs: int = 16,
         max_batched: int = 1024,
         prefix_cache: bool = True,
+        grammars: Grammars | None = None,
+        plans_in_flight: int = 1,
+        run_ahead: bool = False,
     ) -> None:
         assert engine.kv_spec is not None
         self.caches = kv_cache.allocate(engine.kv_spec, num_blocks, block_size)
@@ -97,12 +101,15 @@ class InProcess:
             engine.max_model_len,
             [EOS],
             prefix_cache,
+            max_plans_in_flight=plans_in_flight,
+            run_ahead=run_ahead,
             vocab_size=engine.vocab_size,
+            grammars=grammars,
         )
         self.inbox = LocalInbox()
         self.num_blocks = num_blocks
         runner = ModelRunner(engine, single(), self.caches, max_num_seqs)
-        self.leader = Leader(self.scheduler, runner, self.inbox, 1)
+        self.leader = Leader(self.scheduler, runner, self.inbox, plans_in_flight)
 
     def send(self, *messages: ToWorker) -> None:
         self.inbox.arrived += messages
@@ -139,7 +146,7 @@ class InProcess:
 
 
 @torch.inference_mode()
-def alone(engine: Engine, request: Generate) -> Ended:
+def alone(engine: Engine, request: Generate, grammars: Grammars | None = None) -> Ended:
     """What `request` gives with nobody else, in one chunk, nothing cached."""
-    (ended,) = InProcess(engine, max_num_seqs=1, prefix_cache=False).run([request])
+    (ended,) = InProcess(engine, max_num_seqs=1, prefix_cache=False, grammars=grammars).run([request])
     return ended

@@ -142,6 +142,7 @@ def test_the_table_names_every_number_there_is() -> None:
     """A number that is added to the wire without a bound fails here."""
     assert set(SamplingParams.__struct_fields__) - set(bounds.SAMPLING) == {"logit_bias"}
     rest = {"id", "prompt_ids", "stop_token_ids", "ignore_eos", "sampling", "group", "cache_salt"}
+    rest |= {"grammar"}
     assert set(Generate.__struct_fields__) - set(bounds.GENERATE) == rest | {"resume_token_ids"}
 
 

@@ -117,7 +117,7 @@ def test_a_failing_row_fails_alone() -> None:
     best = logits.argmax(-1).tolist()
     assert result.token_ids.tolist() == [best[0], -1, best[2]]
     assert list(result.errors) == [1]
-    assert "IndexError" in result.errors[1]
+    assert "IndexError" in result.errors[1].message
 
 
 def test_logprobs_are_the_models_own() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from engines.runtime.plan import LAST_SAMPLED, RowUse, StepKind, StepResult
 from engines.runtime.scheduler import ContinuousScheduler
-from engines.wire import Generate, SamplingParams
+from engines.wire import Generate, RequestError, SamplingParams
 from tests.engines.runtime.fake_model import EOS, FakeLeader, FakePagedRunner, expected
 
 
@@ -231,7 +231,7 @@ def test_an_error_ends_its_sequence_only() -> None:
     plan = scheduler.schedule()
     leader.runner.submit(plan)
     _, result = leader.runner.collect()
-    result = StepResult(result.token_ids, result.logprobs, {1: "the grammar has no next token"})
+    result = StepResult(result.token_ids, result.logprobs, {1: RequestError("internal", "the grammar")})
     leader.outputs.take(scheduler.update(plan, result))
     error = leader.outputs["bad"].error
     assert error is not None

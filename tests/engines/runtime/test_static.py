@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from engines.runtime.plan import StepKind, StepPlan, StepResult
 from engines.runtime.static import StaticScheduler
-from engines.wire import Generate
+from engines.wire import Generate, RequestError
 from tests.engines.runtime.fake_model import EOS, FakeLeader, FakePagedRunner
 from tests.engines.runtime.test_scheduler_properties import Arrival, arrivals, check_output
 
@@ -105,7 +105,8 @@ def test_an_error_ends_its_row_only() -> None:
     leader.add(request("good"))
     assert leader.submit()
     plan, result = leader.runner.collect()
-    leader.outputs.take(scheduler.update(plan, StepResult(result.token_ids, errors={0: "no"})))
+    errors = {0: RequestError("internal", "no")}
+    leader.outputs.take(scheduler.update(plan, StepResult(result.token_ids, errors=errors)))
     leader.run()
     assert leader.outputs["bad"].error is not None
     assert len(leader.outputs["good"].token_ids) == 3
