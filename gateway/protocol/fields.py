@@ -89,7 +89,6 @@ COMPLETIONS = SHARED | {
     "best_of": _refused(_NOT_YET, 1),
     "suffix": _refused(_NOT_YET, ""),
     "add_special_tokens": _refused(_NOT_YET, True),
-    "response_format": _refused(_NOT_YET, {"type": "text"}),
 }
 
 MESSAGE = {
