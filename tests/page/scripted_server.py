@@ -9,6 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import msgspec
+
 from tests.gateway.serving import listening, make_app, make_group, make_model_dir
 
 
@@ -17,7 +19,7 @@ def main() -> None:
         model_dir = make_model_dir(Path(directory))
         group = make_group(model_dir, Path(sys.argv[1]).read_text(), tokens_per_delta=3)
         assert group.info is not None
-        group.info.max_model_len = 1 << 16
+        group.info = msgspec.structs.replace(group.info, max_model_len=1 << 16)
         with listening(make_app(model_dir, group)) as url:
             print(url, flush=True)
             sys.stdin.read()

@@ -1,4 +1,4 @@
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useLayoutEffect, useRef, useState } from "preact/hooks";
 import { describeStats } from "./answer.js";
 import { CopyButton } from "./copy-button.jsx";
 import { Icon } from "./icon.jsx";
@@ -34,7 +34,7 @@ export function Question({ session, node, isBusy }) {
 
 function Editor({ text, onFinish }) {
   const area = useRef();
-  useEffect(() => {
+  useLayoutEffect(() => {
     area.current.focus();
     area.current.setSelectionRange(text.length, text.length);
   }, []);
