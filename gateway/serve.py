@@ -241,7 +241,9 @@ class _Service:
             self._settled.set()
             await self._take_over(server)
             names = ", ".join(_describe(config) for config in self._configs)
-            print(f"ready on {url_of(self._door.listener)} ({names})", flush=True)
+            url = url_of(self._door.listener)
+            chat = f"; chat at {url.removesuffix('v1')}" if self._options.page else ""
+            print(f"ready on {url} ({names}){chat}", flush=True)
 
     async def _take_over(self, server: Server) -> None:
         """Tell whoever waits for it that we accept."""
