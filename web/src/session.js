@@ -1,8 +1,10 @@
 /** What the page knows and can do: conversations, the one that is shown, and the answer that is running. */
 import { Answer } from "./answer.js";
 import { listModels, readiness, streamChat } from "./api.js";
+import { describeHealth } from "./health.js";
 import { isHistoryKey } from "./history.js";
 import { DEFAULT_OPTIONS, requestFor } from "./request.js";
+import { soon } from "./soon.js";
 import { keep, readJson } from "./storage.js";
 import { append, change, newConversation, path, removeLeaf, show } from "./tree.js";
 
@@ -17,6 +19,7 @@ export class Session {
   #history;
   #local;
   #tab; // storage that ends with the tab
+  #base; // of the API's addresses
   #listeners = new Set();
   #tokens = new Map(); // of this visit's answers, by message: too large to keep
   #polling = false;
@@ -24,10 +27,11 @@ export class Session {
 
   state;
 
-  constructor(history, local, tab) {
+  constructor(history, local, tab, base = "") {
     this.#history = history;
     this.#local = local;
     this.#tab = tab;
+    this.#base = base;
     const options = { ...DEFAULT_OPTIONS, ...readJson(local, OPTIONS) };
     this.state = {
       conversations: history.list().map(interrupted),
@@ -70,7 +74,7 @@ export class Session {
 
   async #loadModels() {
     try {
-      const models = await listModels({ key: this.key });
+      const models = await listModels({ base: this.#base, key: this.key });
       this.#set({ models });
       if (!models.includes(this.state.conversation.options.model)) this.setOptions({ model: models[0] ?? "" });
     } catch (error) {
@@ -84,7 +88,7 @@ export class Session {
     if (this.#polling) return;
     this.#polling = true;
     while (true) {
-      const health = await readiness();
+      const health = await readiness({ base: this.#base });
       this.#set({ serverStatus: describeHealth(health) });
       if (health?.status === "ready") break;
       await new Promise((resolve) => setTimeout(resolve, POLL_MS));
@@ -233,7 +237,7 @@ export class Session {
     const saving = soon(SAVE_MS, () => this.#save(conversation));
     let outcome = { status: "done" };
     try {
-      for await (const chunk of streamChat(streamed, { key: this.key, signal })) {
+      for await (const chunk of streamChat(streamed, { base: this.#base, key: this.key, signal })) {
         answer.take(chunk, performance.now());
         showing.request();
         saving.request();
@@ -266,22 +270,6 @@ export class Session {
   }
 }
 
-/** Runs `work` once, `ms` after it was first requested; then it can be requested again. */
-function soon(ms, work) {
-  let timer = null;
-  const run = () => {
-    timer = null;
-    work();
-  };
-  const cancel = () => clearTimeout(timer);
-  const flush = () => {
-    if (timer === null) return;
-    cancel();
-    run();
-  };
-  return { request: () => (timer ??= setTimeout(run, ms)), cancel, flush };
-}
-
 const sorted = (conversations) => conversations.toSorted((a, b) => b.updated - a.updated);
 
 /** Answers that ran when their page was closed have not ended any other way. */
@@ -292,16 +280,4 @@ function interrupted(conversation) {
       : [id, node],
   );
   return { ...conversation, nodes: Object.fromEntries(nodes) };
-}
-
-function describeHealth(health) {
-  if (health === null) return "The server does not answer. Trying again…";
-  if (health.status === "ready") return "";
-  if (health.status === "draining") return "The server is shutting down and takes no new requests.";
-  const loading = health.models.filter(({ ready }) => !ready).map(({ model, groups: [group] }) => {
-    if (group?.state === "failed") return `${model} could not be started; the server's log says why.`;
-    const progress = group?.percent ? ` (${group.phase}, ${group.percent} %)` : "";
-    return `${model} is loading${progress}.`;
-  });
-  return loading.join(" ");
 }
