@@ -61,6 +61,14 @@ GENERATE = {
 """Fields of Generate that are."""
 
 MAX_GRAMMAR_CHARS = 2 << 20
+GRAMMAR_LIMITS = {
+    "initial_lexer_fuel": 200_000,
+    "step_lexer_fuel": 100_000,
+    "step_max_items": 20_000,
+    "max_lexer_states": 100_000,
+    "max_grammar_size": 500_000,
+}
+"""llguidance's own, for one grammar: some tens of milliseconds to compile it and for one step, and of MB."""
 
 MAX_LABEL_CHARS = 256
 """Of an id or a group, and bytes of a salt: what the gateway makes is far shorter."""

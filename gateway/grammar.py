@@ -17,7 +17,7 @@ from gateway.helper import Helper, HelperKilled
 from gateway.protocol.common import GenerationParams, InvalidField
 from gateway.protocol.structured import Shape
 
-GRAMMAR_SECONDS = 0.5
+GRAMMAR_SECONDS = 1.0
 """Processor time for one; large ones take some tens of milliseconds."""
 
 MAX_KEPT = 1_024

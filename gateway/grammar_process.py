@@ -12,14 +12,20 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from llguidance import LLMatcher, LLParserLimits, grammar_from
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
+from engines.bounds import GRAMMAR_LIMITS
 from gateway.helper_process import answer_questions
 
 JSON_OPTIONS = {"whitespace_pattern": r"[ \n\r\t]{1,40}"}
 """For JSON: no endless white space, which models fall into; as much as indents need."""
 
-_LIMITS = LLParserLimits(verbose_errors=False)
+NUM_STEPS = 8
+"""Of a text that is written on trial."""
+
+_LIMITS = LLParserLimits(**GRAMMAR_LIMITS, verbose_errors=False)
+_BYTES = LLTokenizer("byte")
+_ALL_BYTES = (1 << 256) - 1
 _HELD = ("additionalProperties", "additionalItems", "items")  # keywords that hold a schema,
 _LISTED = ("allOf", "anyOf", "oneOf", "prefixItems", "items")  # a list of them,
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")  # or some by name
@@ -42,14 +48,33 @@ def make(kind: str, source: str) -> str:
 def _problem(grammar: str) -> str | None:
     """What llguidance has against it."""
     is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, None, limits=_LIMITS)
-    return messages[0].partition("\n  while processing")[0] if is_error else None
+    if is_error:
+        return messages[0].partition("\n  while processing")[0]
+    matcher = LLMatcher(_BYTES, grammar, log_level=0, limits=_LIMITS)
+    if "unknown special token" in matcher.get_error():  # the engine knows those of the model
+        return None
+    return _problem_of_text(matcher)
+
+
+def _problem_of_text(matcher: LLMatcher) -> str | None:
+    """What is found when the beginning of a text is written."""
+    for _ in range(NUM_STEPS):
+        allowed = int.from_bytes(matcher.compute_bitmask(), "little") if not matcher.is_error() else 0
+        if matcher.is_error():
+            why = matcher.get_error().partition("\n")[0]
+            return f"it is too large to follow, or no text can match it ({why})"
+        if not allowed & _ALL_BYTES:
+            return None
+        matcher.consume_token((allowed & _ALL_BYTES).bit_length() - 1)
+    return None
 
 
 def _of_schema(source: str) -> str:
     schema = json.loads(source)
     for path, part in _all_parts(schema):
-        num_free = part.get("minProperties", 0) - len(part.get("required", ()))
-        if num_free > 1:  # llguidance does not tell whether a free property comes twice
+        least, required = part.get("minProperties"), part.get("required", [])
+        has_free = isinstance(least, int) and isinstance(required, list) and least > len(required) + 1
+        if has_free:  # llguidance does not tell whether one of these comes twice
             raise Refused(
                 f"'minProperties' is supported up to one more than what is 'required', at {_shown(path)}"
             )
@@ -61,7 +86,9 @@ def _schema_grammar(schema: Schema) -> str:
 
 
 def _of_choice(source: str) -> str:
-    return LLMatcher.grammar_from_lark("start: " + " | ".join(map(_literal, json.loads(source))))
+    return LLMatcher.grammar_from_lark(
+        "start: CHOICE\nCHOICE: " + " | ".join(map(_literal, json.loads(source)))
+    )
 
 
 def _literal(text: str) -> str:
@@ -133,7 +160,7 @@ _WORDS = (
 def _plain(problem: str) -> str:
     for pattern, ours in _WORDS:
         if match := re.fullmatch(pattern, problem, re.DOTALL):
-            return match.expand(ours)
+            return match.expand(ours).replace('", "', "', '")
     return " ".join(problem.split())[:500]
 
 

@@ -17,17 +17,12 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
+from engines.bounds import GRAMMAR_LIMITS
+
 MAX_CACHED = 32
 """Compiled grammars that are kept without a sequence."""
 
-LIMITS = LLParserLimits(
-    initial_lexer_fuel=1_000_000,  # 20 ms
-    step_lexer_fuel=100_000,  # 7 ms
-    step_max_items=50_000,  # 2.5 ms
-    max_lexer_states=100_000,  # some tens of MB
-    max_grammar_size=500_000,
-    verbose_errors=False,  # they would tell the log what a request said
-)
+LIMITS = LLParserLimits(**GRAMMAR_LIMITS, verbose_errors=False)
 
 
 class GrammarFailed(ValueError):  # noqa: N818
@@ -41,6 +36,7 @@ class Constraint:
         self._compiled = compiled
         self._compile_again = compile_again
         self._own: LLMatcher | None = None
+        self._is_alone = False  # `_own` shares nothing
         self._token_ids: list[int] = []  # taken in so far
 
     @property
@@ -81,9 +77,12 @@ class Constraint:
         return self._own
 
     def _start_again(self) -> None:
-        """Its matcher has failed. What it shared may have been used up by others, so with nothing shared."""
-        self._own = self._compile_again()
-        self._own.consume_tokens(self._token_ids)
+        """Its matcher has failed. What it shared may have been used up by others: so once, with nothing
+        shared."""
+        if not self._is_alone:
+            self._is_alone = True
+            self._own = self._compile_again()
+            self._own.consume_tokens(self._token_ids)
         self._check()
 
     def _check(self) -> None:
