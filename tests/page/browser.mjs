@@ -1,6 +1,6 @@
 // Chromium without a window, and real servers for it to talk to.
 import { spawn } from "node:child_process";
-import { existsSync } from "node:fs";
+import { existsSync, readFileSync } from "node:fs";
 import { mkdtemp, rm } from "node:fs/promises";
 import { createRequire } from "node:module";
 import { tmpdir } from "node:os";
@@ -9,9 +9,13 @@ import { fileURLToPath } from "node:url";
 
 const ROOT = fileURLToPath(new URL("../../", import.meta.url));
 const BIN = join(ROOT, ".venv/bin");
-const { chromium } = createRequire(join(ROOT, "web/package.json"))("playwright-core");
+const installed = createRequire(join(ROOT, "web/package.json"));
+const { chromium } = installed("playwright-core");
 
 export const PATIENCE = 60_000; // longer than anything here takes on a busy machine
+
+/** Code that gives axe's opinion of a page. */
+export const AXE = `${readFileSync(installed.resolve("axe-core/axe.min.js"), "utf8")}; axe.run()`;
 
 export function launch() {
   const executablePath = process.env.CHROMIUM ?? ["/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"].find(existsSync);

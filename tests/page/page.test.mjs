@@ -4,7 +4,7 @@ import { execFile } from "node:child_process";
 import { fileURLToPath } from "node:url";
 import { after, before, test } from "node:test";
 import { promisify } from "node:util";
-import { launch, openPage, PATIENCE, serve, serveText } from "./browser.mjs";
+import { AXE, launch, openPage, PATIENCE, serve, serveText } from "./browser.mjs";
 
 let browser, server;
 before(async () => ([browser, server] = await Promise.all([launch(), serve()])), { timeout: PATIENCE * 2 });
@@ -360,6 +360,58 @@ test("thoughts, and an error underway", { timeout: 2 * PATIENCE }, async () => {
   assert.equal((await answers(page).locator(".markdown").last().innerText()).trim(), "So far");
   assert.match(await page.locator(".notice.error").innerText(), /Two groups died\. What came before is kept\./);
   await page.context().close();
+});
+
+test("accessible, as far as axe can tell", { timeout: 4 * PATIENCE }, async () => {
+  const scripted = await serveText(fileURLToPath(new URL("hostile.md", import.meta.url)));
+  for (const colorScheme of ["light", "dark"]) {
+    for (const width of [1100, 360]) {
+      const page = await openPage(browser, scripted.url, { bypassCSP: true, colorScheme, viewport: { width, height: 760 } });
+      const check = async (view) => {
+        const { passes, violations } = await page.evaluate(AXE);
+        const where = `${view}, ${colorScheme}, ${width} px`;
+        assert.ok(passes.length > 20, where);
+        assert.deepEqual(violations.map(({ id, nodes }) => [id, nodes.map(({ html }) => html)]), [], where);
+      };
+      await check("empty");
+      await button(page, "Settings").click();
+      await page.getByLabel("Token probabilities").check();
+      await page.getByLabel("Top p").fill("3");
+      await check("settings");
+      await page.getByLabel("Top p").fill("");
+      await page.keyboard.press("Escape");
+      await ask(page, "go");
+      await ended(page);
+      await check("a conversation");
+      await button(answers(page), "Tokens and alternatives").click();
+      await check("tokens");
+      await page.context().close();
+    }
+  }
+  await scripted.end();
+});
+
+test("what was typed is there after a reload", { timeout: 2 * PATIENCE }, async () => {
+  const page = await openPage(browser, server.url);
+  await composer(page).fill("half a thought");
+  await page.reload();
+  assert.equal(await composer(page).inputValue(), "half a thought");
+  await page.context().close();
+});
+
+test("two tabs", { timeout: 3 * PATIENCE }, async () => {
+  const first = await openPage(browser, server.url);
+  const second = await first.context().newPage();
+  await second.goto(server.url);
+  await set(first, { Temperature: "0" });
+  await ask(first, "What is 7 plus 5?");
+  await ended(first);
+  await second.locator(".conversations .open").click();
+  await answers(second).getByText("12").waitFor();
+  await ask(second, "What is 3 plus 4?");
+  await ended(second);
+  await first.locator(".answer").nth(1).getByText("7").first().waitFor();
+  await first.context().close();
 });
 
 test("light and dark", { timeout: 2 * PATIENCE }, async () => {
