@@ -79,6 +79,8 @@ class ModelConfig(BaseModel):
     max_retry_timeout: float = 300.0  # give up restarting a group this long after its first failure
 
     chat_template: str | None = None
+    tool_format: str = "auto"  # how the model writes calls of tools; auto: as its chat template shows
+    reasoning_format: str = "auto"  # which tags its thoughts are between
     deepspeed: DeepSpeedSection | None = None
     warnings: tuple[str, ...] = ()  # keys that have no effect here and why, each with file:line
     places: tuple[tuple[str, str], ...] = ()  # (dotted key, file:line) of the keys that the file gives

@@ -93,6 +93,8 @@ def _resolve(s: Settings, base: Path, source: str, num_gpus: int | None) -> Mode
         startup_timeout=_or(s.number("startupTimeout"), 120.0),
         max_retry_timeout=_or(s.integer("maxRetryTimeoutInSec"), 300),
         chat_template=_path(base, cast(str, template)) if template else None,
+        tool_format=s.text("toolFormat") or "auto",
+        reasoning_format=s.text("reasoningFormat") or "auto",
         deepspeed=deepspeed,
         warnings=tuple(sorted(s.warnings, key=warning_line)),
         places=tuple((key, where) for key, where in s.places.items() if where != COMMAND_LINE),

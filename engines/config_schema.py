@@ -70,6 +70,17 @@ DTYPES = {
     "half": "float16",
 }
 STAGE_SPLITS = {name: name for name in ("work", "layers", "bytes")}
+TOOL_FORMATS = {  # the gateway's gateway/answer/formats.py
+    name: name
+    for name in (
+        *("auto", "none", "hermes", "llama-json", "llama-pythonic"),
+        *("mistral", "deepseek-v3", "deepseek-v3.1"),
+    )
+}
+REASONING_FORMATS = {  # gateway/answer/reasoning.py
+    name: name
+    for name in ("auto", "none", "think", "thinking", "thought", "reasoning", "seed", "mistral", "cohere")
+}
 MAX_INT = 2**31 - 1
 DAY = 86400
 
@@ -139,6 +150,8 @@ OURS = {
     "reshard": Key(Kind.BOOL),
     "shareDevices": Key(Kind.BOOL),
     "chatTemplate": Key(Kind.TEXT),
+    "toolFormat": Key(Kind.TEXT, choices=TOOL_FORMATS),
+    "reasoningFormat": Key(Kind.TEXT, choices=REASONING_FORMATS),
     "deviceMap": Key(Kind.ANY),  # read by config_accelerate
     "maxMemory": Key(Kind.ANY),
 }

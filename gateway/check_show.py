@@ -60,6 +60,8 @@ def _fields(config: ModelConfig) -> Iterator[Field]:
     yield "servedModelNames", config.served_model_names
     yield "modelPath", config.model_path
     yield "chatTemplate", config.chat_template
+    yield "toolFormat", config.tool_format
+    yield "reasoningFormat", config.reasoning_format
     yield "engine", config.engine
     yield from _parallel_fields(config)
     yield from _device_fields(config)

@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from engines.config_schema import REASONING_FORMATS, TOOL_FORMATS
 from gateway import cli_admin, cli_conversion
 
 app = typer.Typer(
@@ -34,6 +35,10 @@ class DType(StrEnum):
 class Device(StrEnum):
     CPU = "cpu"
     CUDA = "cuda"
+
+
+ToolFormat = StrEnum("ToolFormat", TOOL_FORMATS)
+ReasoningFormat = StrEnum("ReasoningFormat", REASONING_FORMATS)
 
 
 class LogLevel(StrEnum):
@@ -113,6 +118,20 @@ def serve(
     served_name: Annotated[
         list[str] | None,
         typer.Option(envvar="SLUICE_SERVED_NAME", help="What clients call the model; may be repeated."),
+    ] = None,
+    tool_format: Annotated[
+        ToolFormat | None,
+        typer.Option(
+            envvar="SLUICE_TOOL_FORMAT",
+            help="How the model writes calls of tools; auto: as its chat template shows.",
+        ),
+    ] = None,
+    reasoning_format: Annotated[
+        ReasoningFormat | None,
+        typer.Option(
+            envvar="SLUICE_REASONING_FORMAT",
+            help="The tags of the model's thoughts; auto: those of its chat template.",
+        ),
     ] = None,
     host: Annotated[str, typer.Option(envvar="SLUICE_HOST", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
@@ -207,6 +226,8 @@ def serve(
         "gpu_memory_share": gpu_memory_share,
         "torchrun.OMP_NUMBER_THREADS": omp_threads,
         "served_model_names": served_name or None,
+        "tool_format": tool_format and tool_format.value,
+        "reasoning_format": reasoning_format and reasoning_format.value,
     }
     if served_name and models and len(models) > 1:
         fail("--served-name names one model; with several, write servedModelNames into their YAML files")
