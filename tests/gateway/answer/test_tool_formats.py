@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from gateway.answer import formats
+from engines import config_schema
+from gateway.answer import formats, reasoning
 from gateway.answer.reader import Reader
 from tests.gateway.answer.reading import cuts, format_of, read, spelled
 
@@ -306,3 +307,8 @@ def test_pythonic_arguments_are_json() -> None:
     for pieces in cuts("[now(a={'k': [1, (2,), 'x\\ty']}, b=1_000, c=1e3, d=-.5)]"):
         [[_, arguments]] = read(format, pieces, NAMES).calls
         assert json.loads(arguments) == {"a": {"k": [1, [2], "x\ty"]}, "b": 1000, "c": 1000.0, "d": -0.5}
+
+
+def test_the_configuration_knows_the_same_names() -> None:
+    assert set(config_schema.TOOL_FORMATS) == {"auto", "none", *formats.FORMATS}
+    assert set(config_schema.REASONING_FORMATS) == {"auto", "none", *reasoning.FORMATS}
