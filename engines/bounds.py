@@ -7,7 +7,7 @@ Bounds of what never reaches the engine are in gateway/protocol/bounds.py.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Range(NamedTuple):
@@ -61,7 +61,7 @@ GENERATE = {
 """Fields of Generate that are."""
 
 MAX_GRAMMAR_CHARS = 2 << 20
-GRAMMAR_LIMITS = {
+GRAMMAR_LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 200_000,
     "step_lexer_fuel": 100_000,
     "step_max_items": 20_000,

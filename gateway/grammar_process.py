@@ -86,13 +86,12 @@ def _schema_grammar(schema: Schema) -> str:
 
 
 def _of_choice(source: str) -> str:
-    return LLMatcher.grammar_from_lark(
-        "start: CHOICE\nCHOICE: " + " | ".join(map(_literal, json.loads(source)))
-    )
+    return LLMatcher.grammar_from_regex("|".join(map(_literal, json.loads(source))))
 
 
 def _literal(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    """As a regular expression."""
+    return "".join(char if char.isascii() and char.isalnum() else f"\\x{{{ord(char):x}}}" for char in text)
 
 
 _MAKERS: dict[str, Callable[[str], str]] = {

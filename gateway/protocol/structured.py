@@ -81,6 +81,15 @@ class StructuredOutputs(RequestPart):
     grammar: Text | None = None
     json_object: bool | None = None
 
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if not list(self.shapes()):
+            raise InvalidField(
+                "structured_outputs",
+                "'structured_outputs' needs one of json, regex, choice, grammar and json_object",
+            )
+        return self
+
     def shapes(self) -> Iterator[Shape]:
         yield from _shapes("structured_outputs.", self.as_json, self.regex, self.choice, self.grammar)
         if self.json_object:
@@ -105,6 +114,8 @@ class StructuredRequest(GenerationRequest):
             raise InvalidField(
                 second, f"'{first}' and '{second}' both say what the answer must look like: give one of them"
             )
+        if shapes and self.ignore_eos:
+            raise InvalidField("ignore_eos", f"'ignore_eos' is not allowed with '{shapes[0].param}'")
         return shapes[0] if shapes else None
 
     def _shapes(self) -> Iterator[Shape]:
