@@ -18,8 +18,13 @@ export const PATIENCE = 60_000; // longer than anything here takes on a busy mac
 export const AXE = `${readFileSync(installed.resolve("axe-core/axe.min.js"), "utf8")}; axe.run()`;
 
 export function launch() {
-  const executablePath = process.env.CHROMIUM ?? ["/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"].find(existsSync);
-  if (!executablePath) throw new Error("There is no Chromium: install it (apt-get install chromium), or name one: CHROMIUM=PATH make test-page");
+  const executablePath =
+    process.env.CHROMIUM ??
+    ["/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"].find(existsSync);
+  if (!executablePath)
+    throw new Error(
+      "There is no Chromium: install it (apt-get install chromium), or name one: CHROMIUM=PATH make test-page",
+    );
   return chromium.launch({ executablePath, args: process.getuid() === 0 ? ["--no-sandbox"] : [] });
 }
 
@@ -41,7 +46,11 @@ export async function openPage(browser, url, { waits = true, ...options } = {}) 
 /** `sluice serve` of the demo model, ready. */
 export async function serve(...args) {
   const home = await mkdtemp(join(tmpdir(), "sluice-page-"));
-  const server = spawn(join(BIN, "sluice"), ["serve", "--port", "0", "--log-dir", home, "--omp-threads", "1", ...args], { cwd: home });
+  const server = spawn(
+    join(BIN, "sluice"),
+    ["serve", "--port", "0", "--log-dir", home, "--omp-threads", "1", ...args],
+    { cwd: home },
+  );
   const url = await firstMatch(server, /^ready on (\S+)\/v1/m);
   const ended = new Promise((resolve) => server.on("exit", resolve));
   const end = async (signal = "SIGTERM") => {

@@ -42,7 +42,9 @@ async function set(page, fields) {
 /** Until no sequence runs: the server has noticed that nobody waits for it. */
 async function untilIdle(url) {
   const signal = AbortSignal.timeout(PATIENCE);
-  while (!/^sluice:num_requests_running\{.*\} 0\.0$/m.test(await (await fetch(`${url}metrics`, { signal })).text())) {
+  while (
+    !/^sluice:num_requests_running\{.*\} 0\.0$/m.test(await (await fetch(`${url}metrics`, { signal })).text())
+  ) {
     await new Promise((resolve) => setTimeout(resolve, 100));
   }
 }
@@ -51,7 +53,8 @@ async function untilIdle(url) {
 async function beginLong(page) {
   await page.route(
     "**/v1/chat/completions",
-    (route) => route.continue({ postData: JSON.stringify({ ...route.request().postDataJSON(), ignore_eos: true }) }),
+    (route) =>
+      route.continue({ postData: JSON.stringify({ ...route.request().postDataJSON(), ignore_eos: true }) }),
     { times: 1 },
   );
   await ask(page, "Tell me a long story.");
@@ -64,7 +67,10 @@ test("a conversation", { timeout: 4 * PATIENCE }, async () => {
   await ask(page, "What is 7 plus 5?");
   await ended(page);
   assert.match(await textOf(page), /12/);
-  assert.match(await page.locator(".stats").innerText(), /^\d+ tokens · [\d.]+ tokens\/s · first token after [\d.]+ (ms|s)$/);
+  assert.match(
+    await page.locator(".stats").innerText(),
+    /^\d+ tokens · [\d.]+ tokens\/s · first token after [\d.]+ (ms|s)$/,
+  );
   assert.match(await page.locator("[aria-live=polite]").last().textContent(), /^Answer finished: .*12/);
   assert.equal(await composer(page).inputValue(), "");
 
@@ -98,13 +104,16 @@ test("a conversation", { timeout: 4 * PATIENCE }, async () => {
   await page.reload();
   assert.equal(await page.locator(".conversations .open").count(), 0);
   assert.deepEqual(page.errors, []);
-  assert.ok(page.asked.every((url) => url.startsWith(server.url)), page.asked.join("\n"));
+  assert.ok(
+    page.asked.every((url) => url.startsWith(server.url)),
+    page.asked.join("\n"),
+  );
   await page.context().close();
 });
 
 test("requests copied as commands do the same", { timeout: 3 * PATIENCE }, async () => {
   const page = await openPage(browser, server.url, { permissions: ["clipboard-read", "clipboard-write"] });
-  await set(page, { Temperature: "0", "System prompt": "It's \"quoted\" & $HOME." });
+  await set(page, { Temperature: "0", "System prompt": 'It\'s "quoted" & $HOME.' });
   await ask(page, "What is 2 plus 2?");
   await ended(page);
   const answer = await textOf(page);
@@ -177,19 +186,33 @@ test("hostile Markdown", { timeout: 3 * PATIENCE }, async () => {
   await ended(page);
   await answers(page).getByText("The last line.").waitFor();
   assert.equal(await page.evaluate(() => window.pwned), undefined);
-  const found = await answers(page).locator(".markdown").evaluate((box) => {
-    const all = [...box.querySelectorAll("*")].filter((element) => !element.closest(".code-header"));
-    return {
-      tags: [...new Set(all.map((element) => element.localName))].sort(),
-      attributes: [...new Set(all.flatMap((element) => element.getAttributeNames()))].sort(),
-      links: all.filter(({ localName }) => localName === "a").map((link) => link.getAttribute("href")).filter(Boolean).sort(),
-      code: [...box.querySelectorAll("pre")].map((pre) => pre.textContent),
-      colours: box.querySelectorAll("pre .hljs-keyword").length,
-    };
-  });
+  const found = await answers(page)
+    .locator(".markdown")
+    .evaluate((box) => {
+      const all = [...box.querySelectorAll("*")].filter((element) => !element.closest(".code-header"));
+      return {
+        tags: [...new Set(all.map((element) => element.localName))].sort(),
+        attributes: [...new Set(all.flatMap((element) => element.getAttributeNames()))].sort(),
+        links: all
+          .filter(({ localName }) => localName === "a")
+          .map((link) => link.getAttribute("href"))
+          .filter(Boolean)
+          .sort(),
+        code: [...box.querySelectorAll("pre")].map((pre) => pre.textContent),
+        colours: box.querySelectorAll("pre .hljs-keyword").length,
+      };
+    });
   const harmless = "a code div em h1 input li ol p pre span strong table tbody td th thead tr ul".split(" ");
-  assert.deepEqual(found.tags.filter((tag) => !harmless.includes(tag) || tag === "input"), []);
-  assert.deepEqual(found.attributes.filter((name) => !["align", "class", "href", "rel", "tabindex", "target", "title"].includes(name)), []);
+  assert.deepEqual(
+    found.tags.filter((tag) => !harmless.includes(tag) || tag === "input"),
+    [],
+  );
+  assert.deepEqual(
+    found.attributes.filter(
+      (name) => !["align", "class", "href", "rel", "tabindex", "target", "title"].includes(name),
+    ),
+    [],
+  );
   assert.deepEqual(found.links, ["http://198.51.100.7/leak?q=secret", "https://example.com/?a=1&b=2"]);
   assert.ok(found.code[1].includes("</code></pre><script>window.pwned = 'break'</script>"), "code is whole");
   assert.ok(found.colours > 0, "code is coloured");
@@ -197,7 +220,10 @@ test("hostile Markdown", { timeout: 3 * PATIENCE }, async () => {
   for (const link of await answers(page).locator("a:not([href])").all()) await link.click();
   assert.equal(await page.evaluate(() => window.pwned), undefined);
   assert.deepEqual(page.errors, []);
-  assert.ok(page.asked.every((url) => url.startsWith(scripted.url)), page.asked.join("\n"));
+  assert.ok(
+    page.asked.every((url) => url.startsWith(scripted.url)),
+    page.asked.join("\n"),
+  );
 
   await page.reload();
   await page.locator(".conversations .open").click();
@@ -215,32 +241,54 @@ test("the policy holds where nothing else would", { timeout: 2 * PATIENCE }, asy
       elsewhere: () => fetch("http://127.0.0.1:9/"),
       script: () =>
         new Promise((resolve, reject) => {
-          const script = Object.assign(document.createElement("script"), { onload: resolve, onerror: reject });
+          const script = Object.assign(document.createElement("script"), {
+            onload: resolve,
+            onerror: reject,
+          });
           script.setAttribute("src", "data:text/javascript,1");
           document.head.append(script);
         }),
       image: () =>
-        new Promise((resolve, reject) => Object.assign(new Image(), { onload: resolve, onerror: reject, src: "http://127.0.0.1:9/x.png" })),
+        new Promise((resolve, reject) =>
+          Object.assign(new Image(), { onload: resolve, onerror: reject, src: "http://127.0.0.1:9/x.png" }),
+        ),
     };
     const outcomes = {};
     for (const [name, attempt] of Object.entries(attempts)) {
-      outcomes[name] = await Promise.resolve().then(attempt).then(() => "done", () => "refused");
+      outcomes[name] = await Promise.resolve()
+        .then(attempt)
+        .then(
+          () => "done",
+          () => "refused",
+        );
     }
     return outcomes;
   });
   assert.deepEqual(tried, { html: "refused", elsewhere: "refused", script: "refused", image: "refused" });
-  const reasons = page.errors.filter((text) => /Content Security Policy|TrustedHTML|TrustedScript/.test(text));
+  const reasons = page.errors.filter((text) =>
+    /Content Security Policy|TrustedHTML|TrustedScript/.test(text),
+  );
   assert.ok(reasons.length >= 3, page.errors.join("\n"));
   await page.context().close();
 });
 
 test("a phone's width", { timeout: 3 * PATIENCE }, async () => {
-  const page = await openPage(browser, server.url, { viewport: { width: 360, height: 640 }, hasTouch: true, isMobile: true });
+  const page = await openPage(browser, server.url, {
+    viewport: { width: 360, height: 640 },
+    hasTouch: true,
+    isMobile: true,
+  });
   const fits = async (where) => {
     const width = await page.evaluate(() => document.documentElement.scrollWidth);
     assert.ok(width <= 360, `${where}: ${width} px`);
-    const outside = await page.locator("button:visible, textarea:visible, select:visible").evaluateAll((all) =>
-      all.map((one) => [one.getAttribute("aria-label") ?? one.textContent, one.getBoundingClientRect()]).filter(([, box]) => box.left < 0 || box.right > innerWidth).map(([name]) => name));
+    const outside = await page
+      .locator("button:visible, textarea:visible, select:visible")
+      .evaluateAll((all) =>
+        all
+          .map((one) => [one.getAttribute("aria-label") ?? one.textContent, one.getBoundingClientRect()])
+          .filter(([, box]) => box.left < 0 || box.right > innerWidth)
+          .map(([name]) => name),
+      );
     assert.deepEqual(outside, [], where);
   };
   await fits("empty");
@@ -264,7 +312,10 @@ test("a phone's width", { timeout: 3 * PATIENCE }, async () => {
 test("by keyboard only", { timeout: 3 * PATIENCE }, async () => {
   const page = await openPage(browser, server.url);
   const { keyboard } = page;
-  const focused = () => page.evaluate(() => document.activeElement.getAttribute("aria-label") ?? document.activeElement.textContent.trim());
+  const focused = () =>
+    page.evaluate(
+      () => document.activeElement.getAttribute("aria-label") ?? document.activeElement.textContent.trim(),
+    );
   const tabTo = async (name, key = "Tab") => {
     for (let i = 0; i < 40 && (await focused()) !== name; i++) await keyboard.press(key);
     assert.equal(await focused(), name);
@@ -342,7 +393,11 @@ test("a server with keys", { timeout: 4 * PATIENCE }, async () => {
   await ask(page, "What is 7 plus 5?");
   await ended(page);
   assert.match(await textOf(page), /12/);
-  assert.equal(await page.evaluate(() => JSON.stringify(localStorage).includes("right")), false, "the key is the tab's");
+  assert.equal(
+    await page.evaluate(() => JSON.stringify(localStorage).includes("right")),
+    false,
+    "the key is the tab's",
+  );
   await page.reload();
   await page.locator(".models option:not([value=''])").first().waitFor({ state: "attached" });
   await page.context().close();
@@ -351,9 +406,15 @@ test("a server with keys", { timeout: 4 * PATIENCE }, async () => {
 
 test("thoughts, and an error underway", { timeout: 2 * PATIENCE }, async () => {
   const page = await openPage(browser, server.url);
-  const chunk = (delta) => `data: ${JSON.stringify({ choices: [{ index: 0, delta }] })}\n\n`;
-  const body = `${chunk({ reasoning_content: "Let me *think*." })}${chunk({ content: "So far" })}data: ${JSON.stringify({ error: { message: "Two groups died.", code: "request_poisoned" } })}\n\n`;
-  await page.route("**/v1/chat/completions", (route) => route.fulfill({ contentType: "text/event-stream", body }));
+  const event = (value) => `data: ${JSON.stringify(value)}\n\n`;
+  const chunk = (delta) => event({ choices: [{ index: 0, delta }] });
+  const body =
+    chunk({ reasoning_content: "Let me *think*." }) +
+    chunk({ content: "So far" }) +
+    event({ error: { message: "Two groups died.", code: "request_poisoned" } });
+  await page.route("**/v1/chat/completions", (route) =>
+    route.fulfill({ contentType: "text/event-stream", body }),
+  );
   await ask(page, "hi");
   await ended(page);
   const thoughts = page.locator("details.reasoning");
@@ -361,7 +422,10 @@ test("thoughts, and an error underway", { timeout: 2 * PATIENCE }, async () => {
   await thoughts.locator("summary").click();
   assert.equal(await thoughts.locator("em").innerText(), "think");
   assert.equal((await answers(page).locator(".markdown").last().innerText()).trim(), "So far");
-  assert.match(await page.locator(".notice.error").innerText(), /Two groups died\. What came before is kept\./);
+  assert.match(
+    await page.locator(".notice.error").innerText(),
+    /Two groups died\. What came before is kept\./,
+  );
   await page.context().close();
 });
 
@@ -369,12 +433,20 @@ test("accessible, as far as axe can tell", { timeout: 4 * PATIENCE }, async () =
   const scripted = await serveText(fileURLToPath(new URL("hostile.md", import.meta.url)));
   for (const colorScheme of ["light", "dark"]) {
     for (const width of [1100, 360]) {
-      const page = await openPage(browser, scripted.url, { bypassCSP: true, colorScheme, viewport: { width, height: 760 } });
+      const page = await openPage(browser, scripted.url, {
+        bypassCSP: true,
+        colorScheme,
+        viewport: { width, height: 760 },
+      });
       const check = async (view) => {
         const { passes, violations } = await page.evaluate(AXE);
         const where = `${view}, ${colorScheme}, ${width} px`;
         assert.ok(passes.length > 20, where);
-        assert.deepEqual(violations.map(({ id, nodes }) => [id, nodes.map(({ html }) => html)]), [], where);
+        assert.deepEqual(
+          violations.map(({ id, nodes }) => [id, nodes.map(({ html }) => html)]),
+          [],
+          where,
+        );
       };
       await check("empty");
       await button(page, "Settings").click();

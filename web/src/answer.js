@@ -48,7 +48,8 @@ export function describeStats({ numTokens, ttft, rate }) {
   return [
     numTokens !== null && `${numTokens} ${numTokens === 1 ? "token" : "tokens"}`,
     rate !== null && `${rate < 10 ? rate.toFixed(1) : Math.round(rate)} tokens/s`,
-    ttft !== null && `first token after ${ttft < 1 ? `${Math.round(1000 * ttft)} ms` : `${ttft.toFixed(1)} s`}`,
+    ttft !== null &&
+      `first token after ${ttft < 1 ? `${Math.round(1000 * ttft)} ms` : `${ttft.toFixed(1)} s`}`,
   ]
     .filter(Boolean)
     .join(" · ");

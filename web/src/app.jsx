@@ -53,18 +53,36 @@ export function App({ session }) {
       <main>
         <header class="bar">
           {!isWide && (
-            <button type="button" class="quiet" aria-label="Conversations" title="Conversations" onClick={() => setDrawer("conversations")}>
+            <button
+              type="button"
+              class="quiet"
+              aria-label="Conversations"
+              title="Conversations"
+              onClick={() => setDrawer("conversations")}
+            >
               <Icon name="menu" />
             </button>
           )}
           {!isWide && <h1 class="visually-hidden">Sluice</h1>}
           <ModelPicker session={session} />
           {!isWide && (
-            <button type="button" class="quiet" aria-label="New conversation" title="New conversation" onClick={() => choose(session.startNew())}>
+            <button
+              type="button"
+              class="quiet"
+              aria-label="New conversation"
+              title="New conversation"
+              onClick={() => choose(session.startNew())}
+            >
               <Icon name="plus" />
             </button>
           )}
-          <button type="button" class="quiet" aria-label="Settings" title="Settings" onClick={() => setDrawer("settings")}>
+          <button
+            type="button"
+            class="quiet"
+            aria-label="Settings"
+            title="Settings"
+            onClick={() => setDrawer("settings")}
+          >
             <Icon name="sliders" />
           </button>
         </header>
@@ -87,7 +105,13 @@ export function App({ session }) {
               {text}
             </p>
           ))}
-          <Composer session={session} input={input} isBusy={isBusy} canSend={Boolean(state.conversation.options.model)} onSend={(text) => session.send(text)} />
+          <Composer
+            session={session}
+            input={input}
+            isBusy={isBusy}
+            canSend={Boolean(state.conversation.options.model)}
+            onSend={(text) => session.send(text)}
+          />
         </div>
       </main>
       {drawer === "conversations" && !isWide && (
@@ -115,8 +139,17 @@ function Brand() {
 function ModelPicker({ session }) {
   const { models, conversation } = session.state;
   return (
-    <select class="models" aria-label="Model" value={conversation.options.model} onChange={(event) => session.setOptions({ model: event.currentTarget.value })}>
-      {models.length ? models.map((name) => <option key={name}>{name}</option>) : <option value="">No model yet</option>}
+    <select
+      class="models"
+      aria-label="Model"
+      value={conversation.options.model}
+      onChange={(event) => session.setOptions({ model: event.currentTarget.value })}
+    >
+      {models.length ? (
+        models.map((name) => <option key={name}>{name}</option>)
+      ) : (
+        <option value="">No model yet</option>
+      )}
     </select>
   );
 }

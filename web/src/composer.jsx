@@ -37,7 +37,13 @@ export function Composer({ session, input, isBusy, canSend, onSend }) {
         onKeyDown={onKeyDown}
       />
       {isBusy ? (
-        <button type="button" class="round" title="Stop (Esc)" aria-label="Stop" onClick={() => session.stop()}>
+        <button
+          type="button"
+          class="round"
+          title="Stop (Esc)"
+          aria-label="Stop"
+          onClick={() => session.stop()}
+        >
           <Icon name="stop" />
         </button>
       ) : (

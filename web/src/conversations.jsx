@@ -15,18 +15,34 @@ export function Conversations({ session, onChoose }) {
       <ul>
         {conversations.map(({ id, title }) => (
           <li key={id} class={id === conversation.id ? "current" : ""}>
-            <button type="button" class="open" title={title} aria-current={id === conversation.id ? "true" : undefined} onClick={act(() => session.open(id))}>
+            <button
+              type="button"
+              class="open"
+              title={title}
+              aria-current={id === conversation.id ? "true" : undefined}
+              onClick={act(() => session.open(id))}
+            >
               {running?.conversation === id && <span class="dot" role="img" aria-label="Answering" />}
               {title || "Untitled"}
             </button>
-            <button type="button" class="quiet" title="Delete" aria-label={`Delete “${title}”`} onClick={() => session.remove(id)}>
+            <button
+              type="button"
+              class="quiet"
+              title="Delete"
+              aria-label={`Delete “${title}”`}
+              onClick={() => session.remove(id)}
+            >
               <Icon name="trash" />
             </button>
           </li>
         ))}
       </ul>
       {conversations.length > 1 && (
-        <button type="button" class="quiet wide" onClick={() => confirm("Delete all conversations?") && session.removeAll()}>
+        <button
+          type="button"
+          class="quiet wide"
+          onClick={() => confirm("Delete all conversations?") && session.removeAll()}
+        >
           Delete all
         </button>
       )}

@@ -11,7 +11,13 @@ export function CopyButton({ text, label, children }) {
     setTimeout(() => setCopied(false), 1500);
   };
   return (
-    <button type="button" class="quiet" title={label} aria-label={isCopied ? "Copied" : label} onClick={onClick}>
+    <button
+      type="button"
+      class="quiet"
+      title={label}
+      aria-label={isCopied ? "Copied" : label}
+      onClick={onClick}
+    >
       <Icon name={isCopied ? "check" : "copy"} />
       {children}
     </button>

@@ -15,7 +15,13 @@ export function Dialog({ title, className = "", onClose, children }) {
       <div class="dialog-content">
         <header>
           <h2>{title}</h2>
-          <button type="button" class="quiet" aria-label="Close" title="Close (Esc)" onClick={() => dialog.current.close()}>
+          <button
+            type="button"
+            class="quiet"
+            aria-label="Close"
+            title="Close (Esc)"
+            onClick={() => dialog.current.close()}
+          >
             <Icon name="close" />
           </button>
         </header>

@@ -46,7 +46,9 @@ export class History {
   }
 
   #keys() {
-    return Array.from({ length: this.#storage.length }, (_, i) => this.#storage.key(i)).filter((key) => key.startsWith(PREFIX));
+    return Array.from({ length: this.#storage.length }, (_, i) => this.#storage.key(i)).filter((key) =>
+      key.startsWith(PREFIX),
+    );
   }
 }
 

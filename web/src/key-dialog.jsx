@@ -10,7 +10,12 @@ export function KeyDialog({ session, onClose }) {
   return (
     <Dialog title="API key" onClose={onClose}>
       <form onSubmit={submit}>
-        <p>{session.key ? "The server does not accept the key that it was given." : "This server wants an API key."} It is kept until this tab is closed.</p>
+        <p>
+          {session.key
+            ? "The server does not accept the key that it was given."
+            : "This server wants an API key."}{" "}
+          It is kept until this tab is closed.
+        </p>
         <label class="field">
           API key
           <input ref={input} type="password" autocomplete="off" required autofocus />

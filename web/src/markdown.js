@@ -42,13 +42,19 @@ const marked = new Marked({
 /** HTML for each block of the text, so that those which have not changed can stay as they are. */
 export function toBlocks(text) {
   if (text.length > MAX_MARKDOWN) return [`<pre title=""><code>${escaped(text)}</code></pre>`];
-  return marked.lexer(text).map((token) => marked.parser([token])).filter(Boolean);
+  return marked
+    .lexer(text)
+    .map((token) => marked.parser([token]))
+    .filter(Boolean);
 }
 
 /** A fragment to put into the page. Code blocks are marked by their `title`, the language. */
 export function toFragment(html) {
   const fragment = DOMPurify.sanitize(html, {
-    ALLOWED_TAGS: "a,b,blockquote,br,code,del,em,h1,h2,h3,h4,h5,h6,hr,li,ol,p,pre,span,strong,table,tbody,td,th,thead,tr,ul".split(","),
+    ALLOWED_TAGS:
+      "a,b,blockquote,br,code,del,em,h1,h2,h3,h4,h5,h6,hr,li,ol,p,pre,span,strong,table,tbody,td,th,thead,tr,ul".split(
+        ",",
+      ),
     ALLOWED_ATTR: ["align", "class", "href", "start", "title"],
     ALLOW_DATA_ATTR: false,
     ALLOW_ARIA_ATTR: false,

@@ -2,7 +2,14 @@
 import { pathTo } from "./tree.js";
 
 export const NUMBERS = [
-  { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.1, hint: "0 is greedy; empty: the server's default" },
+  {
+    name: "temperature",
+    label: "Temperature",
+    min: 0,
+    max: 2,
+    step: 0.1,
+    hint: "0 is greedy; empty: the server's default",
+  },
   { name: "top_p", label: "Top p", min: 0, max: 1, step: 0.05 },
   { name: "max_tokens", label: "Max tokens", min: 1, max: 10_000_000, step: 1 },
   { name: "seed", label: "Seed", min: Number.MIN_SAFE_INTEGER, max: Number.MAX_SAFE_INTEGER, step: 1 },
@@ -34,7 +41,10 @@ export function requestFor(conversation, id, options) {
 }
 
 export function asCurl(body, origin, hasKey) {
-  const lines = [`curl ${shellQuoted(`${origin}v1/chat/completions`)}`, "-H 'Content-Type: application/json'"];
+  const lines = [
+    `curl ${shellQuoted(`${origin}v1/chat/completions`)}`,
+    "-H 'Content-Type: application/json'",
+  ];
   if (hasKey) lines.push('-H "Authorization: Bearer $SLUICE_API_KEY"');
   return [...lines, `-d ${shellQuoted(JSON.stringify(body, null, 2))}`].join(" \\\n  ") + "\n";
 }
@@ -64,5 +74,7 @@ function pythonOf(value, indent = "") {
   if (Array.isArray(value)) {
     return `[\n${value.map((item) => `${deeper}${pythonOf(item, deeper)},\n`).join("")}${indent}]`;
   }
-  return `{${Object.entries(value).map(([name, item]) => `${JSON.stringify(name)}: ${pythonOf(item, deeper)}`).join(", ")}}`;
+  return `{${Object.entries(value)
+    .map(([name, item]) => `${JSON.stringify(name)}: ${pythonOf(item, deeper)}`)
+    .join(", ")}}`;
 }

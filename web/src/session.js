@@ -76,7 +76,8 @@ export class Session {
     try {
       const models = await listModels({ base: this.#base, key: this.key });
       this.#set({ models });
-      if (!models.includes(this.state.conversation.options.model)) this.setOptions({ model: models[0] ?? "" });
+      if (!models.includes(this.state.conversation.options.model))
+        this.setOptions({ model: models[0] ?? "" });
     } catch (error) {
       if (error.status === 401) this.#set({ wantsKey: true });
       else this.#set({ serverStatus: error.message });
@@ -120,13 +121,18 @@ export class Session {
     this.#history.remove(id);
     const conversations = this.state.conversations.filter((conversation) => conversation.id !== id);
     this.#set({ conversations, announcement: "Conversation deleted." });
-    if (this.state.conversation.id === id) this.#set({ conversation: newConversation(this.state.conversation.options) });
+    if (this.state.conversation.id === id)
+      this.#set({ conversation: newConversation(this.state.conversation.options) });
   }
 
   removeAll() {
     this.stop();
     this.#history.clear();
-    this.#set({ conversations: [], conversation: newConversation(this.state.conversation.options), announcement: "All conversations deleted." });
+    this.#set({
+      conversations: [],
+      conversation: newConversation(this.state.conversation.options),
+      announcement: "All conversations deleted.",
+    });
   }
 
   /** What another tab has changed. The conversation that is running here stays as it is here. */
@@ -183,7 +189,9 @@ export class Session {
   #save(id) {
     const conversation = this.#get(id);
     if (!conversation?.leaf || this.#history.save(conversation)) return;
-    this.#set({ notice: "The browser has no room left: this conversation is not saved. Delete others to keep it." });
+    this.#set({
+      notice: "The browser has no room left: this conversation is not saved. Delete others to keep it.",
+    });
   }
 
   /** Before the page goes away. */
@@ -232,7 +240,11 @@ export class Session {
   async #receive({ conversation, node, controller }, body) {
     const { signal } = controller;
     const answer = new Answer(performance.now());
-    const streamed = { ...body, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } };
+    const streamed = {
+      ...body,
+      stream: true,
+      stream_options: { include_usage: true, continuous_usage_stats: true },
+    };
     const showing = soon(SHOW_MS, () => this.#update(conversation, node, answer));
     const saving = soon(SAVE_MS, () => this.#save(conversation));
     let outcome = { status: "done" };
@@ -251,7 +263,9 @@ export class Session {
     this.#update(conversation, node, answer, outcome);
     this.#save(conversation);
     const said = answer.content.slice(0, 2000);
-    const ending = { done: "Answer finished:", stopped: "Stopped:", failed: `${outcome.error} So far:` }[outcome.status];
+    const ending = { done: "Answer finished:", stopped: "Stopped:", failed: `${outcome.error} So far:` }[
+      outcome.status
+    ];
     if (this.state.running?.node === node) this.#set({ running: null, announcement: `${ending} ${said}` });
   }
 

@@ -10,16 +10,30 @@ export function Settings({ session, onClose }) {
     <Dialog title="Settings" className="drawer right" onClose={onClose}>
       <label class="field">
         System prompt
-        <textarea rows={4} value={options.system} placeholder="Instructions for the model" onInput={(event) => session.setOptions({ system: event.currentTarget.value })} />
+        <textarea
+          rows={4}
+          value={options.system}
+          placeholder="Instructions for the model"
+          onInput={(event) => session.setOptions({ system: event.currentTarget.value })}
+        />
       </label>
       <div class="numbers">
         {NUMBERS.map((field) => (
-          <NumberField key={field.name} field={field} text={options[field.name] ?? ""} onInput={(text) => session.setOptions({ [field.name]: text })} />
+          <NumberField
+            key={field.name}
+            field={field}
+            text={options[field.name] ?? ""}
+            onInput={(text) => session.setOptions({ [field.name]: text })}
+          />
         ))}
       </div>
       <p class="hint">An empty field leaves the choice to the server.</p>
       <label class="check">
-        <input type="checkbox" checked={options.logprobs} onChange={(event) => session.setOptions({ logprobs: event.currentTarget.checked })} />
+        <input
+          type="checkbox"
+          checked={options.logprobs}
+          onChange={(event) => session.setOptions({ logprobs: event.currentTarget.checked })}
+        />
         <span>
           Token probabilities
           <small>Answers can be looked at token by token, with alternatives.</small>
@@ -41,7 +55,16 @@ function NumberField({ field, text, onInput }) {
   return (
     <label class="field">
       {field.label}
-      <input type="text" inputMode="decimal" autocomplete="off" placeholder="default" value={text} aria-invalid={Boolean(problem)} aria-describedby={id} onInput={(event) => onInput(event.currentTarget.value)} />
+      <input
+        type="text"
+        inputMode="decimal"
+        autocomplete="off"
+        placeholder="default"
+        value={text}
+        aria-invalid={Boolean(problem)}
+        aria-describedby={id}
+        onInput={(event) => onInput(event.currentTarget.value)}
+      />
       <small id={id} class="problem" role="status">
         {problem && `${problem} It is not sent.`}
       </small>

@@ -1,6 +1,7 @@
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
+import { AnswerView } from "./answer-view.jsx";
 import { Icon } from "./icon.jsx";
-import { AnswerView, Question } from "./message.jsx";
+import { Question } from "./question.jsx";
 
 const NEAR = 60; // pixels from the end that count as the end
 

@@ -87,7 +87,11 @@ test("a refusal is said in the server's words", () =>
       response.end(JSON.stringify({ error: { message: "Incorrect API key" } }));
     },
     async (base) => {
-      await assert.rejects(listModels({ base }), { kind: "refused", status: 401, message: "Incorrect API key" });
+      await assert.rejects(listModels({ base }), {
+        kind: "refused",
+        status: 401,
+        message: "Incorrect API key",
+      });
     },
   ));
 
@@ -98,14 +102,20 @@ test("a refusal by something else that stands between", () =>
       response.end("<html>Bad gateway</html>");
     },
     async (base) => {
-      await assert.rejects(listModels({ base }), { status: 502, message: "The server answered with status 502." });
+      await assert.rejects(listModels({ base }), {
+        status: 502,
+        message: "The server answered with status 502.",
+      });
       assert.equal(await readiness({ base }), null);
     },
   ));
 
 test("nobody there", async () => {
   let free;
-  await serving(() => {}, async (base) => (free = base));
+  await serving(
+    () => {},
+    async (base) => (free = base),
+  );
   await assert.rejects(listModels({ base: free }), { kind: "unreachable" });
   assert.equal(await readiness({ base: free }), null);
 });

@@ -22,7 +22,13 @@ const ids = (history) => history.list().map(({ id }) => id);
 
 test("newest first; saving again replaces", () => {
   const history = new History(new MemoryStorage());
-  for (const [id, at] of [["a", 1], ["b", 3], ["c", 2], ["a", 4]]) assert.ok(history.save(conversation(id, at)));
+  for (const [id, at] of [
+    ["a", 1],
+    ["b", 3],
+    ["c", 2],
+    ["a", 4],
+  ])
+    assert.ok(history.save(conversation(id, at)));
   assert.deepEqual(ids(history), ["a", "b", "c"]);
 });
 

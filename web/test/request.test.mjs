@@ -13,14 +13,30 @@ function conversation(...said) {
 
 test("only what was filled in is sent", () => {
   const talk = conversation(["user", "hi"]);
-  const options = { model: "m", system: " ", logprobs: false, temperature: "", top_p: "0.5", seed: "abc", max_tokens: " 7 " };
-  assert.deepEqual(requestFor(talk, talk.leaf, options), { model: "m", messages: [{ role: "user", content: "hi" }], top_p: 0.5, max_tokens: 7 });
+  const options = {
+    model: "m",
+    system: " ",
+    logprobs: false,
+    temperature: "",
+    top_p: "0.5",
+    seed: "abc",
+    max_tokens: " 7 ",
+  };
+  assert.deepEqual(requestFor(talk, talk.leaf, options), {
+    model: "m",
+    messages: [{ role: "user", content: "hi" }],
+    top_p: 0.5,
+    max_tokens: 7,
+  });
 });
 
 test("the system prompt comes first, empty answers are left out", () => {
   const talk = conversation(["user", "one"], ["assistant", ""], ["user", "two"]);
   const body = requestFor(talk, talk.leaf, { model: "m", system: "Be brief.", logprobs: true });
-  assert.deepEqual(body.messages.map(({ content }) => content), ["Be brief.", "one", "two"]);
+  assert.deepEqual(
+    body.messages.map(({ content }) => content),
+    ["Be brief.", "one", "two"],
+  );
   assert.deepEqual([body.logprobs, body.top_logprobs], [true, 5]);
 });
 
@@ -37,7 +53,9 @@ test("numbers are checked", () => {
 test("curl sends exactly this body", () => {
   const body = { model: "m", messages: [{ role: "user", content: NASTY }], seed: 7, logprobs: true };
   const command = asCurl(body, ORIGIN, true).replace(/^curl/, "printf '%s\\0'");
-  const words = execFileSync("sh", ["-c", command], { env: { SLUICE_API_KEY: "secret" } }).toString().split("\0");
+  const words = execFileSync("sh", ["-c", command], { env: { SLUICE_API_KEY: "secret" } })
+    .toString()
+    .split("\0");
   assert.equal(words[0], `${ORIGIN}v1/chat/completions`);
   assert.ok(words.includes("Authorization: Bearer secret"));
   assert.deepEqual(JSON.parse(words[words.indexOf("-d") + 1]), body);
@@ -46,7 +64,14 @@ test("curl sends exactly this body", () => {
 const hasPython = spawnSync("python3", ["--version"]).status === 0;
 
 test("so does Python", { skip: !hasPython && "there is no python3" }, () => {
-  const body = { model: "m", messages: [{ role: "user", content: NASTY }], seed: -7, temperature: 0.5, logprobs: true, stop: null };
+  const body = {
+    model: "m",
+    messages: [{ role: "user", content: NASTY }],
+    seed: -7,
+    temperature: 0.5,
+    logprobs: true,
+    stop: null,
+  };
   const fake = [
     "import json, sys, types",
     "def create(**body): print(json.dumps(body)); raise SystemExit",

@@ -24,9 +24,15 @@ after(() => {
   server.close();
 });
 
-const write = (response, ...texts) => texts.forEach((content) => response.write(`data: ${JSON.stringify({ choices: [{ delta: { content } }] })}\n\n`));
+const write = (response, ...texts) =>
+  texts.forEach((content) =>
+    response.write(`data: ${JSON.stringify({ choices: [{ delta: { content } }] })}\n\n`),
+  );
 const end = (response) => response.end("data: [DONE]\n\n");
-const shown = ({ state }) => path(state.conversation).map(({ role, content, status }) => [role, content, status].filter((part) => part !== undefined).join(": "));
+const shown = ({ state }) =>
+  path(state.conversation).map(({ role, content, status }) =>
+    [role, content, status].filter((part) => part !== undefined).join(": "),
+  );
 
 let session, local;
 beforeEach(async () => {
@@ -54,7 +60,12 @@ test("a conversation, kept", async () => {
   assert.equal(session.state.conversation.options.model, "m");
   await session.send("one");
   await session.send("two");
-  assert.deepEqual(shown(session), ["user: one", "assistant: to one: done", "user: two", "assistant: to two: done"]);
+  assert.deepEqual(shown(session), [
+    "user: one",
+    "assistant: to one: done",
+    "user: two",
+    "assistant: to two: done",
+  ]);
   const [kept] = (await open()).state.conversations;
   assert.equal(kept.title, "one");
   assert.deepEqual(path(kept), path(session.state.conversation));
@@ -71,7 +82,10 @@ test("each request has what is shown before it, and the options", async () => {
   await session.send("one");
   await session.send("one, edited", { insteadOf: path(session.state.conversation)[0].id });
   await session.send("two");
-  assert.deepEqual(bodies.at(-1).messages.map(({ content }) => content), ["Be brief.", "one, edited", "yes", "two"]);
+  assert.deepEqual(
+    bodies.at(-1).messages.map(({ content }) => content),
+    ["Be brief.", "one, edited", "yes", "two"],
+  );
   assert.deepEqual([bodies[0].temperature, bodies[0].stream], [0.5, true]);
 });
 
@@ -160,7 +174,10 @@ test("two tabs see each other's conversations", async () => {
   const other = await open();
   await other.send("from the other");
   session.refresh("sluice.chat.x");
-  assert.deepEqual(session.state.conversations.map(({ title }) => title), ["from the other"]);
+  assert.deepEqual(
+    session.state.conversations.map(({ title }) => title),
+    ["from the other"],
+  );
   session.open(session.state.conversations[0].id);
   other.remove(other.state.conversation.id);
   session.refresh("sluice.chat.x");

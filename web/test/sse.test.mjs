@@ -12,7 +12,14 @@ const STREAM = [
   "retry: 10\n\n",
   "data: [DONE]\n\n",
 ].join("");
-const EVENTS = ['{"text":"schöne Straße 🦦"}', "first\nsecond", "unspaced", " one space is kept", "", "[DONE]"];
+const EVENTS = [
+  '{"text":"schöne Straße 🦦"}',
+  "first\nsecond",
+  "unspaced",
+  " one space is kept",
+  "",
+  "[DONE]",
+];
 
 function parsed(pieces) {
   const parser = new EventParser();

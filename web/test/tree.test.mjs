@@ -7,7 +7,10 @@ const texts = (conversation) => path(conversation).map(({ content }) => content)
 const idOf = ({ nodes }, content) => Object.values(nodes).find((node) => node.content === content).id;
 
 function talk() {
-  return ["q1", "a1", "q2", "a2"].reduce((conversation, content) => say(conversation, content), newConversation({}));
+  return ["q1", "a1", "q2", "a2"].reduce(
+    (conversation, content) => say(conversation, content),
+    newConversation({}),
+  );
 }
 
 test("what is shown is a path", () => {
@@ -20,7 +23,10 @@ test("an edit adds a version and loses nothing", () => {
   const edited = say(before, "q2 edited", idOf(before, "a1"));
   assert.deepEqual(texts(edited), ["q1", "a1", "q2 edited"]);
   const all = versions(edited, edited.leaf);
-  assert.deepEqual(all.map(({ content }) => content), ["q2", "q2 edited"]);
+  assert.deepEqual(
+    all.map(({ content }) => content),
+    ["q2", "q2 edited"],
+  );
   assert.deepEqual(texts(show(edited, all[0].id)), ["q1", "a1", "q2", "a2"]);
   assert.deepEqual(texts(before), ["q1", "a1", "q2", "a2"]);
 });
@@ -50,5 +56,8 @@ test("the order of versions survives storage", () => {
   let conversation = talk();
   for (let i = 0; i < 20; i++) conversation = say(conversation, `v${i}`, null);
   const kept = JSON.parse(JSON.stringify(conversation));
-  assert.deepEqual(versions(kept, kept.leaf).map(({ content }) => content), ["q1", ...Array.from({ length: 20 }, (_, i) => `v${i}`)]);
+  assert.deepEqual(
+    versions(kept, kept.leaf).map(({ content }) => content),
+    ["q1", ...Array.from({ length: 20 }, (_, i) => `v${i}`)],
+  );
 });
