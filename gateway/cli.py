@@ -10,7 +10,6 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from engines.config_schema import REASONING_FORMATS, TOOL_FORMATS
 from gateway import cli_admin, cli_conversion
 
 app = typer.Typer(
@@ -37,8 +36,27 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
-ToolFormat = StrEnum("ToolFormat", TOOL_FORMATS)
-ReasoningFormat = StrEnum("ReasoningFormat", REASONING_FORMATS)
+class ToolFormat(StrEnum):
+    AUTO = "auto"
+    NONE = "none"
+    HERMES = "hermes"
+    LLAMA_JSON = "llama-json"
+    LLAMA_PYTHONIC = "llama-pythonic"
+    MISTRAL = "mistral"
+    DEEPSEEK_V3 = "deepseek-v3"
+    DEEPSEEK_V31 = "deepseek-v3.1"
+
+
+class ReasoningFormat(StrEnum):
+    AUTO = "auto"
+    NONE = "none"
+    THINK = "think"
+    THINKING = "thinking"
+    THOUGHT = "thought"
+    REASONING = "reasoning"
+    SEED = "seed"
+    MISTRAL = "mistral"
+    COHERE = "cohere"
 
 
 class LogLevel(StrEnum):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from gateway.answer import formats, reasoning
 from gateway.answer.events import Event, Output
+from gateway.answer.grammar import NO_THOUGHTS, Function, answer_grammar, thoughts_between
 from gateway.answer.reader import Reading
 from gateway.answer.reasoning import Tags, Thoughts
 from gateway.answer.tool_format import ToolFormat
@@ -24,6 +25,28 @@ class AnswerFormat:
     marks: Marks  # what the readers below need to see of the model's tokens
     tools: ToolFormat | None = None
     tags: Tags | None = None  # of its thoughts, as the prompt has them
+
+    def is_thinking(self, prompt: str) -> bool | None:
+        """Where the answer to a prompt that ends so begins: in thoughts, or (False) behind them. None: the
+        model may begin some."""
+        return reasoning.state_of(prompt, self.tags) if self.tags else False
+
+    def grammar(
+        self,
+        functions: Sequence[Function],
+        *,
+        required: bool,
+        many: bool,
+        is_thinking: bool | None,
+        content: str | None,
+    ) -> str:
+        """Of an answer that calls functions as is asked; `content`: of what it says if it calls none."""
+        calls = self.tools.grammar(functions, many=many) if self.tools and functions else None
+        thoughts = NO_THOUGHTS
+        if self.tags:
+            open, close = map(self.marks.grammar, self.tags)
+            thoughts = thoughts_between(open, close, is_open=is_thinking)
+        return answer_grammar(thoughts, calls, required=required, content=content)
 
 
 def answer_format(

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from gateway.answer.events import Output
-from gateway.answer.grammar import Calls, Function, json_rule, literal, one_or_some, text_without
+from gateway.answer.grammar import Calls, Function, json_rule, literal, one_or_some
 from gateway.answer.json_text import read_value
 from gateway.answer.reader import Reader, Steps
 from gateway.answer.tool_format import attempt, content_until
@@ -87,10 +87,10 @@ class DeepSeek:
             json_rule(f"arguments_{number}", function.schema) for number, function in enumerate(functions)
         ]
         return Calls(
-            calls=f"{calls} {one_or_some('call', self._between, many=many)} {calls_end}",
+            opening=calls,
+            text="",
+            calls=f"{one_or_some('call', self._between, many=many)} {calls_end}",
             rules=[f"call: {' | '.join(one)}", *rules],
-            text=text_without(calls),
-            follow_text=True,
         )
 
     _between = '""'

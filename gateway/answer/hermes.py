@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from gateway.answer.events import Output
-from gateway.answer.grammar import Calls, Function, call_rules, one_or_some, text_without
+from gateway.answer.grammar import Calls, Function, call_rules
 from gateway.answer.json_text import read_call
 from gateway.answer.reader import Reader, Steps
 from gateway.answer.tool_format import attempt, content_until
@@ -37,11 +37,12 @@ class Hermes:
 
     def grammar(self, functions: Sequence[Function], *, many: bool) -> Calls:
         open, close = self._marks.grammar(_OPEN), self._marks.grammar(_CLOSE)
+        one = rf'"\n" call "\n" {close}'
         return Calls(
-            calls=one_or_some(rf'{open} "\n" call "\n" {close}', r'"\n"', many=many),
+            opening=open,
+            text="",
+            calls=one + (rf' ("\n" {open} {one})*' if many else ""),
             rules=call_rules(functions, "arguments"),
-            text=text_without(open),
-            follow_text=True,
         )
 
     def id_for_template(self, id: str) -> str:

@@ -20,7 +20,7 @@ class LlamaJson:
     MARKS: ClassVar[tuple[str, ...]] = (_TAG,)
 
     def __init__(self, marks: Marks) -> None:
-        self._tag = marks.spell(_TAG)
+        self._marks, self._tag = marks, marks.spell(_TAG)
 
     def read(self, reader: Reader, out: Output) -> Steps[None]:
         """Without the tag only a whole answer is a call, and only with parameters: other JSON has names."""
@@ -59,10 +59,11 @@ class LlamaJson:
 
     def grammar(self, functions: Sequence[Function], *, many: bool) -> Calls:
         return Calls(
+            opening=None,
+            text=r"/([^{\s](?s:.*))?/",
             calls=one_or_some("call", '"; "', many=many),
             rules=call_rules(functions, "parameters"),
-            text=r"/([^{\s](?s:.*))?/",
-            follow_text=False,
+            mark=self._marks.grammar(_TAG),
         )
 
     def id_for_template(self, id: str) -> str:

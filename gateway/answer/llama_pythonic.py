@@ -27,6 +27,7 @@ class LlamaPythonic:
     MARKS: ClassVar[tuple[str, ...]] = (_START, _END)
 
     def __init__(self, marks: Marks) -> None:
+        self._marks = marks
         self._start, self._end = marks.spell(_START), marks.spell(_END)
 
     def read(self, reader: Reader, out: Output) -> Steps[None]:
@@ -99,10 +100,11 @@ class LlamaPythonic:
         for number, function in enumerate(functions):
             rules += _rules_of_call(f"call_{number}", function)
         return Calls(
+            opening=None,
+            text=r"/([^\[\s](?s:.*))?/",
             calls=f'"[" {one_or_some("call", chr(34) + ", " + chr(34), many=many)} "]"',
             rules=rules,
-            text=r"/([^\[\s](?s:.*))?/",
-            follow_text=False,
+            mark=self._marks.grammar(_START),
         )
 
     def id_for_template(self, id: str) -> str:

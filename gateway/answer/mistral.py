@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from gateway.answer.events import Output
-from gateway.answer.grammar import Calls, Function, call_rules, one_or_some, text_without
+from gateway.answer.grammar import Calls, Function, call_rules, literal, one_or_some
 from gateway.answer.json_text import read_call, read_value
 from gateway.answer.reader import Reader, Steps
 from gateway.answer.tool_format import attempt, content_until
@@ -73,12 +73,11 @@ class Mistral:
 
     def grammar(self, functions: Sequence[Function], *, many: bool) -> Calls:
         """The list: every version reads it."""
-        mark = self._marks.grammar(_CALLS)
         return Calls(
-            calls=f'{mark} " "? "[" {one_or_some("call", chr(34) + ", " + chr(34), many=many)} "]"',
+            opening=self._marks.grammar(_CALLS),
+            text="",
+            calls=f'" "? "[" {one_or_some("call", literal(", "), many=many)} "]"',
             rules=call_rules(functions, "arguments"),
-            text=text_without(mark),
-            follow_text=True,
         )
 
     def id_for_template(self, id: str) -> str:
