@@ -17,7 +17,7 @@ from gateway.grammar import Grammars
 from gateway.keys import KeyRing
 from gateway.metrics import Metrics
 from gateway.router import Router, ServedModel
-from gateway.routes import chat, completions, models, ops, page
+from gateway.routes import chat, completions, models, ops, page, tokenize
 from gateway.routes.common import Gateway, gateway_of
 from gateway.settings import Settings
 
@@ -49,7 +49,7 @@ def create_app(
         Grammars(),
     )
     app.state.gateway = gateway
-    for routes in (chat, completions, models, ops, *([page] if settings.page else [])):
+    for routes in (chat, completions, models, ops, tokenize, *([page] if settings.page else [])):
         app.include_router(routes.router)
     app.add_exception_handler(HTTPException, _no_such_route)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)

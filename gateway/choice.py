@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from engines.wire import TokenDelta, TokenLogprob
 from gateway.prompt.detokenize import Detokenizer, StopStrings
 from gateway.prompt.tokenizer import Tokenizer
-from gateway.protocol.common import GenerationParams, TokenInfo
+from gateway.protocol.common import LOWEST_LOGPROB, GenerationParams, PromptReport, TokenInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,7 @@ class ChoiceDelta:
     text: str
     logprobs: list[TokenInfo] | None  # None when not asked for
     finish_reason: str | None = None
+    prompt: PromptReport | None = None  # with the first one, when asked for
 
 
 class ChoiceAssembler:
@@ -29,34 +30,60 @@ class ChoiceAssembler:
     """
 
     def __init__(
-        self, index: int, tokenizer: Tokenizer, params: GenerationParams, context: Sequence[int]
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        params: GenerationParams,
+        context: Sequence[int],
+        text_offset: int = 0,
     ) -> None:
+        """`context`: the ids before the first one, if the text continues theirs; `text_offset`: how many
+        characters are shown before its own."""
         self._index = index
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer.decode, context)
-        self._stops = StopStrings(params.stop) if params.stop else None
+        self._stops = StopStrings(params.stop, include=params.include_stop) if params.stop else None
+        self._include_stop = params.include_stop
         self._min_tokens = params.min_tokens
         self._wants_logprobs = params.logprobs is not None
+        self._has_end_logprob = params.has_end_logprob and params.logprobs is not None
         self._num_top = params.logprobs or 0
-        self._num_decoded = 0  # characters
-        self._num_shown = 0
+        self._num_decoded = self._num_shown = text_offset  # characters
         self._held: list[tuple[int, TokenInfo]] = []  # (characters decoded with it, token)
+        self._sum_logprobs = 0.0
         self.num_tokens = 0
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of the tokens so far, if the group was asked for their log-probabilities."""
+        return self._sum_logprobs / max(self.num_tokens, 1)
 
     def feed(self, delta: TokenDelta) -> ChoiceDelta:
         """What can be shown now. After a finish reason nothing more may be fed."""
-        visible = delta.token_ids[:-1] if delta.is_stop_token else delta.token_ids
+        num_before = self.num_tokens
+        new = self._feed(delta)
+        for value in delta.logprobs[: self.num_tokens - num_before]:
+            self._sum_logprobs += value.logprob
+        return new
+
+    def _feed(self, delta: TokenDelta) -> ChoiceDelta:
+        is_end_hidden = delta.is_stop_token and not self._include_stop
+        visible = delta.token_ids[:-1] if is_end_hidden else delta.token_ids
         text, is_stopped = self._push(visible, delta.logprobs)
         if is_stopped:
-            return ChoiceDelta(self._index, text, self._release(len(text)), "stop")
+            logprobs = self._release(len(text))
+            return ChoiceDelta(self._index, text, logprobs, "stop")
         self.num_tokens += len(delta.token_ids) - len(visible)
         if delta.finish_reason is None:
-            return ChoiceDelta(self._index, text, self._release(len(text)))
+            logprobs = self._release(len(text))
+            return ChoiceDelta(self._index, text, logprobs)
         end, is_stopped = self._end()
         text += end
-        return ChoiceDelta(
-            self._index, text, self._release(len(text)), "stop" if is_stopped else delta.finish_reason
-        )
+        if is_end_hidden and self._has_end_logprob and not is_stopped:
+            self._hold(delta.token_ids[-1], delta.logprobs[-1], 0)
+        reason = "stop" if is_stopped else delta.finish_reason
+        logprobs = self._release(len(text))
+        return ChoiceDelta(self._index, text, logprobs, reason)
 
     def _push(self, ids: list[int], logprobs: list[TokenLogprob]) -> tuple[str, bool]:
         if self._stops is None and not self._wants_logprobs:
@@ -91,9 +118,11 @@ class ChoiceAssembler:
 
     def _hold(self, id: int, logprob: TokenLogprob, num_chars: int) -> None:
         top = tuple(
-            (self._tokenizer.token_bytes(other), value) for other, value in logprob.top[: self._num_top]
+            (self._tokenizer.token_bytes(other), max(value, LOWEST_LOGPROB))
+            for other, value in logprob.top[: self._num_top]
         )
-        info = TokenInfo(self._tokenizer.token_bytes(id), logprob.logprob, top, self._num_decoded)
+        own = max(logprob.logprob, LOWEST_LOGPROB)
+        info = TokenInfo(self._tokenizer.token_bytes(id), own, top, self._num_decoded)
         self._held.append((self._num_decoded + num_chars, info))
 
     def _release(self, num_new: int) -> list[TokenInfo] | None:
@@ -112,6 +141,7 @@ class CollectedChoice:
         self._texts: list[str] = []
         self.logprobs: list[TokenInfo] | None = None
         self.finish_reason = ""
+        self.prompt: PromptReport | None = None
 
     @property
     def text(self) -> str:
@@ -119,6 +149,8 @@ class CollectedChoice:
 
     def add(self, delta: ChoiceDelta) -> None:
         self._texts.append(delta.text)
+        if delta.prompt is not None:
+            self.prompt = delta.prompt
         if delta.logprobs is not None:
             self.logprobs = (self.logprobs or []) + delta.logprobs
         if delta.finish_reason is not None:

@@ -1,8 +1,9 @@
 """The use case: a request becomes sequences, their tokens become text, usage and finish reasons.
 
-A request of p prompts and n choices is p * n sequences; choice c of prompt i has index i * n + c. Each waits
-for its turn (admission.py) and is then sent to a group. Closing `Generation.events()` closes every sequence's
-iterator, which takes it out of the queue or aborts it in its group.
+A request of p prompts and n choices is p * n sequences; choice c of prompt i has index i * n + c. With
+best_of more are drawn, of which each prompt's n likeliest are shown. Each sequence waits for its turn
+(admission.py) and is then sent to a group. Closing `Generation.events()` closes every sequence's iterator,
+which takes it out of the queue or aborts it in its group.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from typing import Literal
 from gateway.admission import Admission
 from gateway.choice import ChoiceAssembler, ChoiceDelta, CollectedChoice
 from gateway.merge import merge
+from gateway.prompts import require_ready
 from gateway.protocol.common import (
     GenerationParams,
     PromptTokensDetails,
     Usage,
 )
-from gateway.router import ready_groups
+from gateway.scoring import PromptScoring
 from gateway.sequence_stream import SequenceStream
 from gateway.sequences import sequences_of
 from gateway.tenant import Tenant
@@ -40,11 +42,13 @@ class Generation:
         tenant: Tenant,
         *,
         prompt_param: Literal["messages", "prompt"],
+        scorings: Sequence[PromptScoring] = (),
     ) -> None:
         """Checks every limit; sends nothing yet.
 
         `prompt_param` is the field that the prompts come from. The text goes on where a raw `prompt` ends,
-        so its first word keeps its space; an answer to `messages` starts afresh.
+        so its first word keeps its space; an answer to `messages` starts afresh. `scorings`: one for each
+        prompt, if the choices shall begin with a report on it.
         Raises InvalidField, ContextLengthExceeded, WorkerUnavailable, ModelFailed, QueueFull, RateLimited,
         LargerThanLimit.
         """
@@ -53,17 +57,19 @@ class Generation:
         self._sequences: list[SequenceStream] = []
         self._prompt_tokens = sum(len(prompt) for prompt in prompts)
         model = admission.model
-        info = ready_groups(model)[0].info
-        assert info is not None, "a ready group has said what it is"
+        info = require_ready(model)
         self.fingerprint = info.fingerprint
         seed = secrets.randbits(63) if params.seed is None else params.seed % 2**63
         for number, prompt in enumerate(prompts):
             wires = sequences_of(prompt, prompt_param, params, info, seed, tenant.cache_salt)
             context = prompt[-NUM_CONTEXT_IDS:] if prompt_param == "prompt" else []
+            scoring = scorings[number] if scorings else None
+            text_offset = scoring.num_chars if scoring else 0
             for choice, wire in enumerate(wires):
-                index = number * params.n + choice
-                assembler = ChoiceAssembler(index, model.tokenizer, params, context)
-                self._sequences.append(SequenceStream(model, wire, assembler))
+                index = number * params.num_drawn + choice
+                assembler = ChoiceAssembler(index, model.tokenizer, params, context, text_offset)
+                stream = SequenceStream(model, wire, assembler, scoring)
+                self._sequences.append(stream)
         admission.require_room(tenant.name, len(self._sequences))
         tenant.take_prompt(self._prompt_tokens)
 
@@ -72,15 +78,27 @@ class Generation:
         return len(self._sequences)
 
     def usage(self) -> Usage:
-        """So far. A prompt is counted once, whatever n is."""
+        """So far, of all that was drawn. A prompt is counted once, whatever n is."""
         completion_tokens = sum(sequence.num_tokens for sequence in self._sequences)
-        cached = sum(sequence.num_cached_tokens for sequence in self._sequences[:: self._params.n])
+        cached = sum(sequence.num_cached_tokens for sequence in self._sequences[:: self._params.num_drawn])
         return Usage(
             prompt_tokens=self._prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=self._prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached),
         )
+
+    def likeliest(self, drawn: list[CollectedChoice]) -> list[CollectedChoice]:
+        """Each prompt's n choices with the highest mean log-probability, best first: all, if n were drawn."""
+        num_shown, num_drawn = self._params.n, self._params.num_drawn
+        if num_shown == num_drawn:
+            return drawn
+        shown = []
+        for first in range(0, len(drawn), num_drawn):
+            indices = range(first, first + num_drawn)
+            ranked = sorted(indices, key=lambda index: self._sequences[index].mean_logprob, reverse=True)
+            shown += [drawn[index] for index in ranked[:num_shown]]
+        return shown
 
     async def events(self) -> AsyncGenerator[list[ChoiceDelta], None]:
         """What is new, as soon as there is something; several at once when they are ready together.
@@ -113,10 +131,10 @@ class Generation:
 
 
 async def collect(generation: Generation) -> list[CollectedChoice]:
-    """The whole answer, choice by choice. Raises what `events` raises."""
+    """The whole answer, choice by choice, of what was drawn the likeliest. Raises what `events` raises."""
     choices = [CollectedChoice() for _ in range(generation.num_choices)]
     async with aclosing(generation.events()) as events:
         async for batch in events:
             for delta in batch:
                 choices[delta.index].add(delta)
-    return choices
+    return generation.likeliest(choices)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from engines.wire import Ready, Stats
@@ -11,6 +11,7 @@ from gateway.prompt.model_files import file_in
 from gateway.prompt.renderer import Renderer
 from gateway.prompt.template import load_chat_template
 from gateway.prompt.tokenizer import Tokenizer
+from gateway.prompt.tokenizer_info import load_tokenizer_info
 from gateway.workers import progress
 from gateway.workers.protocol import GroupState, QueueFull, WorkerGroup, WorkerUnavailable
 
@@ -66,6 +67,7 @@ class ServedModel:
     owned_by: str = "sluice"
     max_queued: int = 1_024
     recovery_wait: float = RECOVERY_WAIT_SECONDS
+    tokenizer_info: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -124,6 +126,7 @@ def load_served_model(
         owned_by=owned_by,
         max_queued=max_queued,
         recovery_wait=recovery_wait,
+        tokenizer_info=load_tokenizer_info(model_dir, template),
     )
 
 

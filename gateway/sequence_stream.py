@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 
 from engines.wire import Generate, RequestError
 from gateway.choice import ChoiceAssembler, ChoiceDelta
 from gateway.metrics import ModelMetrics, SequenceTimer
 from gateway.recovery import Recovery
 from gateway.router import ServedModel
+from gateway.scoring import PromptScoring
 
 
 class ContextLengthExceeded(ValueError):  # noqa: N818
@@ -32,20 +34,32 @@ class SequenceStream:
     """One choice of one prompt: a sequence, in whatever group it is, and its text. Nothing is sent before
     `deltas` is iterated."""
 
-    def __init__(self, model: ServedModel, wire: Generate, assembler: ChoiceAssembler) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        wire: Generate,
+        assembler: ChoiceAssembler,
+        scoring: PromptScoring | None = None,
+    ) -> None:
+        """`scoring`: of the prompt, whose report comes before the text."""
         self._model = model
         self.wire = wire
         self._assembler = assembler
+        self._scoring = scoring
         self.num_cached_tokens = 0
 
     @property
     def num_tokens(self) -> int:
         return self._assembler.num_tokens
 
+    @property
+    def mean_logprob(self) -> float:
+        return self._assembler.mean_logprob
+
     async def deltas(self, metrics: ModelMetrics) -> AsyncGenerator[ChoiceDelta, None]:
         """Ends after the delta with the finish reason, and aborts what is left of the sequence."""
         timer = SequenceTimer(metrics)
-        reason = "abort"
+        reason, has_report = "abort", False
         recovery = Recovery(self._model, self.wire, metrics)
         try:
             async with aclosing(recovery.deltas()) as source:
@@ -54,10 +68,18 @@ class SequenceStream:
                         raise _request_error(delta.error)
                     if delta.num_cached_tokens is not None:
                         self.num_cached_tokens = delta.num_cached_tokens
+                    if delta.prompt_logprobs and self._scoring is not None:
+                        self._scoring.take(delta.prompt_logprobs)
                     if delta.token_ids:
                         timer.on_tokens(len(delta.token_ids))
+                    elif delta.finish_reason is None:
+                        continue
+                    if self.wire.prompt_logprobs is not None:
+                        self._require_scores()
                     new = self._assembler.feed(delta)
-                    if new.text or new.logprobs or new.finish_reason:
+                    if self._scoring is not None and not has_report:
+                        new, has_report = replace(new, prompt=await self._scoring.report()), True
+                    if new.text or new.logprobs or new.finish_reason or new.prompt:
                         if new.finish_reason:
                             reason = new.finish_reason
                         yield new
@@ -69,6 +91,11 @@ class SequenceStream:
             raise
         finally:
             timer.on_end(reason)
+
+    def _require_scores(self) -> None:
+        """The prompt's log-probabilities come before any token."""
+        if self._scoring is not None and not self._scoring.is_scored:
+            raise SequenceFailed("the group generates, but has not scored the prompt")
 
 
 def _request_error(error: RequestError) -> Exception:

@@ -12,7 +12,7 @@ from gateway.sequence_stream import ContextLengthExceeded
 def sequences_of(
     prompt: list[int], prompt_param: str, params: GenerationParams, info: Ready, seed: int, cache_salt: bytes
 ) -> list[Generate]:
-    """The n sequences of one prompt."""
+    """The sequences of one prompt. The first one alone is asked for the prompt's log-probabilities."""
     if not prompt:
         raise InvalidField(prompt_param, "The prompt is empty: it has no tokens.")
     _check_ids(prompt, params, info.vocab_size)
@@ -27,7 +27,7 @@ def sequences_of(
         repetition_penalty=params.repetition_penalty,
         logit_bias=dict(params.logit_bias),
         seed=seed,
-        logprobs=params.logprobs,
+        logprobs=0 if params.logprobs is None and params.best_of else params.logprobs,
     )
     group = secrets.token_hex(12)
     return [
@@ -40,11 +40,12 @@ def sequences_of(
             ignore_eos=params.ignore_eos,
             sampling=sampling,
             choice=choice,
+            prompt_logprobs=params.prompt_logprobs if choice == 0 else None,
             group=group,
             grammar=params.grammar or "",
             cache_salt=cache_salt,
         )
-        for choice in range(params.n)
+        for choice in range(params.num_drawn)
     ]
 
 
@@ -64,8 +65,8 @@ def _max_tokens(num_prompt: int, prompt_param: str, params: GenerationParams, ma
     """How many tokens may come. Raises ContextLengthExceeded, with the numbers."""
     room = max_model_len - num_prompt
     wanted = None if params.is_max_tokens_default else params.max_tokens
-    if (wanted or 1) > room:
-        completion = wanted or 1
+    completion = 1 if wanted is None else wanted
+    if completion > room:
         raise ContextLengthExceeded(
             f"This model's maximum context length is {max_model_len} tokens. However, you requested"
             f" {num_prompt + completion} tokens ({num_prompt} in the prompt, {completion} in the completion)."

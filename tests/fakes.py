@@ -100,7 +100,9 @@ class FakeGroup:
         if self.eos_id is not None and is_stop:
             ids = [*ids, self.eos_id]
         reason: FinishReason = "stop" if is_stop else "length"
-        deltas = []
+        deltas = prompt_deltas(request)
+        if request.max_tokens == 0:
+            deltas.append(TokenDelta(id=request.id, finish_reason=reason))
         for start in range(len(request.resume_token_ids), len(ids), self.tokens_per_delta):
             some = ids[start : start + self.tokens_per_delta]
             is_last = start + len(some) == len(ids)
@@ -115,6 +117,18 @@ class FakeGroup:
             )
             deltas.append(delta)
         return deltas
+
+
+def prompt_deltas(request: Generate) -> list[TokenDelta]:
+    """The prompt's log-probabilities in two pieces: of each token what `fake_logprob` gives."""
+    if request.prompt_logprobs is None or request.resume_token_ids:
+        return []
+    rest = [fake_logprob(id, request.prompt_logprobs) for id in request.prompt_ids[1:]]
+    scores: list[TokenLogprob | None] = [None, *rest]
+    half = (len(scores) + 1) // 2
+    return [
+        TokenDelta(id=request.id, prompt_logprobs=part) for part in (scores[:half], scores[half:]) if part
+    ]
 
 
 def fake_logprob(id: int, num_top: int) -> TokenLogprob:

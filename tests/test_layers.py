@@ -94,6 +94,7 @@ GENERATION = tuple(
         "generation",
         "conversation",
         "prompts",
+        "scoring",
         "sequences",
         "sequence_stream",
         "choice",

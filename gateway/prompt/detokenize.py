@@ -59,17 +59,20 @@ class Detokenizer:
 class StopStrings:
     """Ends a text before the first stop string, which may be spread over many tokens."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        """`include`: the text ends behind the stop string."""
         self._stops = tuple(stops)
+        self._include = include
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
         """(what can be shown, whether a stop string was met). After a stop nothing more may be pushed."""
         text = self._held + text
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        places = [(place, len(stop)) for stop in self._stops if (place := text.find(stop)) >= 0]
         if places:
             self._held = ""
-            return text[: min(places)], True
+            place, length = min(places)
+            return text[: place + length * self._include], True
         shown = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[shown:]
         return text[:shown], False

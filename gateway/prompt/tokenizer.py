@@ -10,7 +10,10 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
+from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import tokenizers
 
@@ -19,11 +22,23 @@ from gateway.prompt.model_files import BadModelFile
 LARGE_TEXT_CHARS = 4_096
 """From here on a text is encoded in a thread: 1 to 2 ms on the event loop."""
 
+_NUM_KNOWN_BYTES = (
+    1 << 16
+)  # tokens whose bytes are kept: log-probabilities name the same ones again and again
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class ControlTokenInText(ValueError):  # noqa: N818
     """A text would turn into a control token, and cannot be broken apart so that it does not."""
+
+
+class EncodedText(NamedTuple):
+    """`offsets[i]`: characters of the text before token i. The first `num_leading` tokens are what the model
+    puts before every text."""
+
+    ids: list[int]
+    offsets: list[int]
+    num_leading: int
 
 
 class Guard:
@@ -90,6 +105,7 @@ class Tokenizer:
             None,
         )
         self._byte_of_char = _byte_level_alphabet() if self._is_byte_level() else None
+        self._bytes_of = lru_cache(_NUM_KNOWN_BYTES)(self._look_up_bytes)
 
     def guard(self) -> Guard:
         """A guard for one conversation."""
@@ -111,6 +127,17 @@ class Tokenizer:
         """Token ids. Control tokens in the text are parsed; `add_special_tokens` adds those of the model."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def encode_spans(self, text: str, *, add_special_tokens: bool) -> EncodedText:
+        """As `encode`, and where in the text each token begins."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        offsets, end = [], 0
+        for start, stop in encoding.offsets:
+            # Some do not count the space before a token as its own; those of one character begin with it.
+            offsets.append(min(start, end) if stop > start else end)
+            end = max(end, stop)
+        leading = takewhile(bool, encoding.special_tokens_mask)
+        return EncodedText(encoding.ids, offsets, sum(leading))
+
     def encode_pieces(self, pieces: list[str]) -> list[int]:
         """The ids of pieces that must not grow together, in a row, nothing added.
 
@@ -119,10 +146,11 @@ class Tokenizer:
         """
         ids = self.encode(pieces[0], add_special_tokens=False)
         for piece in pieces[1:]:
-            ids += self._encode_inner(piece)
+            ids += self.encode_inner(piece)
         return ids
 
-    def _encode_inner(self, piece: str) -> list[int]:
+    def encode_inner(self, piece: str) -> list[int]:
+        """The ids of a text that others go before: no space is put in front of its first word."""
         if self._anchor is None:
             return self.encode(piece, add_special_tokens=False)
         anchor_id, anchor = self._anchor
@@ -139,12 +167,31 @@ class Tokenizer:
             return self.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self.encode, text, add_special_tokens=add_special_tokens)
 
+    async def spell_async(self, ids: list[int]) -> str:
+        """`spell`, in a thread when the text is large."""
+        return self.spell(ids) if len(ids) < LARGE_TEXT_CHARS else await asyncio.to_thread(self.spell, ids)
+
     def decode(self, ids: list[int]) -> str:
         """Text without control tokens. A character cut short decodes to U+FFFD."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
+    def name_of(self, id: int) -> str:
+        """As the vocabulary has it. Empty for an unknown id."""
+        return self._tokenizer.id_to_token(id) or ""
+
+    def spell(self, ids: list[int]) -> str:
+        """Text with control tokens."""
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token of the vocabulary, by its own name."""
+        return self._tokenizer.token_to_id(token)
+
     def token_bytes(self, id: int) -> bytes:
         """The bytes that one token stands for: part of a character, perhaps. Empty for an unknown id."""
+        return self._bytes_of(id)
+
+    def _look_up_bytes(self, id: int) -> bytes:
         if id in self._added:
             return self._added[id].encode()
         token = self._tokenizer.id_to_token(id)

@@ -42,8 +42,8 @@ __all__ = [
     "Range",
 ]
 
-LOGPROBS = Range(0, 5)  # completions; chat's are TOP_LOGPROBS
-
+BEST_OF = N  # OpenAI's most is 20, below its own n
+TRUNCATE_PROMPT_TOKENS = Range(-1, TOKEN_ID.max)  # -1: to what fits; 0 is refused
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 1_000
@@ -54,4 +54,7 @@ MAX_SHAPE_CHARS = 262_144
 MAX_SHAPE_CHOICES = 10_000
 MAX_PROMPTS = 256
 MAX_SEQUENCES = 256
-"""Prompts times choices of one request."""
+"""Prompts times what is drawn for each, of one request."""
+MAX_ECHOED_CHARS = 16 << 20
+MAX_PROMPT_LOGPROBS = 2_000_000
+"""Of one answer: tokens of its prompts, times 1 + those shown at each place, times n."""

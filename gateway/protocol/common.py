@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeVar
 
 import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -32,8 +32,10 @@ class GenerationParams:
     is_max_tokens_default: bool = False  # a default shrinks to what fits, a wish does not
     min_tokens: int = 0
     n: int = 1
+    best_of: int | None = None  # sequences drawn for the n that are shown, the likeliest; None: n
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    include_stop: bool = False  # what ended the text is shown
     ignore_eos: bool = False
     temperature: float = 1.0
     top_p: float = 1.0
@@ -45,7 +47,18 @@ class GenerationParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     logprobs: int | None = None  # None: none; k: the token's own and the k likeliest
+    has_end_logprob: bool = False  # the end token's, too
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens
     grammar: str | None = None  # of llguidance, that the text must match: Lark, or JSON with "grammars"
+
+    @property
+    def num_drawn(self) -> int:
+        """Sequences of each prompt."""
+        return self.best_of or self.n
+
+
+LOWEST_LOGPROB = -9999.0
+"""What OpenAI says for the logarithm of nothing, which JSON has no word for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +69,24 @@ class TokenInfo:
     logprob: float
     top: tuple[tuple[bytes, float], ...]  # likeliest first
     text_offset: int  # characters of the answer before it
+
+
+class PromptToken(NamedTuple):
+    """A token of a prompt. The first one has no log-probability."""
+
+    id: int
+    token: bytes
+    text_offset: int  # characters of the prompt before it
+    logprob: float | None
+    top: Sequence[tuple[int, bytes, float]]  # likeliest first
+
+
+@dataclass(frozen=True, slots=True)
+class PromptReport:
+    """What an answer tells of its prompt."""
+
+    text: str
+    tokens: Sequence[PromptToken] | None  # None when their log-probabilities were not asked for
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -146,6 +177,7 @@ class GenerationRequest(RequestPart):
     stop: StopStrings | None = None
     stop_token_ids: StopTokenIds | None = None
     ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
     temperature: Annotated[float, _bounded(bounds.TEMPERATURE)] | None = None
     top_p: Annotated[float, _bounded(bounds.TOP_P)] | None = None
     top_k: Annotated[int, _bounded(bounds.TOP_K)] | None = None
@@ -187,6 +219,7 @@ class GenerationRequest(RequestPart):
             stop=tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
+            include_stop=bool(self.include_stop_str_in_output),
             temperature=_given(self.temperature, 1.0),
             top_p=_given(self.top_p, 1.0),
             top_k=max(_given(self.top_k, 0), 0),
@@ -201,7 +234,7 @@ class GenerationRequest(RequestPart):
 
 
 Value = TypeVar("Value")
-Request = TypeVar("Request", bound=GenerationRequest)
+Request = TypeVar("Request", bound=RequestPart)
 
 
 def _given(value: Value | None, default: Value) -> Value:

@@ -46,17 +46,17 @@ SHARED = {
     "user": _ignored("a label for the caller's own use"),
     "skip_special_tokens": _refused("control tokens are never shown", True),
     "spaces_between_special_tokens": _refused("control tokens are never shown", True, False),
-    "include_stop_str_in_output": _refused(_NOT_YET, False),
     "guided_decoding_backend": _ignored("there is one, llguidance"),
     "guided_whitespace_pattern": _refused("white space in JSON is as much as indents need"),
     "use_beam_search": _refused(_NOT_YET, False),
     "length_penalty": _refused("it belongs to beam search", 1, 1.0),
-    "truncate_prompt_tokens": _refused("a prompt is served whole or refused"),
-    "prompt_logprobs": _refused(_NOT_YET),
     "priority": _refused(_NOT_YET, 0),
 }
 
 CHAT = SHARED | {
+    "truncate_prompt_tokens": _refused("a conversation is served whole or refused"),
+    "prompt_logprobs": _refused("/v1/completions has them"),
+    "best_of": _refused("/v1/completions has it", 1),
     "metadata": _ignored("it labels stored completions, and nothing is stored"),
     "safety_identifier": _ignored("a label for the caller's own use"),
     "prompt_cache_key": _ignored("a hint for routing; the prefix cache needs none"),
@@ -84,12 +84,16 @@ CHAT = SHARED | {
     "chat_template_kwargs": _refused(_NOT_YET, {}),
 }
 
-COMPLETIONS = SHARED | {
-    "echo": _refused(_NOT_YET, False),
-    "best_of": _refused(_NOT_YET, 1),
-    "suffix": _refused(_NOT_YET, ""),
-    "add_special_tokens": _refused(_NOT_YET, True),
+COMPLETIONS = SHARED
+
+TOKENIZE = {
+    "chat_template": _refused("only the server chooses the template"),
+    "chat_template_kwargs": _refused(_NOT_YET, {}),
+    "tools": _refused(_NOT_YET, []),
+    "mm_processor_kwargs": _refused("the models read text only", {}),
 }
+
+DETOKENIZE: dict[str, Rule] = {}
 
 MESSAGE = {
     "tool_calls": _refused(_NOT_YET, []),

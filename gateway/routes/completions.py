@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
 
 import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from gateway.choice import ChoiceDelta
+from gateway.choice import ChoiceDelta, CollectedChoice
 from gateway.generation import Generation, collect
-from gateway.prompts import completion_prompts, require_ready
-from gateway.protocol.common import encoder, parse_body
-from gateway.protocol.completions import Completion, CompletionChoice, CompletionRequest, completion_logprobs
+from gateway.prompts import Encoding, Prompt, completion_prompts, require_infill, require_ready
+from gateway.protocol import bounds
+from gateway.protocol.common import InvalidField, PromptReport, PromptToken, encoder, parse_body
+from gateway.protocol.completions import (
+    Completion,
+    CompletionChoice,
+    CompletionRequest,
+    completion_logprobs,
+    prompt_logprobs,
+)
+from gateway.router import ServedModel
 from gateway.routes.common import Answer, gateway_of, json_response, new_answer, tenant_of
+from gateway.scoring import LARGE_REPORT, PromptScoring
 from gateway.sse import DONE, Chunks, event, open_stream, unless_gone
 
 router = APIRouter()
@@ -36,23 +49,92 @@ async def _start(request: Request, body: CompletionRequest) -> Generation:
     gateway = gateway_of(request)
     model = gateway.router.find(body.model)
     params = await gateway.grammars.constrain(body.params(), body.shape())
-    require_ready(model)
-    prompts = await completion_prompts(model, body.prompt)
-    admission = gateway.admissions[model.name]
-    return Generation(admission, prompts, params, tenant_of(request), prompt_param="prompt")
+    info = require_ready(model)
+    encoding = _encoding(body, model, info.max_model_len)
+    if encoding.infill is not None:
+        params = replace(params, stop_token_ids=(*params.stop_token_ids, *encoding.infill.end_ids))
+    prompts = await completion_prompts(model.tokenizer, body.prompt, encoding)
+    scorings = []
+    if body.echo or body.num_scored is not None:
+        _check_report(prompts, body)
+        scorings = [PromptScoring(prompt, model.tokenizer, body.num_scored) for prompt in prompts]
+    return Generation(
+        gateway.admissions[model.name],
+        [prompt.ids for prompt in prompts],
+        params,
+        tenant_of(request),
+        prompt_param="prompt",
+        scorings=scorings,
+    )
+
+
+def _encoding(body: CompletionRequest, model: ServedModel, max_model_len: int) -> Encoding:
+    """Raises InvalidField."""
+    max_tokens = body.truncate_prompt_tokens
+    if max_tokens == -1:
+        wanted = 1 if body.max_tokens is None else body.max_tokens
+        max_tokens = max(max_model_len - wanted, 1)
+    return Encoding(
+        add_special_tokens=body.add_special_tokens is not False,
+        max_tokens=max_tokens,
+        has_text=bool(body.echo) or body.num_scored is not None,
+        infill=require_infill(model) if body.suffix else None,
+        suffix=body.suffix or "",
+    )
+
+
+def _check_report(prompts: list[Prompt], body: CompletionRequest) -> None:
+    """What is told of the prompts is told for each choice. Raises InvalidField."""
+    n = body.n or 1
+    if body.echo and (num_chars := n * sum(len(prompt.text) for prompt in prompts)) > bounds.MAX_ECHOED_CHARS:
+        raise InvalidField(
+            "echo", f"'echo' would be {num_chars} characters; at most {bounds.MAX_ECHOED_CHARS} are written"
+        )
+    num_tokens = n * sum(len(prompt.ids) for prompt in prompts)
+    num_logprobs = 0 if body.num_scored is None else num_tokens * (1 + body.num_scored)
+    if num_logprobs > bounds.MAX_PROMPT_LOGPROBS:
+        param = "logprobs" if body.prompt_logprobs is None else "prompt_logprobs"
+        raise InvalidField(
+            param,
+            f"'{param}' of {num_tokens} prompt tokens, each with {body.num_scored} others, are"
+            f" {num_logprobs}; at most {bounds.MAX_PROMPT_LOGPROBS} are allowed in a request",
+        )
 
 
 async def _completion(generation: Generation, body: CompletionRequest, answer: Answer) -> Completion:
-    choices = [
-        CompletionChoice(
-            text=choice.text,
-            index=index,
-            logprobs=completion_logprobs(choice.logprobs, body.logprobs),
-            finish_reason=choice.finish_reason,
-        )
-        for index, choice in enumerate(await collect(generation))
-    ]
-    return _message(answer, choices, generation)
+    collected = await collect(generation)
+
+    def shape() -> list[CompletionChoice]:
+        return [_choice(index, choice, body) for index, choice in enumerate(collected)]
+
+    is_large = sum(_num_scores(choice.prompt) for choice in collected) >= LARGE_REPORT
+    return _message(answer, await asyncio.to_thread(shape) if is_large else shape(), generation)
+
+
+def _num_scores(prompt: PromptReport | None) -> int:
+    if prompt is None or not prompt.tokens:
+        return 0
+    return len(prompt.tokens) * (1 + len(prompt.tokens[-1].top))
+
+
+def _choice(index: int, choice: CollectedChoice, body: CompletionRequest) -> CompletionChoice:
+    text, logprobs = _echoed(choice.prompt, body)
+    scores = choice.prompt.tokens if choice.prompt is not None else None
+    asked = body.prompt_logprobs
+    return CompletionChoice(
+        text=text + choice.text,
+        index=index,
+        logprobs=completion_logprobs(logprobs, choice.logprobs, body.logprobs),
+        finish_reason=choice.finish_reason,
+        prompt_logprobs=msgspec.UNSET if asked is None or scores is None else prompt_logprobs(scores, asked),
+    )
+
+
+def _echoed(prompt: PromptReport | None, body: CompletionRequest) -> tuple[str, Sequence[PromptToken]]:
+    """What goes before a choice's own text and log-probabilities."""
+    if prompt is None or not body.echo:
+        return "", ()
+    return prompt.text, prompt.tokens or ()
 
 
 def _message(
@@ -80,16 +162,22 @@ async def _chunks(generation: Generation, body: CompletionRequest, answer: Answe
 
     async with aclosing(generation.events()) as batches:
         async for batch in batches:
-            yield b"".join(chunk(choice) for delta in batch for choice in _choices(delta, body.logprobs))
+            yield b"".join([chunk(choice) for delta in batch for choice in await _choices(delta, body)])
     usage = event(encoder.encode(_message(answer, [], generation))) if body.include_usage else b""
     yield usage + DONE
 
 
-def _choices(delta: ChoiceDelta, num_top: int | None) -> list[CompletionChoice]:
-    """A chunk for the text and one of its own for the end."""
+async def _choices(delta: ChoiceDelta, body: CompletionRequest) -> list[CompletionChoice]:
+    """A chunk for the echoed prompt, one for the text and one of its own for the end."""
     choices = []
+    if delta.prompt is not None:
+        text, tokens = _echoed(delta.prompt, body)
+        shape = partial(completion_logprobs, tokens, None, body.logprobs)
+        is_large = _num_scores(delta.prompt) >= LARGE_REPORT
+        logprobs = await asyncio.to_thread(shape) if is_large else shape()
+        choices.append(CompletionChoice(text, delta.index, logprobs))
     if delta.text or delta.logprobs:
-        logprobs = completion_logprobs(delta.logprobs, num_top)
+        logprobs = completion_logprobs((), delta.logprobs, body.logprobs)
         choices.append(CompletionChoice(delta.text, delta.index, logprobs))
     if delta.finish_reason is not None:
         choices.append(CompletionChoice("", delta.index, None, delta.finish_reason))

@@ -194,7 +194,7 @@ async def test_chat_logprobs(model_dir: Path, group: FakeGroup) -> None:
 async def test_completion_logprobs(model_dir: Path, group: FakeGroup) -> None:
     answer = (await complete(model_dir, group, logprobs=2)).json()
     logprobs = answer["choices"][0]["logprobs"]
-    assert "".join(logprobs["tokens"]) == TEXT
+    assert "".join(logprobs["tokens"]) == TEXT + "<|end|>", "all that is counted, the end too"
     assert logprobs["text_offset"] == [
         len("".join(logprobs["tokens"][:i])) for i in range(len(logprobs["tokens"]))
     ]

@@ -17,7 +17,7 @@ from gateway.prompt.conversation import Conversation
 from gateway.prompt.renderer import Renderer
 from gateway.prompt.template import BadTemplate, ChatTemplate, TemplateRefused, load_chat_template
 from gateway.prompt.tokenizer import ControlTokenInText
-from gateway.prompts import completion_prompts
+from gateway.prompts import Encoding, completion_prompts
 from gateway.router import ServedModel, load_served_model
 from tests.gateway.serving import CONTROL_TOKENS, LINES, make_model_dir, make_served
 
@@ -84,7 +84,8 @@ async def test_ordinary_conversations_have_the_ids_of_hugging_face(
         assert await chat_prompt(model, messages) == expected
         assert expected.count(reference.bos_token_id) == 1
     texts = [message["content"] for messages in CONVERSATIONS for message in messages]
-    assert await completion_prompts(model, texts) == [reference(text).input_ids for text in texts]
+    found = await completion_prompts(model.tokenizer, texts, Encoding())
+    assert [prompt.ids for prompt in found] == [reference(text).input_ids for text in texts]
 
 
 def _control_ids(model: ServedModel, ids: list[int]) -> list[int]:
@@ -155,8 +156,8 @@ async def test_large_texts_are_encoded_the_same(model_dir: Path) -> None:
     model = make_served(model_dir)
     text = "The quick brown fox. " * 2_000
     assert len(text) > ours.LARGE_TEXT_CHARS
-    [ids] = await completion_prompts(model, [text])
-    assert ids == model.tokenizer.encode(text, add_special_tokens=True)
+    [prompt] = await completion_prompts(model.tokenizer, [text], Encoding())
+    assert prompt.ids == model.tokenizer.encode(text, add_special_tokens=True)
     chat = await chat_prompt(model, [{"role": "user", "content": text}])
     assert model.tokenizer.decode(chat) == f"\n{text.strip()}\n"
 

@@ -127,7 +127,7 @@ def test_numbers_are_bounded(model: Model, base: dict[str, object], name: str) -
 
 def test_every_bound_is_tested_and_used() -> None:
     ranges = {name: value for name, value in vars(bounds).items() if isinstance(value, bounds.Range)}
-    elsewhere = {"LOGIT_BIAS", "TOP_LOGPROBS", "LOGPROBS", "TOKEN_ID"}
+    elsewhere = {"LOGIT_BIAS", "TOP_LOGPROBS", "TOKEN_ID", "BEST_OF", "TRUNCATE_PROMPT_TOKENS"}
     assert set(ranges) - {name.upper() for name in NUMBERS} == elsewhere
     assert all(low < high for low, high in ranges.values())
 

@@ -21,7 +21,7 @@ from gateway.workers.protocol import GroupState, WorkerGroup, WorkerLost
 from gateway.workers.supervisor import Supervisor
 from tests.fake_group.model import expected
 from tests.fake_group.spec import FakeSpec, Fault, fake_config, fake_group
-from tests.fakes import FakeGroup, ready
+from tests.fakes import FakeGroup, fake_logprob, ready
 from tests.gateway.groups import supervised, until, until_ready
 from tests.gateway.serving import (
     client_of,
@@ -135,27 +135,21 @@ async def test_every_kind_of_sampling_goes_on_exactly(
 
 async def test_what_was_scored_of_a_prompt_is_not_given_twice(model_dir: Path, metrics: ModelMetrics) -> None:
     """A group dies after a part of the prompt's log-probabilities; the next one sends all of them."""
-    scores = [None, *(TokenLogprob(-float(place)) for place in range(1, 8))]
-
-    class Scoring(FakeGroup):
-        def _deltas(self, request: Generate) -> list[TokenDelta]:
-            pieces = [TokenDelta(id=request.id, prompt_logprobs=scores[at : at + 3]) for at in range(0, 8, 3)]
-            return [*pieces, *super()._deltas(request)]
-
     dying, other = (
-        Scoring(says=[5, 6, 7], info=ready(400), name=f"fake/{replica}", fails_after=fails)
-        for replica, fails in enumerate((2, None))
+        FakeGroup(says=[5, 6, 7], info=ready(400), name=f"fake/{replica}", fails_after=fails)
+        for replica, fails in enumerate((1, None))
     )
     got: list[TokenLogprob | None] = []
     tokens: list[int] = []
     model = served(model_dir, dying, other)
-    wire = request(max_tokens=3, prompt_logprobs=0)
+    wire = request(prompt=tuple(range(20, 28)), max_tokens=3, prompt_logprobs=1)
     async with aclosing(Recovery(model, wire, metrics).deltas()) as deltas:
         async for delta in deltas:
             got += delta.prompt_logprobs
             tokens += delta.token_ids
     assert metrics.resumed["replica"] == 1, "the death took effect"
-    assert (got, tokens) == (scores, [5, 6, 7])
+    assert got == [None, *(fake_logprob(id, 1) for id in wire.prompt_ids[1:])]
+    assert tokens == [5, 6, 7]
 
 
 async def test_another_replica_goes_on_at_once(

@@ -78,12 +78,13 @@ def test_sampling_fields_agree(name: str, data: st.DataObject) -> None:
 @settings(deadline=None, max_examples=200)
 @given(st.integers(-5, 30), st.booleans())
 def test_logprobs_agree(count: int, is_chat: bool) -> None:
-    """Completions allow fewer than chat: the engine's bound is chat's."""
     if is_chat:
         at_gateway = gateway_takes(ChatCompletionRequest, logprobs=True, top_logprobs=count)
-        assert at_gateway == engine_takes(request_with(sampling=SamplingParams(logprobs=count)))
-    elif gateway_takes(CompletionRequest, logprobs=count):
-        assert engine_takes(request_with(sampling=SamplingParams(logprobs=count)))
+    else:
+        at_gateway = gateway_takes(CompletionRequest, logprobs=count)
+        assert at_gateway == gateway_takes(CompletionRequest, prompt_logprobs=count)
+        assert at_gateway == engine_takes(request_with(prompt_logprobs=count))
+    assert at_gateway == engine_takes(request_with(sampling=SamplingParams(logprobs=count)))
 
 
 @settings(deadline=None, max_examples=200)
@@ -92,7 +93,7 @@ def test_lengths_agree(name: str, data: st.DataObject) -> None:
     value = int(data.draw(near(bounds.GENERATE[name])))
     more = {"max_tokens": bounds.MAX_TOKENS.max} if name == "min_tokens" else {}
     if name == "max_tokens" and value == 0:
-        return  # the API's least is 1; the engine's 0 asks for prompt log-probabilities alone
+        more["echo"] = True  # else it asks for nothing
     at_gateway = gateway_takes(CompletionRequest, **{name: value, **more})
     assert at_gateway == engine_takes(request_with(**{"max_tokens": 4, name: value}))
 
