@@ -195,11 +195,12 @@ def write_tokenizer(directory: Path, vocab: int) -> list[int]:
     return partial + list(range(num_trained, vocab))
 
 
-def write_byte_tokenizer(directory: Path) -> None:
-    """One token a byte, from 2 on, without training; 0 begins a text and 1 ends it."""
+def write_byte_tokenizer(directory: Path, vocab: int = 258) -> None:
+    """One token a byte, from 2 on, without training; 0 begins a text and 1 ends it. A smaller vocabulary has
+    letters, digits and signs, but not every byte."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: vocab - 2]
     special = ["<|begin_of_text|>", "<|end_of_text|>"]
     vocab = {token: id for id, token in enumerate(special + alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))

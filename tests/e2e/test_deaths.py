@@ -12,8 +12,14 @@ from tests.e2e.server import MODEL, Server, events, serving, wait_until
 from tests.soak import kills
 
 RESTART_SECONDS = 240.0  # a bound: back-off, torchrun, load
-BODY = {"max_tokens": 300, "ignore_eos": True}
-GREEDY, SEEDED = {"temperature": 0}, {"temperature": 1, "seed": 7}
+BODY: dict[str, object] = {"max_tokens": 300, "ignore_eos": True}
+GREEDY: dict[str, object] = {"temperature": 0}
+SEEDED: dict[str, object] = {"temperature": 1, "seed": 7}
+CONSTRAINED = {
+    **SEEDED,
+    "ignore_eos": False,
+    "structured_outputs": {"regex": "([a-z]{3,9} [0-9]{2,5}, ){40}"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +45,18 @@ def launcher(server: Server) -> psutil.Process:
 
 @pytest.mark.parametrize(
     ("victim", "sampling"),
-    [(leader, GREEDY), (follower, SEEDED), (launcher, GREEDY)],
-    ids=["leader-greedy", "follower-seeded", "launcher-greedy"],
+    [(leader, GREEDY), (follower, SEEDED), (launcher, GREEDY), (leader, CONSTRAINED)],
+    ids=["leader-greedy", "follower-seeded", "launcher-greedy", "leader-constrained"],
 )
 def test_a_stream_goes_on_with_the_same_tokens(
-    pair: Server, victim: Callable[[Server], psutil.Process], sampling: dict[str, float]
+    pair: Server, victim: Callable[[Server], psutil.Process], sampling: dict[str, object]
 ) -> None:
     wait_until(pair.is_ready, "ready", RESTART_SECONDS, pair.output)
-    expected = pair.complete(**BODY, **sampling).json()
+    expected = pair.complete(**BODY | sampling).json()
     resumed = pair.metric("sluice:streams_resumed_total")
     old = pair.group_processes()
     assert len(old) >= 4  # guard, launcher, two ranks
-    with pair.stream(**BODY, **sampling, stream_options={"include_usage": True}) as lines:
+    with pair.stream(**BODY | sampling, stream_options={"include_usage": True}) as lines:
         stream = events(lines)
         seen = [next(stream), next(stream)]
         victim(pair).kill()

@@ -17,9 +17,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from llguidance import LLMatcher, LLTokenizer
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from engines import registry
@@ -35,9 +38,10 @@ from tests.engines.layouts import FAKE_INJECT, LAYOUTS, TWO_STAGE, Layout
 from tests.engines.models.hf_models import BASE, make_hf
 from tests.engines.reference import hf_greedy, prompts, request_of
 from tests.engines.two_stage import TwoStageEngine
-from tests.models import GQA, MHA, make_llama
+from tests.models import GQA, MHA, make_llama, write_byte_tokenizer
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_BATCHED = 48, 16, 64
+EOS = 1
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,9 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture(scope="module")
 def model(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return case.make_model(tmp_path_factory.mktemp("models") / "model")
+    directory = case.make_model(tmp_path_factory.mktemp("models") / "model")
+    write_byte_tokenizer(directory, min(case.vocab, 258))
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +170,36 @@ def test_prompt_logprobs_need_several_rows_of_a_sequence(
     values = [value.logprob for value in ended.prompt_logprobs[1:] if value is not None]
     wanted = [expected[i, token].item() for i, token in enumerate(prompt[1:])]
     assert values == pytest.approx(wanted, abs=1e-4)
+
+
+@torch.inference_mode()
+def test_a_grammar_binds_its_sequence_only(
+    case: Case, group: Group, model: Path, reference: torch.nn.Module
+) -> None:
+    """Greedily: at each place the likeliest token of those that go on. Others in the batch are as ever."""
+    code = LLMatcher.grammar_from_regex("[0-9]{3,6}(-[a-z]{2,4}){2}!")
+    prompt, *others = prompts(5, case.vocab, seed=12)
+    tokenizer_file = model / "tokenizer.json"
+    tokenizer = LLTokenizer(tokenizer_file.read_text(), n_vocab=case.vocab, eos_token=EOS)
+    matcher, ids = LLMatcher(tokenizer, code), list(prompt)
+    while ids[-1] != EOS:
+        bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")
+        logits = reference(torch.tensor([ids])).logits[0, -1]
+        ids.append(int(logits.masked_fill(torch.from_numpy(bits[: case.vocab] == 0), -torch.inf).argmax()))
+        assert matcher.consume_token(ids[-1])
+    bound = [request_of(f"c{i}", prompt, 40, grammar=code, choice=i, group="c") for i in range(2)]
+    broken = request_of("broken", prompt, grammar="start: /[/")
+    *ended, failed = group.run(
+        [*bound, *(request_of(f"g{i}", each) for i, each in enumerate(others)), broken]
+    )
+    assert [one.token_ids for one in ended[:2]] == [ids[len(prompt) :]] * 2
+    assert [one.finish_reason for one in ended[:2]] == ["stop"] * 2
+    assert [one.token_ids for one in ended[2:]] == [hf_greedy(reference, each) for each in others]
+    assert failed.error is not None
+    assert failed.error.code == "invalid_request"
+    assert re.fullmatch(
+        "[0-9]{3,6}(-[a-z]{2,4}){2}!", Tokenizer.from_file(str(tokenizer_file)).decode(ids[len(prompt) :])
+    )
 
 
 def test_an_aborted_sequence_gives_its_blocks_back(

@@ -1,0 +1,154 @@
+"""What grammars add to the time of a step: 32 constrained sequences beside 32 free ones, native engine.
+
+    python -m tests.bench.bench_grammar [--dtypes float32,bfloat16] [--rounds N] [--json FILE]
+
+Random weights of 125M parameters, a byte-pair vocabulary of 32,000, one process. A step is the leader's round:
+scheduling, model, masks, sampling (temperature 1). Free and constrained rounds take turns; a round's time is the
+median of its decoding steps, the figure the median over rounds. The constrained sequences have eight schemas;
+they write long lists, so that none ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+
+from engines.base import Engine
+from engines.config import ModelConfig
+from engines.native import NativeEngine
+from engines.runtime.grammar import Grammars
+from engines.runtime.mesh import single
+from engines.wire import Generate, SamplingParams
+from gateway import bench
+from gateway.grammar_process import make
+from tests.engines.runtime.in_process import InProcess
+from tests.models import SMALL, make_llama, write_tokenizer
+
+NUM_SEQS, PROMPT_TOKENS, NUM_STEPS, WARM_STEPS = 32, 64, 48, 4
+EOS = 1
+
+
+def schema(number: int) -> dict[str, Any]:
+    """A list of records, as an extraction asks for."""
+    record = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string"},
+            f"field_{number}": {"enum": ["one", "two", "three", f"value {number}"]},
+            "age": {"type": "integer", "minimum": 0, "maximum": 150},
+            "email": {"type": "string", "format": "email"},
+            "tags": {"type": "array", "items": {"type": "string", "maxLength": 20}, "maxItems": 5},
+            "address": {
+                "type": "object",
+                "properties": {
+                    "street": {"type": "string"},
+                    "zip": {"type": "string", "pattern": "^[0-9]{5}$"},
+                },
+                "required": ["street", "zip"],
+                "additionalProperties": False,
+            },
+        },
+        "required": ["name", f"field_{number}", "age", "email", "tags", "address"],
+        "additionalProperties": False,
+    }
+    return {"type": "array", "items": record, "minItems": 1000}
+
+
+def load(directory: Path, dtype: str) -> Engine:
+    settings = SimpleNamespace(model_path=str(directory), dtype=dtype, max_model_len=2048, reshard=False)
+    return NativeEngine(cast(ModelConfig, settings), single(), lambda fraction: None)
+
+
+def step_times(group: InProcess, grammars: list[str], round: int) -> list[float]:
+    """Seconds of each decoding step of one round; a sequence for each grammar, the empty one frees it."""
+    generator = torch.Generator().manual_seed(round)
+    requests = [
+        Generate(
+            id=f"{round}-{i}-{len(grammar)}",
+            prompt_ids=torch.randint(2, 8000, (PROMPT_TOKENS,), generator=generator).tolist(),
+            max_tokens=NUM_STEPS,
+            ignore_eos=True,
+            sampling=SamplingParams(temperature=1.0, seed=round * 1000 + i),
+            grammar=grammar,
+        )
+        for i, grammar in enumerate(grammars)
+    ]
+    group.send(*requests)
+    times = []
+    while group.scheduler.stats(0).num_running < NUM_SEQS:
+        group.leader.step()
+    while group.scheduler.has_work:
+        started = time.perf_counter()
+        group.leader.step()
+        times.append(time.perf_counter() - started)
+    for request in requests:
+        ended = group.ended(request.id)
+        assert ended.finish_reason == "length", ended
+        assert len(ended.token_ids) == NUM_STEPS
+    return times[WARM_STEPS:]
+
+
+def measure(directory: Path, dtype: str, rounds: int) -> dict[str, object]:
+    engine = load(directory, dtype)
+    grammars = Grammars(directory / "tokenizer.json", engine.vocab_size, [EOS])
+    group = InProcess(engine, num_blocks=512, max_num_seqs=NUM_SEQS, max_batched=4096, grammars=grammars)
+    schemas = [make("json_schema", json.dumps(schema(i % 8))) for i in range(NUM_SEQS)]
+    free, bound = [""] * NUM_SEQS, schemas
+    step_times(group, free, 0)
+    step_times(group, bound, 0)
+    medians: dict[str, list[float]] = {"free": [], "constrained": []}
+    for round in range(1, rounds + 1):
+        for name, texts in (("free", free), ("constrained", bound)):
+            medians[name].append(statistics.median(step_times(group, texts, round)))
+    free_ms, bound_ms = (statistics.median(times) * 1e3 for times in medians.values())
+    added = [b / a - 1 for a, b in zip(*medians.values(), strict=True)]
+    return {
+        "free_step_ms": round_to(free_ms),
+        "constrained_step_ms": round_to(bound_ms),
+        "added_percent": round_to(100 * statistics.median(added)),
+        "added_percent_of_each_round": [round_to(100 * each) for each in added],
+    }
+
+
+def round_to(value: float) -> float:
+    return round(value, 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--models", type=Path, help="keep the model here and use it again")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    threads = int(os.environ.get("OMP_NUM_THREADS", "2"))
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
+        directory = (args.models or Path(scratch)) / "small"
+        if not (directory / "tokenizer.json").exists():
+            make_llama(directory, SMALL, seed=1)
+            write_tokenizer(directory, SMALL.vocab)
+        record = {
+            "command": f"python -m tests.bench.bench_grammar --dtypes {args.dtypes} --rounds {args.rounds}",
+            "machine": bench.machine(),
+            "threads": threads,
+            "sequences": NUM_SEQS,
+            "vocabulary": SMALL.vocab,
+            **{dtype: measure(directory, dtype, args.rounds) for dtype in args.dtypes.split(",")},
+        }
+    print(json.dumps(record, indent=2))
+    if args.json is not None:
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
