@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from engines.wire import TokenDelta, TokenLogprob
 from gateway.prompt.detokenize import Detokenizer, StopStrings
 from gateway.prompt.tokenizer import Tokenizer
 from gateway.protocol.common import LOWEST_LOGPROB, GenerationParams, PromptReport, TokenInfo
+
+Decode = Callable[[list[int]], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,7 @@ class ChoiceDelta:
     logprobs: list[TokenInfo] | None  # None when not asked for
     finish_reason: str | None = None
     prompt: PromptReport | None = None  # with the first one, when asked for
+    num_tokens: int = 0  # so far, whether they show or not
 
 
 class ChoiceAssembler:
@@ -36,12 +39,13 @@ class ChoiceAssembler:
         params: GenerationParams,
         context: Sequence[int],
         text_offset: int = 0,
+        decode: Decode | None = None,
     ) -> None:
         """`context`: the ids before the first one, if the text continues theirs; `text_offset`: how many
-        characters are shown before its own."""
+        characters are shown before its own; `decode` in place of the tokenizer's."""
         self._index = index
         self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(tokenizer.decode, context)
+        self._detokenizer = Detokenizer(decode or tokenizer.decode, context)
         self._stops = StopStrings(params.stop, include=params.include_stop) if params.stop else None
         self._include_stop = params.include_stop
         self._min_tokens = params.min_tokens
@@ -72,18 +76,18 @@ class ChoiceAssembler:
         text, is_stopped = self._push(visible, delta.logprobs)
         if is_stopped:
             logprobs = self._release(len(text))
-            return ChoiceDelta(self._index, text, logprobs, "stop")
+            return ChoiceDelta(self._index, text, logprobs, "stop", num_tokens=self.num_tokens)
         self.num_tokens += len(delta.token_ids) - len(visible)
         if delta.finish_reason is None:
             logprobs = self._release(len(text))
-            return ChoiceDelta(self._index, text, logprobs)
+            return ChoiceDelta(self._index, text, logprobs, num_tokens=self.num_tokens)
         end, is_stopped = self._end()
         text += end
         if is_end_hidden and self._has_end_logprob and not is_stopped:
             self._hold(delta.token_ids[-1], delta.logprobs[-1], 0)
         reason = "stop" if is_stopped else delta.finish_reason
         logprobs = self._release(len(text))
-        return ChoiceDelta(self._index, text, logprobs, reason)
+        return ChoiceDelta(self._index, text, logprobs, reason, num_tokens=self.num_tokens)
 
     def _push(self, ids: list[int], logprobs: list[TokenLogprob]) -> tuple[str, bool]:
         if self._stops is None and not self._wants_logprobs:

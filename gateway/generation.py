@@ -14,7 +14,7 @@ from contextlib import aclosing
 from typing import Literal
 
 from gateway.admission import Admission
-from gateway.choice import ChoiceAssembler, ChoiceDelta, CollectedChoice
+from gateway.choice import ChoiceAssembler, ChoiceDelta, CollectedChoice, Decode
 from gateway.merge import merge
 from gateway.prompts import require_ready
 from gateway.protocol.common import (
@@ -43,12 +43,15 @@ class Generation:
         *,
         prompt_param: Literal["messages", "prompt"],
         scorings: Sequence[PromptScoring] = (),
+        goes_on: bool = False,
+        decode: Decode | None = None,
     ) -> None:
         """Checks every limit; sends nothing yet.
 
         `prompt_param` is the field that the prompts come from. The text goes on where a raw `prompt` ends,
-        so its first word keeps its space; an answer to `messages` starts afresh. `scorings`: one for each
-        prompt, if the choices shall begin with a report on it.
+        so its first word keeps its space; an answer to `messages` starts afresh, unless it `goes_on` with the
+        last of them. `scorings`: one for each prompt, if the choices shall begin with a report on it.
+        `decode`: ids to text, in place of the tokenizer's.
         Raises InvalidField, ContextLengthExceeded, WorkerUnavailable, ModelFailed, QueueFull, RateLimited,
         LargerThanLimit.
         """
@@ -62,13 +65,13 @@ class Generation:
         seed = secrets.randbits(63) if params.seed is None else params.seed % 2**63
         for number, prompt in enumerate(prompts):
             wires = sequences_of(prompt, prompt_param, params, info, seed, tenant.cache_salt)
-            context = prompt[-NUM_CONTEXT_IDS:] if prompt_param == "prompt" else []
+            context = prompt[-NUM_CONTEXT_IDS:] if prompt_param == "prompt" or goes_on else []
             scoring = scorings[number] if scorings else None
             text_offset = scoring.num_chars if scoring else 0
             for choice, wire in enumerate(wires):
                 index = number * params.num_drawn + choice
-                assembler = ChoiceAssembler(index, model.tokenizer, params, context, text_offset)
-                stream = SequenceStream(model, wire, assembler, scoring)
+                assembler = ChoiceAssembler(index, model.tokenizer, params, context, text_offset, decode)
+                stream = SequenceStream(model, wire, assembler, scoring, cache_key=params.cache_key)
                 self._sequences.append(stream)
         admission.require_room(tenant.name, len(self._sequences))
         tenant.take_prompt(self._prompt_tokens)

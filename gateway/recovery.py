@@ -42,8 +42,11 @@ class Recovery:
     It goes on only where the fingerprint (weights, type, engine, layout) is the same: others may differ.
     """
 
-    def __init__(self, model: ServedModel, request: Generate, metrics: ModelMetrics) -> None:
+    def __init__(
+        self, model: ServedModel, request: Generate, metrics: ModelMetrics, cache_key: str = ""
+    ) -> None:
         self._model, self._request, self._metrics = model, request, metrics
+        self._cache_key = cache_key
         self._group: WorkerGroup | None = None  # that it was last sent to
         self._fingerprint: str | None = None
         self._delivered: list[int] = []
@@ -80,7 +83,7 @@ class Recovery:
         why: Exception
         while True:
             try:
-                return pick(self._model, {}, 1, self._fingerprint)
+                return pick(self._model, {}, 1, self._fingerprint, self._cache_key)
             except (ModelChanged, ModelFailed, ShuttingDown) as error:
                 why, reason = error, _REASONS[type(error)]
             except WorkerUnavailable as error:  # the groups start again, or have too many to take one more

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from engines.wire import Ready, Stats
+from gateway.answer.answer import AUTO, AnswerFormat, answer_format
 from gateway.prompt.model_files import file_in
 from gateway.prompt.renderer import Renderer
 from gateway.prompt.template import load_chat_template
@@ -67,6 +69,7 @@ class ServedModel:
     owned_by: str = "sluice"
     max_queued: int = 1_024
     recovery_wait: float = RECOVERY_WAIT_SECONDS
+    answer: AnswerFormat
     tokenizer_info: Mapping[str, object] = field(default_factory=dict)
 
     @property
@@ -103,8 +106,12 @@ def load_served_model(
     max_queued: int = 1_024,
     recovery_wait: float = RECOVERY_WAIT_SECONDS,
     chat_template: Path | None = None,
+    tool_format: str = AUTO,
+    reasoning_format: str = AUTO,
 ) -> ServedModel:
     """Reads the model directory's tokenizer.json and chat template (`chat_template` replaces it).
+
+    How the model calls tools and thinks is seen from the template, or said by the two formats.
 
     Raises FileNotFoundError, BadModelFile, BadTemplate.
     """
@@ -116,10 +123,17 @@ def load_served_model(
             " weights, or of what --tokenizer names)"
         )
     template = load_chat_template(model_dir, chat_template)
+    tokenizer = Tokenizer(path)
     return ServedModel(
         name=name,
         groups=groups,
-        tokenizer=Tokenizer(path),
+        tokenizer=tokenizer,
+        answer=answer_format(
+            tokenizer,
+            template.source if template else "",
+            tool_format=tool_format,
+            reasoning_format=reasoning_format,
+        ),
         template=None if template is None else Renderer(template),
         created=created,
         aliases=aliases,
@@ -175,9 +189,14 @@ def ready_groups(model: ServedModel) -> list[WorkerGroup]:
 
 
 def pick(
-    model: ServedModel, planned: Mapping[str, int], num_sequences: int, fingerprint: str | None = None
+    model: ServedModel,
+    planned: Mapping[str, int],
+    num_sequences: int,
+    fingerprint: str | None = None,
+    cache_key: str = "",
 ) -> WorkerGroup:
-    """The ready group with the least outstanding work, with room for the sequences.
+    """The ready group with the least outstanding work, with room for the sequences; with a `cache_key` the
+    one that has this key's prefixes, unless that has much more to do than another.
 
     `planned`: sequences about to be sent, by group name. `fingerprint`: of a group that has begun them; only
     such groups go on with them. Raises WorkerUnavailable, ModelFailed, QueueFull, ModelChanged.
@@ -188,10 +207,24 @@ def pick(
         if not groups:
             raise ModelChanged(f"The model '{model.name}' is not the one that was served before.")
     group = min(groups, key=lambda group: _load(group, planned))
+    if cache_key:
+        warm = max(groups, key=lambda group: _affinity(cache_key, group))
+        if _load(warm, planned) <= _load(group, planned) + _most_ahead(warm):
+            group = warm
     room = model.max_queued + (group.info.max_num_seqs if group.info else 0)
     if _load(group, planned) + num_sequences > room:
         raise QueueFull(f"The model '{model.name}' has too many requests waiting.", QUEUE_RETRY_SECONDS)
     return group
+
+
+def _affinity(cache_key: str, group: WorkerGroup) -> bytes:
+    """Each key has its own order of the groups, and keeps it when others come or go."""
+    return hashlib.blake2b(f"{group.name} {cache_key}".encode(errors="replace"), digest_size=8).digest()
+
+
+def _most_ahead(group: WorkerGroup) -> int:
+    """Sequences that a warm cache is worth waiting behind: an eighth of what runs at once."""
+    return max(1, group.info.max_num_seqs // 8) if group.info else 0
 
 
 def _load(group: WorkerGroup, planned: Mapping[str, int]) -> int:

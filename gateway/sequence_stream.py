@@ -40,12 +40,16 @@ class SequenceStream:
         wire: Generate,
         assembler: ChoiceAssembler,
         scoring: PromptScoring | None = None,
+        *,
+        cache_key: str = "",
     ) -> None:
-        """`scoring`: of the prompt, whose report comes before the text."""
+        """`scoring`: of the prompt, whose report comes before the text. Sequences with equal cache keys go to
+        one group, as far as its load allows."""
         self._model = model
         self.wire = wire
         self._assembler = assembler
         self._scoring = scoring
+        self._cache_key = cache_key
         self.num_cached_tokens = 0
 
     @property
@@ -60,7 +64,7 @@ class SequenceStream:
         """Ends after the delta with the finish reason, and aborts what is left of the sequence."""
         timer = SequenceTimer(metrics)
         reason, has_report = "abort", False
-        recovery = Recovery(self._model, self.wire, metrics)
+        recovery = Recovery(self._model, self.wire, metrics, self._cache_key)
         try:
             async with aclosing(recovery.deltas()) as source:
                 async for delta in source:

@@ -332,6 +332,8 @@ def _served_model(config: ModelConfig, groups: Sequence[Group], recovery_wait: f
         max_queued=config.job_queue_size,
         recovery_wait=recovery_wait,
         chat_template=Path(config.chat_template) if config.chat_template else None,
+        tool_format=config.tool_format,
+        reasoning_format=config.reasoning_format,
     )
     if model.template is not None:
         model.template.start()

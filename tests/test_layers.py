@@ -115,6 +115,7 @@ LAYERS = {
     "guard": Layer(("engines.guard",), ()),
     "protocol": Layer(("gateway.protocol",), ("gateway.protocol", "engines.bounds"), WEB),
     "prompt": Layer(("gateway.prompt",), ("gateway.prompt", *HELPER), WEB),
+    "answer": Layer(("gateway.answer",), ("gateway.answer", "gateway.prompt"), WEB),
     "workers": Layer(("gateway.workers",), ("gateway.workers", "gateway.errors", *SHARED), WEB),
     "generation": Layer(
         GENERATION,

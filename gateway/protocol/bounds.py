@@ -58,3 +58,7 @@ MAX_SEQUENCES = 256
 MAX_ECHOED_CHARS = 16 << 20
 MAX_PROMPT_LOGPROBS = 2_000_000
 """Of one answer: tokens of its prompts, times 1 + those shown at each place, times n."""
+MAX_TOOLS = 128
+MAX_LABEL_CHARS = 256
+"""Of an id or a name in a conversation."""
+MAX_TEMPLATE_VARIABLES = 32

@@ -1,73 +1,67 @@
-"""POST /v1/chat/completions: the request, the response, the chunks of a stream."""
+"""POST /v1/chat/completions: the request."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-import msgspec
-from pydantic import BeforeValidator, Field
+from pydantic import Field, model_validator
 
 from gateway.protocol import bounds, fields
-from gateway.protocol.common import (
-    GenerationParams,
-    InvalidField,
-    RequestPart,
-    TokenInfo,
-    Usage,
-)
+from gateway.protocol.common import GenerationParams, InvalidField
+from gateway.protocol.messages import Messages
 from gateway.protocol.structured import StructuredRequest
+from gateway.protocol.tools import FunctionChoice, Functions, ToolChoice, Tools, ToolUse, use_of_tools
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+THINKING_SWITCHES = ("enable_thinking", "thinking")
+"""Variables by which templates that know of no effort let a model think or not."""
 
-class TextPart(RequestPart):
-    rules = fields.TEXT_PART
-
-    type: Literal["text"]
-    text: str
-
-
-def _as_parts(value: object) -> object:
-    """A string is one part. Parts of other kinds are refused with a message of their own."""
-    if isinstance(value, str):
-        return [{"type": "text", "text": value}]
-    if not isinstance(value, list):
-        raise ValueError("expected a string or a list of text parts")
-    kinds = [part.get("type") for part in value if isinstance(part, dict)]
-    if other := [kind for kind in kinds if kind != "text"]:
-        raise ValueError(
-            f"this model reads text only; a content part of type {str(other[0])[:40]!r} is not allowed"
-        )
-    return value
-
-
-class ChatMessage(RequestPart):
-    rules = fields.MESSAGE
-
-    role: Literal["developer", "system", "user", "assistant"]
-    content: Annotated[
-        list[TextPart],
-        Field(min_length=1, max_length=bounds.MAX_CONTENT_PARTS, fail_fast=True),
-        BeforeValidator(_as_parts),
-    ]
-    name: Annotated[str, Field(max_length=1_000)] | None = None
-
-    def for_template(self) -> dict[str, str]:
-        """As chat templates know messages: the content one string, developers called system."""
-        role = "system" if self.role == "developer" else self.role
-        message = {"role": role, "content": "\n".join(part.text for part in self.content)}
-        return message if self.name is None else message | {"name": self.name}
+_NEVER_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
 
 class ChatCompletionRequest(StructuredRequest):
     rules = fields.CHAT
 
-    messages: Annotated[
-        list[ChatMessage], Field(min_length=1, max_length=bounds.MAX_MESSAGES, fail_fast=True)
-    ]
+    messages: Messages
     max_completion_tokens: (
         Annotated[int, Field(ge=bounds.MAX_TOKENS.min, le=bounds.MAX_TOKENS.max)] | None
     ) = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=bounds.TOP_LOGPROBS.min, le=bounds.TOP_LOGPROBS.max)] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Functions | None = None
+    function_call: FunctionChoice | None = None
+    reasoning_effort: Effort | None = None
+    prompt_cache_key: Annotated[str, Field(max_length=1_024)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: (
+        Annotated[dict[str, Any], Field(max_length=bounds.MAX_TEMPLATE_VARIABLES)] | None
+    ) = None
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Self:
+        if reserved := _NEVER_VARIABLES & (self.chat_template_kwargs or {}).keys():
+            raise InvalidField(
+                "chat_template_kwargs",
+                f"'chat_template_kwargs' cannot set '{min(reserved)}'",
+            )
+        if self.continue_final_message:
+            if self.add_generation_prompt:
+                raise InvalidField(
+                    "continue_final_message",
+                    "'continue_final_message' goes on with the last message, 'add_generation_prompt' begins a"
+                    " new one: set one of them",
+                )
+            last = self.messages[-1]
+            if last.role != "assistant" or last.calls or last.written is None:
+                raise InvalidField(
+                    "continue_final_message",
+                    "'continue_final_message' needs a last message of the assistant's: text, without calls",
+                )
+        return self
 
     def params(self) -> GenerationParams:
         """Raises InvalidField."""
@@ -76,90 +70,25 @@ class ChatCompletionRequest(StructuredRequest):
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return self._params(max_tokens, (self.top_logprobs or 0) if self.logprobs else None)
 
+    def tool_use(self) -> ToolUse:
+        """Raises InvalidField."""
+        return use_of_tools(
+            self.tools, self.tool_choice, self.functions, self.function_call, self.parallel_tool_calls
+        )
 
-class TopLogprob(msgspec.Struct, frozen=True):
-    token: str
-    logprob: float
-    bytes: list[int]
+    def template_variables(self, known: frozenset[str]) -> dict[str, Any]:
+        """What the template is told beside messages and tools; `known`: the variables that it reads.
 
-
-class ChatTokenLogprob(msgspec.Struct, frozen=True):
-    token: str
-    logprob: float
-    bytes: list[int]
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(msgspec.Struct, frozen=True):
-    content: list[ChatTokenLogprob]
-    refusal: None = None
-
-
-class ChatResponseMessage(msgspec.Struct, frozen=True):
-    content: str
-    role: str = "assistant"
-    refusal: None = None
-    annotations: tuple[()] = ()
-
-
-class ChatChoice(msgspec.Struct, frozen=True):
-    index: int
-    message: ChatResponseMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: str
-
-
-class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
-    id: str
-    object: str = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-    system_fingerprint: str | None
-
-
-class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Empty in the chunk that ends a choice."""
-
-    role: str | msgspec.UnsetType = msgspec.UNSET
-    content: str | msgspec.UnsetType = msgspec.UNSET
-    refusal: msgspec.UnsetType | None = msgspec.UNSET
-
-
-class ChatChunkChoice(msgspec.Struct, frozen=True):
-    index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None = None
-    finish_reason: str | None = None
-
-
-class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
-    """`usage` is absent unless asked for; then null, but in the last chunk, whose choices are empty."""
-
-    id: str
-    object: str = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: tuple[ChatChunkChoice, ...]
-    system_fingerprint: str | None
-    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
-
-
-ROLE_DELTA = Delta(role="assistant", content="", refusal=None)
-
-
-def chat_logprobs(tokens: list[TokenInfo] | None) -> ChatLogprobs | None:
-    """Chat's shape of log-probabilities."""
-    if tokens is None:
-        return None
-    return ChatLogprobs([_token_logprob(info) for info in tokens])
-
-
-def _token_logprob(info: TokenInfo) -> ChatTokenLogprob:
-    top = [TopLogprob(_text(token), logprob, list(token)) for token, logprob in info.top]
-    return ChatTokenLogprob(_text(info.token), info.logprob, list(info.token), top)
-
-
-def _text(token: bytes) -> str:
-    return token.decode(errors="replace")
+        Raises InvalidField if it knows of no effort, and of no thinking that could be switched."""
+        effort = self.reasoning_effort
+        told: dict[str, Any] = {}
+        if effort is not None:
+            told = {name: effort != "none" for name in THINKING_SWITCHES if name in known}
+            if "reasoning_effort" in known:
+                told["reasoning_effort"] = effort
+            if not told and effort != "none":
+                raise InvalidField(
+                    "reasoning_effort",
+                    "This model's chat template knows of no reasoning effort: leave it out, or send 'none'.",
+                )
+        return told | (self.chat_template_kwargs or {})

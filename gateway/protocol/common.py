@@ -49,6 +49,7 @@ class GenerationParams:
     logprobs: int | None = None  # None: none; k: the token's own and the k likeliest
     has_end_logprob: bool = False  # the end token's, too
     prompt_logprobs: int | None = None  # the same of the prompt's tokens
+    cache_key: str = ""  # equal keys share prefixes: their sequences go to one group while that can take them
     grammar: str | None = None  # of llguidance, that the text must match: Lark, or JSON with "grammars"
 
     @property
@@ -93,11 +94,18 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
     cached_tokens: int = 0
 
 
+class CompletionTokensDetails(msgspec.Struct, frozen=True):
+    reasoning_tokens: int = 0
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
+
+
 class Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails = CompletionTokensDetails()
 
 
 encoder = msgspec.json.Encoder()

@@ -59,50 +59,49 @@ CHAT = SHARED | {
     "best_of": _refused("/v1/completions has it", 1),
     "metadata": _ignored("it labels stored completions, and nothing is stored"),
     "safety_identifier": _ignored("a label for the caller's own use"),
-    "prompt_cache_key": _ignored("a hint for routing; the prefix cache needs none"),
     "prompt_cache_retention": _ignored("a hint; the prefix cache keeps what fits in memory"),
     "prompt_cache_options": _ignored("a hint; the prefix cache keeps what fits in memory"),
     "prediction": _ignored("a hint for speed that never changes the answer"),
-    "parallel_tool_calls": _ignored("there are no tools to call"),
     "service_tier": _ignored("there is one tier"),
     "store": _refused("nothing is stored", False),
-    "tools": _refused(_NOT_YET, []),
-    "tool_choice": _refused(_NOT_YET, "none", "auto"),
-    "functions": _refused(_NOT_YET, []),
-    "function_call": _refused(_NOT_YET, "none", "auto"),
-    "reasoning_effort": _refused(_NOT_YET, "none"),
-    "verbosity": _refused(_NOT_YET, "medium"),
+    "verbosity": _refused("models write as they have learned to: ask for it in a message", "medium"),
     "modalities": _refused("the models write text only", ["text"]),
     "audio": _refused("the models write text only"),
     "web_search_options": _refused("the server does not search"),
     "moderation": _refused("the server does not moderate"),
-    "echo": _refused(_NOT_YET, False),
-    "add_generation_prompt": _refused(_NOT_YET, True),
-    "continue_final_message": _refused(_NOT_YET, False),
+    "echo": _refused("the prompt is the template's", False),
     "add_special_tokens": _refused("the chat template writes them", False),
     "chat_template": _refused("only the server chooses the template"),
-    "chat_template_kwargs": _refused(_NOT_YET, {}),
 }
 
 COMPLETIONS = SHARED
 
 TOKENIZE = {
-    "chat_template": _refused("only the server chooses the template"),
     "chat_template_kwargs": _refused(_NOT_YET, {}),
     "tools": _refused(_NOT_YET, []),
+    "chat_template": _refused("only the server chooses the template"),
     "mm_processor_kwargs": _refused("the models read text only", {}),
 }
 
 DETOKENIZE: dict[str, Rule] = {}
 
 MESSAGE = {
-    "tool_calls": _refused(_NOT_YET, []),
-    "function_call": _refused(_NOT_YET),
-    "tool_call_id": _refused(_NOT_YET),
-    "refusal": _refused("write it as content"),
     "audio": _refused("the models read text only"),
     "annotations": _refused("the models read text only", []),
-    "reasoning_content": _refused("earlier reasoning is not shown to the model", ""),
+    "parsed": _ignored("OpenAI's SDK adds it to messages that it has read"),
+}
+
+FUNCTION_CALL = {
+    "parsed_arguments": _ignored("OpenAI's SDK adds it to calls that it has read"),
+}
+
+TOOL_CALL = {
+    "index": _ignored("it belongs to the chunks of a stream, which some clients put together so"),
+    "custom": _refused("only tools of type 'function' are supported"),
+}
+
+TOOL = {
+    "custom": _refused("only tools of type 'function' are supported"),
 }
 
 TEXT_PART = {

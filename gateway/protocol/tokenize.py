@@ -7,10 +7,10 @@ from typing import Annotated, Self
 import msgspec
 from pydantic import Field, PlainValidator, model_validator
 
-from gateway.protocol import bounds, fields
-from gateway.protocol.chat import ChatMessage
+from gateway.protocol import fields
 from gateway.protocol.common import InvalidField, RequestPart
 from gateway.protocol.completions import token_ids
+from gateway.protocol.messages import Messages
 
 ModelName = Annotated[str, Field(min_length=1, max_length=1_000)]
 
@@ -22,10 +22,7 @@ class TokenizeRequest(RequestPart):
 
     model: ModelName | None = None
     prompt: str | None = None
-    messages: (
-        Annotated[list[ChatMessage], Field(min_length=1, max_length=bounds.MAX_MESSAGES, fail_fast=True)]
-        | None
-    ) = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

@@ -10,6 +10,7 @@ from gateway.conversation import chat_prompt
 from gateway.prompt.conversation import Conversation
 from gateway.prompts import require_ready
 from gateway.protocol.common import InvalidField, parse_body
+from gateway.protocol.messages import for_template
 from gateway.protocol.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from gateway.router import ServedModel
 from gateway.routes.common import gateway_of, json_response
@@ -34,7 +35,7 @@ async def _ids(model: ServedModel, body: TokenizeRequest) -> list[int]:
         add = body.add_special_tokens is not False
         return await model.tokenizer.encode_async(body.prompt, add_special_tokens=add)
     conversation = Conversation(
-        messages=[message.for_template() for message in body.messages],
+        messages=for_template(body.messages),
         add_generation_prompt=body.add_generation_prompt is not False,
         continue_final_message=bool(body.continue_final_message),
     )

@@ -89,6 +89,11 @@ async def test_chat(model_dir: Path, group: FakeGroup) -> None:
             "completion_tokens": num_tokens,
             "total_tokens": len(prompt) + num_tokens,
             "prompt_tokens_details": {"cached_tokens": 3},
+            "completion_tokens_details": {
+                "reasoning_tokens": 0,
+                "accepted_prediction_tokens": 0,
+                "rejected_prediction_tokens": 0,
+            },
         },
     }
 
@@ -230,7 +235,8 @@ async def test_a_chat_stream_has_the_recorded_shape(model_dir: Path, group: Fake
     num_prompt = len(group.requests[0].prompt_ids)
     usage = (
         f'{{"prompt_tokens":{num_prompt},"completion_tokens":2,"total_tokens":{num_prompt + 2},'
-        '"prompt_tokens_details":{"cached_tokens":0}}'
+        '"prompt_tokens_details":{"cached_tokens":0},"completion_tokens_details":{"reasoning_tokens":0,'
+        '"accepted_prediction_tokens":0,"rejected_prediction_tokens":0}}'
     )
 
     def chunk(choices: str, usage: str = "null") -> bytes:
@@ -284,9 +290,9 @@ async def test_completion_streams_carry_every_choice(model_dir: Path, group: Fak
 async def test_chat_choices_each_begin_with_their_role(model_dir: Path, group: FakeGroup) -> None:
     *chunks, _ = data_of((await chat(model_dir, group, stream=True, n=3)).content)
     choices = [json.loads(chunk)["choices"][0] for chunk in chunks]
-    assert [choice["delta"].get("role") for choice in choices[:3]] == ["assistant"] * 3
     for index in range(3):
         mine = [choice for choice in choices if choice["index"] == index]
+        assert [choice["delta"].get("role") for choice in mine] == ["assistant", *[None] * (len(mine) - 1)]
         assert "".join(choice["delta"].get("content", "") for choice in mine) == TEXT
         assert mine[-1]["delta"] == {}
         assert mine[-1]["finish_reason"] == "stop"

@@ -16,6 +16,7 @@ from gateway.protocol.chat import ChatCompletionRequest
 from gateway.protocol.common import InvalidField, parse_body
 from gateway.protocol.completions import CompletionRequest
 from gateway.protocol.json_body import MalformedBody
+from gateway.protocol.messages import for_template
 
 CHAT: dict[str, object] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TEXT: dict[str, object] = {"model": "m", "prompt": "hi"}
@@ -91,8 +92,8 @@ def test_nested_fields_have_rules_too() -> None:
     assert request.continuous_usage
     unknown = CHAT | {"stream": True, "stream_options": {"x": 1}}
     assert refusal(ChatCompletionRequest, unknown)[1] == "Unrecognized request argument supplied: x"
-    tools = {"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]}
-    assert "'tool_calls' is not supported" in refusal(ChatCompletionRequest, CHAT | {"messages": [tools]})[1]
+    audio = {"role": "assistant", "content": "a", "audio": {"id": "1"}}
+    assert "'audio' is not supported" in refusal(ChatCompletionRequest, CHAT | {"messages": [audio]})[1]
 
 
 NUMBERS = {
@@ -170,9 +171,9 @@ def test_the_error_names_the_field(extra: dict[str, object], param: str) -> None
 
 
 def test_refusals_are_plain_sentences() -> None:
-    assert refusal(ChatCompletionRequest, CHAT | {"tools": [{"type": "function"}]}) == (
-        "tools",
-        "'tools' is not supported in this version",
+    assert refusal(ChatCompletionRequest, CHAT | {"store": True}) == (
+        "store",
+        "'store' is not supported: nothing is stored",
     )
     assert refusal(ChatCompletionRequest, CHAT | {"messages": []}) == (
         "messages",
@@ -263,7 +264,7 @@ def test_content_parts_become_one_text_and_developers_are_system() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [{"role": "developer", "content": parts, "name": "bob"}, {"role": "user", "content": "c"}]
     request = parse(ChatCompletionRequest, CHAT | {"messages": messages})
-    assert [message.for_template() for message in request.messages] == [
+    assert for_template(request.messages) == [
         {"role": "system", "content": "a\nb", "name": "bob"},
         {"role": "user", "content": "c"},
     ]

@@ -22,7 +22,8 @@ import httpx
 import psutil
 
 from tests.e2e.server import FAKE_SERVE, MODEL, serving
-from tests.gateway.serving import client_of, make_app, make_group, make_model_dir
+from tests.gateway.chat_models import make_chat_model
+from tests.gateway.serving import client_of, make_app, make_group
 from tests.soak import _figures
 
 PATHS = ("/v1/chat/completions", "/v1/completions")
@@ -64,6 +65,8 @@ model messages prompt stream stream_options max_tokens max_completion_tokens min
 stop_token_ids ignore_eos temperature top_p top_k min_p presence_penalty frequency_penalty
 repetition_penalty logit_bias seed logprobs top_logprobs user tools tool_choice response_format
 chat_template chat_template_kwargs best_of suffix echo audio modalities truncate_prompt_tokens
+parallel_tool_calls functions function_call reasoning_effort continue_final_message
+add_generation_prompt prompt_cache_key tool_calls tool_call_id arguments parameters name strict
 prompt_logprobs priority api_base user_config resume_token_ids cache_salt __proto__ metadata
 """.split()  # noqa: SIM905  a list of words
 RAW = (
@@ -95,6 +98,33 @@ RAW = (
 )
 
 
+_TOOL = {
+    "name": "f",
+    "description": "<|end|>",
+    "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
+}
+_CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+CHATS: list[dict[str, Any]] = [
+    {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]},
+    {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+            {"role": "assistant", "content": None, "tool_calls": [_CALL]},
+            {"role": "tool", "tool_call_id": "c", "content": "1"},
+        ],
+        "tools": [{"type": "function", "function": _TOOL}],
+        "tool_choice": "auto",
+        "parallel_tool_calls": True,
+    },
+    {
+        "messages": [{"role": "user", "content": "hi"}],
+        "tools": [{"type": "function", "function": _TOOL | {"strict": True}}],
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+    },
+    {"messages": [{"role": "user", "content": "hi"}], "functions": [_TOOL], "function_call": {"name": "f"}},
+]
+
+
 class Bodies:
     """An endless row of bodies, the same for the same seed."""
 
@@ -117,9 +147,7 @@ class Bodies:
     def _valid(self, path: str) -> dict[str, Any]:
         body: dict[str, Any] = {"model": self._model, "max_tokens": 1, "temperature": 0.0}
         if path == PATHS[0]:
-            return body | {
-                "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
-            }
+            return body | copy.deepcopy(self._draw.choice(CHATS))
         return body | {"prompt": "hi"}
 
     def _mutate(self, body: dict[str, Any]) -> None:
@@ -215,7 +243,7 @@ async def in_process(num: int, seed: int) -> tuple[Seen, int]:
     """Through the application itself. Returns by how many bytes this process grew after the first tenth."""
     seen = Seen()
     with tempfile.TemporaryDirectory() as directory:
-        model_dir = make_model_dir(Path(directory))
+        model_dir = make_chat_model(Path(directory), "hermes")  # whose template knows tools
         group = make_group(model_dir)
         async with client_of(make_app(model_dir, group)) as client:
             bodies = Bodies("demo", seed)

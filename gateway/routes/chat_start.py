@@ -1,0 +1,125 @@
+"""A chat begins: the conversation becomes a prompt, what is asked of the answer a grammar; each choice gets
+its reader."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+from fastapi import Request
+
+from gateway.answer.answer import AnswerReader
+from gateway.answer.grammar import Function, without_ids
+from gateway.conversation import chat_prompt, template_of
+from gateway.generation import Generation
+from gateway.grammar import Grammars
+from gateway.prompt.conversation import Conversation
+from gateway.prompts import require_ready
+from gateway.protocol.chat import ChatCompletionRequest
+from gateway.protocol.common import CompletionTokensDetails, GenerationParams, InvalidField, Usage
+from gateway.protocol.messages import for_template
+from gateway.protocol.tools import FunctionDefinition, ToolUse
+from gateway.router import ServedModel
+from gateway.routes.chat_choice import ChoiceReader
+from gateway.routes.common import gateway_of, tenant_of
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A chat underway, and who reads its choices."""
+
+    generation: Generation
+    readers: list[ChoiceReader]
+
+    def usage(self) -> Usage:
+        details = CompletionTokensDetails(sum(reader.num_reasoning_tokens for reader in self.readers))
+        return msgspec.structs.replace(self.generation.usage(), completion_tokens_details=details)
+
+
+async def start_chat(request: Request, body: ChatCompletionRequest) -> Chat:
+    """Checks every limit; sends nothing yet. Raises what its parts raise."""
+    gateway = gateway_of(request)
+    model = gateway.router.find(body.model)
+    require_ready(model)
+    use = body.tool_use()
+    _check_tools(model, use)
+    params = await gateway.grammars.constrain(body.params(), body.shape())
+    prompt = await chat_prompt(model, _conversation(model, body, use))
+    is_thinking = model.answer.is_thinking(prompt.tail)
+    params = await _constrained(gateway.grammars, model, params, use, is_thinking)
+    generation = Generation(
+        gateway.admissions[model.name],
+        [prompt.ids],
+        replace(params, cache_key=body.prompt_cache_key or ""),
+        tenant_of(request),
+        prompt_param="messages",
+        goes_on=bool(body.continue_final_message),
+        decode=model.answer.marks.decode,
+    )
+    names = frozenset(function.name for function in use.allowed)
+    readers = [
+        ChoiceReader(index, AnswerReader(model.answer, names, is_thinking), is_legacy=use.is_legacy)
+        for index in range(generation.num_choices)
+    ]
+    return Chat(generation, readers)
+
+
+def _check_tools(model: ServedModel, use: ToolUse) -> None:
+    """That the model can be told of tools, and its calls be read. Raises NoChatTemplate, InvalidField."""
+    if not use.functions:
+        return
+    if "tools" not in template_of(model).variables:
+        raise InvalidField(
+            use.param,
+            f"The chat template of the model '{model.name}' knows of no tools. Leave them out, send"
+            f" '{use.choice_param}': 'none', or have the server started with a template that does"
+            " ('chatTemplate' in its YAML file).",
+        )
+    if model.answer.tools is None:
+        raise InvalidField(
+            use.param,
+            f"The chat template of the model '{model.name}' does not tell how it writes calls of tools. Leave"
+            f" them out, send '{use.choice_param}': 'none', or have the server started with --tool-format.",
+        )
+
+
+def _conversation(model: ServedModel, body: ChatCompletionRequest, use: ToolUse) -> Conversation:
+    template, tools = template_of(model), model.answer.tools
+    goes_on, begins = bool(body.continue_final_message), body.add_generation_prompt
+    return Conversation(
+        messages=for_template(body.messages, tools.id_for_template if tools else str),
+        tools=[_for_template(function) for function in use.functions] or None,
+        variables=body.template_variables(template.variables),
+        add_generation_prompt=not goes_on if begins is None else begins,
+        continue_final_message=goes_on,
+    )
+
+
+def _for_template(function: FunctionDefinition) -> Mapping[str, Any]:
+    """A tool as models were shown them: without what is only for the server."""
+    parameters = {"type": "object", "properties": {}} if function.parameters is None else function.parameters
+    told = {"name": function.name, "description": function.description or "", "parameters": parameters}
+    return {"type": "function", "function": told}
+
+
+async def _constrained(
+    grammars: Grammars, model: ServedModel, params: GenerationParams, use: ToolUse, is_thinking: bool | None
+) -> GenerationParams:
+    """The grammar of the whole answer: calls that are to be followed, thoughts before them or before what the
+    client's own grammar is for. Raises InvalidField."""
+    if not use.is_constrained and (params.grammar is None or (not use.allowed and is_thinking is False)):
+        return params
+    grammar = model.answer.grammar(
+        [
+            Function(f.name, f.parameters, bool(f.strict), is_exact=use.is_required or bool(f.strict))
+            for f in use.allowed
+        ],
+        required=use.is_required,
+        many=use.is_parallel,
+        is_thinking=is_thinking,
+        content=params.grammar,
+    )
+    await grammars.check(without_ids(grammar), use.param)
+    return replace(params, grammar=grammar)
