@@ -26,10 +26,14 @@ class AnswerFormat:
     tools: ToolFormat | None = None
     tags: Tags | None = None  # of its thoughts, as the prompt has them
 
-    def is_thinking(self, prompt: str) -> bool | None:
-        """Where the answer to a prompt that ends so begins: in thoughts, or (False) behind them. None: the
-        model may begin some."""
-        return reasoning.state_of(prompt, self.tags) if self.tags else False
+    def is_thinking(self, prompt: str, begun: str | None = None) -> bool | None:
+        """Where the answer to a prompt that ends so begins, or goes on that has `begun` so: in thoughts, or
+        (False) behind them. None: the model may begin some."""
+        if self.tags is None:
+            return False
+        if begun is not None:
+            return reasoning.is_open_in(begun, self.tags)
+        return reasoning.state_of(prompt, self.tags)
 
     def grammar(
         self,

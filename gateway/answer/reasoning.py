@@ -41,6 +41,11 @@ def state_of(prompt: str, tags: Tags) -> bool | None:
     return True if end.endswith(tags.open) else None
 
 
+def is_open_in(text: str, tags: Tags) -> bool:
+    """Whether a text that is gone on with ends within the tags."""
+    return text.rfind(tags.open) > text.rfind(tags.close)
+
+
 class Thoughts:
     """Splits an answer in two. White space beside the tags belongs to neither."""
 

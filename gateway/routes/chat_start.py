@@ -47,7 +47,8 @@ async def start_chat(request: Request, body: ChatCompletionRequest) -> Chat:
     _check_tools(model, use)
     params = await gateway.grammars.constrain(body.params(), body.shape())
     prompt = await chat_prompt(model, _conversation(model, body, use))
-    is_thinking = model.answer.is_thinking(prompt.tail)
+    begun = body.messages[-1].written if body.continue_final_message else None
+    is_thinking = model.answer.is_thinking(prompt.tail, begun)
     params = await _constrained(gateway.grammars, model, params, use, is_thinking)
     generation = Generation(
         gateway.admissions[model.name],

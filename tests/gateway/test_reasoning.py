@@ -69,6 +69,18 @@ async def test_a_template_may_open_the_thoughts(model_dir: Path) -> None:
     assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] > 0
 
 
+async def test_thoughts_that_are_gone_on_with(model_dir: Path) -> None:
+    for begun, said, thought in (
+        ("Well, ", TEXT, None),
+        ("<think>\nHm, ", f"{THOUGHT}\n</think>\n{TEXT}", THOUGHT),
+    ):
+        messages = [*ASKED, {"role": "assistant", "content": begun}]
+        answer, prompt = await ask(model_dir, said, messages=messages, continue_final_message=True)
+        assert prompt.endswith(begun)
+        message = answer["choices"][0]["message"]
+        assert (message.get("reasoning_content"), message["content"]) == (thought, TEXT)
+
+
 async def test_no_thinking_is_no_thoughts(model_dir: Path) -> None:
     answer, prompt = await ask(model_dir, TEXT, reasoning_effort="none")
     assert prompt.endswith("</think>\n\n")
