@@ -77,8 +77,6 @@ CHAT = SHARED | {
 COMPLETIONS = SHARED
 
 TOKENIZE = {
-    "chat_template_kwargs": _refused(_NOT_YET, {}),
-    "tools": _refused(_NOT_YET, []),
     "chat_template": _refused("only the server chooses the template"),
     "mm_processor_kwargs": _refused("the models read text only", {}),
 }

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import msgspec
 from pydantic import Field, PlainValidator, model_validator
 
-from gateway.protocol import fields
+from gateway.protocol import bounds, fields
+from gateway.protocol.chat import ChatCompletionRequest
 from gateway.protocol.common import InvalidField, RequestPart
 from gateway.protocol.completions import token_ids
 from gateway.protocol.messages import Messages
+from gateway.protocol.tools import Tools
 
 ModelName = Annotated[str, Field(min_length=1, max_length=1_000)]
 
@@ -22,30 +24,36 @@ class TokenizeRequest(RequestPart):
 
     model: ModelName | None = None
     prompt: str | None = None
-    messages: Messages | None = None
     add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    messages: Messages | None = None
+    tools: Tools | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    return_token_strs: bool | None = None
+    chat_template_kwargs: (
+        Annotated[dict[str, Any], Field(max_length=bounds.MAX_TEMPLATE_VARIABLES)] | None
+    ) = None
 
     @model_validator(mode="after")
     def _is_one_of_two(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise InvalidField("prompt", "Either 'prompt' or 'messages' is to be tokenized")
-        if self.messages is None:
-            for name in ("add_generation_prompt", "continue_final_message"):
-                if getattr(self, name) is not None:
-                    raise InvalidField(name, f"'{name}' is only allowed with 'messages'")
-            return self
-        if self.add_special_tokens:
+        for name in _CHAT_FIELDS:
+            if self.messages is None and getattr(self, name) is not None:
+                raise InvalidField(name, f"'{name}' is only allowed with 'messages'")
+        if self.messages is not None and self.add_special_tokens:
             raise InvalidField(
                 "add_special_tokens", "With 'messages' the chat template writes special tokens"
             )
-        if self.continue_final_message and self.add_generation_prompt is not False:
-            raise InvalidField(
-                "continue_final_message", "'continue_final_message' needs 'add_generation_prompt': false"
-            )
         return self
+
+    def as_chat(self, model: str) -> ChatCompletionRequest:
+        """The chat that the messages would be sent with. Raises pydantic.ValidationError."""
+        parts = {name: getattr(self, name) for name in ("messages", *_CHAT_FIELDS)}
+        return ChatCompletionRequest(model=model, **parts)
+
+
+_CHAT_FIELDS = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 
 
 class Tokenized(msgspec.Struct, frozen=True):

@@ -44,9 +44,9 @@ async def start_chat(request: Request, body: ChatCompletionRequest) -> Chat:
     model = gateway.router.find(body.model)
     require_ready(model)
     use = body.tool_use()
-    _check_tools(model, use)
+    conversation = conversation_of(model, body, use)
     params = await gateway.grammars.constrain(body.params(), body.shape())
-    prompt = await chat_prompt(model, _conversation(model, body, use))
+    prompt = await chat_prompt(model, conversation)
     begun = body.messages[-1].written if body.continue_final_message else None
     is_thinking = model.answer.is_thinking(prompt.tail, begun)
     params = await _constrained(gateway.grammars, model, params, use, is_thinking)
@@ -86,7 +86,9 @@ def _check_tools(model: ServedModel, use: ToolUse) -> None:
         )
 
 
-def _conversation(model: ServedModel, body: ChatCompletionRequest, use: ToolUse) -> Conversation:
+def conversation_of(model: ServedModel, body: ChatCompletionRequest, use: ToolUse) -> Conversation:
+    """What the model's template is rendered over. Raises NoChatTemplate, InvalidField."""
+    _check_tools(model, use)
     template, tools = template_of(model), model.answer.tools
     goes_on, begins = bool(body.continue_final_message), body.add_generation_prompt
     return Conversation(

@@ -7,12 +7,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from gateway.conversation import chat_prompt
-from gateway.prompt.conversation import Conversation
 from gateway.prompts import require_ready
 from gateway.protocol.common import InvalidField, parse_body
-from gateway.protocol.messages import for_template
 from gateway.protocol.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from gateway.router import ServedModel
+from gateway.routes.chat_start import conversation_of
 from gateway.routes.common import gateway_of, json_response
 
 router = APIRouter()
@@ -34,12 +33,8 @@ async def _ids(model: ServedModel, body: TokenizeRequest) -> list[int]:
         assert body.prompt is not None, "it is one of two"
         add = body.add_special_tokens is not False
         return await model.tokenizer.encode_async(body.prompt, add_special_tokens=add)
-    conversation = Conversation(
-        messages=for_template(body.messages),
-        add_generation_prompt=body.add_generation_prompt is not False,
-        continue_final_message=bool(body.continue_final_message),
-    )
-    return (await chat_prompt(model, conversation)).ids
+    chat = body.as_chat(model.name)
+    return (await chat_prompt(model, conversation_of(model, chat, chat.tool_use()))).ids
 
 
 @router.post("/detokenize")

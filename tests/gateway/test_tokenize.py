@@ -21,6 +21,9 @@ TEXT = "Grüße aus München <|user|>"
 MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "world"}]
 
 
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model_dir(tmp_path_factory.mktemp("model"))
@@ -73,6 +76,7 @@ async def test_a_conversation(model_dir: Path, group: FakeGroup) -> None:
     turns = "<|begin|><|user|>\nHello<|end|><|assistant|>\nworld"
     assert await text_of() == turns + "<|end|><|assistant|>\n"
     assert await text_of(add_generation_prompt=False) == turns + "<|end|>"
+    assert await text_of(continue_final_message=True) == turns
     assert await text_of(add_generation_prompt=False, continue_final_message=True) == turns
 
 
@@ -125,7 +129,14 @@ async def test_tokenizer_info_is_what_clients_need_to_tokenize_themselves(
         ({"prompt": 3}, "prompt"),
         ({"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt"),
         ({"messages": MESSAGES, "add_special_tokens": True}, "add_special_tokens"),
-        ({"messages": MESSAGES, "continue_final_message": True}, "continue_final_message"),
+        (
+            {"messages": MESSAGES, "continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message",
+        ),
+        ({"messages": MESSAGES, "tools": [TOOL]}, "tools"),
+        ({"prompt": "a", "tools": [TOOL]}, "tools"),
+        ({"messages": MESSAGES, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        ({"messages": MESSAGES, "chat_template_kwargs": {"no_such": 1}}, "chat_template_kwargs"),
         ({"messages": MESSAGES, "chat_template": "x"}, "chat_template"),
         ({"messages": []}, "messages"),
         ({"prompt": "a", "model": ""}, "model"),
