@@ -2,10 +2,10 @@
 
     python -m tests.bench.bench_grammar [--dtypes float32,bfloat16] [--rounds N] [--json FILE]
 
-Random weights of 125M parameters, a byte-pair vocabulary of 32,000, one process. A step is the leader's round:
-scheduling, model, masks, sampling (temperature 1). Free and constrained rounds take turns; a round's time is the
-median of its decoding steps, the figure the median over rounds. The constrained sequences have eight schemas;
-they write long lists, so that none ends.
+Random weights of 125M parameters, a byte-pair vocabulary of 32,000, one process. A step is the leader's
+round: scheduling, model, masks, sampling (temperature 1). Free and constrained rounds take turns; a round's
+time is the median of its decoding steps, the figure the median over rounds. The constrained sequences have
+eight schemas; they write long lists, so that none ends.
 """
 
 from __future__ import annotations
