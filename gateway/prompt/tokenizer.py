@@ -50,9 +50,9 @@ class Guard:
     spells none, nearly every one, is left as it is, and so are its ids.
     """
 
-    def __init__(self, control_tokens: list[str]) -> None:
+    def __init__(self, control_tokens: list[str], any_of_them: re.Pattern[str] | None = None) -> None:
         self._control_tokens = control_tokens  # longest first
-        self._spelled = re.compile(
+        self._any_of_them = any_of_them or any_of(control_tokens)
             "|".join(map(re.escape, control_tokens)) or r"(?!)"
         )  # compiled once, cached
         self._marker = f"\ue000{secrets.randbits(64):020d}\ue001"  # digits: upper() and lower() keep them
@@ -60,7 +60,7 @@ class Guard:
 
     def protect(self, text: str) -> str:
         """The text with its control tokens broken. Raises ControlTokenInText if one is a single character."""
-        if self._spelled.search(text) is None:
+        if self._any_of_them.search(text) is None:
             return text
         while spelled := [token for token in self._control_tokens if token in text]:
             for token in spelled:
@@ -74,6 +74,11 @@ class Guard:
     def cut(self, rendered: str) -> list[str]:
         """The pieces between markers, to be encoded apart: one, the text itself, if nothing was broken."""
         return rendered.split(self._marker) if self._is_used else [rendered]
+
+
+def any_of(texts: list[str]) -> re.Pattern[str]:
+    """Finds the first place where one of the texts is."""
+    return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
 
 
 class Tokenizer:
@@ -92,6 +97,7 @@ class Tokenizer:
         self._control_ids = frozenset(special)
         self._id_of_control = {token.content: id for id, token in special.items()}
         self._control_tokens = sorted((token.content for token in special.values()), key=len, reverse=True)
+        self._any_control_token = any_of(self._control_tokens)
         self._added = {id: token.content for id, token in added.items()}
         self._can_normalize_to_control = self._tokenizer.normalizer is not None and any(
             token.normalized for token in special.values()
@@ -109,7 +115,7 @@ class Tokenizer:
 
     def guard(self) -> Guard:
         """A guard for one conversation."""
-        return Guard(self._control_tokens)
+        return Guard(self._control_tokens, self._any_control_token)
 
     def protect(self, guard: Guard, text: str) -> str:
         """`guard.protect`, and a check for tokenizers that find control tokens after normalising.

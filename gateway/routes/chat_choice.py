@@ -73,7 +73,8 @@ class ChoiceReader:
         if was_thinking or reader.has_thought != has_thought:
             self.num_reasoning_tokens = delta.num_tokens
         if delta.logprobs is not None:
-            self._logprobs = [*(self._logprobs or ()), *delta.logprobs]
+            self._logprobs = self._logprobs or []
+            self._logprobs += delta.logprobs
         if reason == "stop" and reader.num_calls:
             reason = "function_call" if self._is_legacy else "tool_calls"
         return events, reason

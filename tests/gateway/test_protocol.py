@@ -51,7 +51,10 @@ def test_every_field_of_the_sdk_has_a_rule(params: type, model: Model) -> None:
     assert set(get_type_hints(params)) - known == set()
 
 
-@pytest.mark.parametrize("rules", [fields.CHAT, fields.COMPLETIONS, fields.MESSAGE, fields.STREAM_OPTIONS])
+NESTED = [fields.MESSAGE, fields.TEXT_PART, fields.TOOL, fields.TOOL_CALL, fields.FUNCTION_CALL]
+
+
+@pytest.mark.parametrize("rules", [fields.CHAT, fields.COMPLETIONS, fields.STREAM_OPTIONS, *NESTED])
 def test_no_field_has_two_rules_and_every_rule_says_why(rules: dict[str, fields.Rule]) -> None:
     models = {id(model.rules): model for model in (ChatCompletionRequest, CompletionRequest)}
     model = models.get(id(rules))
