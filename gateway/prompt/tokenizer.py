@@ -53,8 +53,6 @@ class Guard:
     def __init__(self, control_tokens: list[str], any_of_them: re.Pattern[str] | None = None) -> None:
         self._control_tokens = control_tokens  # longest first
         self._any_of_them = any_of_them or any_of(control_tokens)
-            "|".join(map(re.escape, control_tokens)) or r"(?!)"
-        )  # compiled once, cached
         self._marker = f"\ue000{secrets.randbits(64):020d}\ue001"  # digits: upper() and lower() keep them
         self._is_used = False
 
