@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from gateway.admission import Admission
@@ -17,7 +18,7 @@ from gateway.grammar import Grammars
 from gateway.keys import KeyRing
 from gateway.metrics import Metrics
 from gateway.router import Router, ServedModel
-from gateway.routes import chat, completions, models, ops, page, tokenize
+from gateway.routes import capabilities, chat, completions, models, ops, page, tokenize
 from gateway.routes.common import Gateway, gateway_of
 from gateway.settings import Settings
 
@@ -49,13 +50,31 @@ def create_app(
         Grammars(),
     )
     app.state.gateway = gateway
-    for routes in (chat, completions, models, ops, tokenize, *([page] if settings.page else [])):
+    for routes in (
+        capabilities,
+        chat,
+        completions,
+        models,
+        ops,
+        tokenize,
+        *([page] if settings.page else []),
+    ):
         app.include_router(routes.router)
     app.add_exception_handler(HTTPException, _no_such_route)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     open_paths = PROBES | page.PATHS if settings.page else PROBES
     app.add_middleware(ApiKeys, keys=gateway.keys, open_paths=open_paths)
-    app.add_middleware(RequestContext, metrics=metrics, access_log=settings.access_log)  # last: outermost
+    app.add_middleware(RequestContext, metrics=metrics, access_log=settings.access_log)
+    if (
+        settings.cors_origins
+    ):  # last, outermost: errors have its headers, and a browser asks before it sends a key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("*",),
+        )
     return app
 
 

@@ -219,6 +219,13 @@ def serve(
     access_log: Annotated[
         bool, typer.Option("--access-log", envvar="SLUICE_ACCESS_LOG", help="Log a line for each request.")
     ] = False,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="SLUICE_CORS_ORIGIN",
+            help='Web pages of this origin may ask ("*": of any); may be repeated.',
+        ),
+    ] = None,
     page: Annotated[
         bool, typer.Option("--page/--no-page", envvar="SLUICE_PAGE", help="The chat page at /.")
     ] = True,
@@ -274,6 +281,7 @@ def serve(
         log_dir=log_dir,
         access_log=access_log,
         page=page,
+        cors_origins=tuple(cors_origin or ()),
         replace=replace,
     )
     sources: list[str | None] = [*models] if models else [None]

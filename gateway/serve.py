@@ -53,6 +53,7 @@ class Options:
     log_dir: Path | None = None
     access_log: bool = False
     page: bool = True
+    cors_origins: tuple[str, ...] = ()
     log_format: logs.LogFormat = "text"
     api_key_file: Path | None = None
     queue_timeout: float = 60.0
@@ -200,6 +201,7 @@ class _Service:
             send_timeout=self._options.send_timeout,
             access_log=self._options.access_log,
             page=self._options.page,
+            cors_origins=self._options.cors_origins,
         )
         try:
             models = [

@@ -21,6 +21,7 @@ _ABOVE_ZERO = (
 class Settings:
     api_keys: tuple[str, ...] = ()  # these and those of the file; none: everybody may ask
     api_key_file: Path | None = None
+    cors_origins: tuple[str, ...] = ()  # web pages of these origins may ask; "*": all
     queue_timeout: float = 60.0  # seconds that a sequence may wait for a place in a group
     access_log: bool = False
     page: bool = True  # the chat page at /

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 _NOT_YET = "in this version"
+_TEXT_ONLY = "the models read text only"
+_FUNCTIONS_ONLY = "only tools of type 'function' are supported"
 
 
 class Rule(NamedTuple):
@@ -78,14 +80,14 @@ COMPLETIONS = SHARED
 
 TOKENIZE = {
     "chat_template": _refused("only the server chooses the template"),
-    "mm_processor_kwargs": _refused("the models read text only", {}),
+    "mm_processor_kwargs": _refused(_TEXT_ONLY, {}),
 }
 
 DETOKENIZE: dict[str, Rule] = {}
 
 MESSAGE = {
-    "audio": _refused("the models read text only"),
-    "annotations": _refused("the models read text only", []),
+    "audio": _refused(_TEXT_ONLY),
+    "annotations": _refused(_TEXT_ONLY, []),
     "parsed": _ignored("OpenAI's SDK adds it to messages that it has read"),
 }
 
@@ -95,15 +97,22 @@ FUNCTION_CALL = {
 
 TOOL_CALL = {
     "index": _ignored("it belongs to the chunks of a stream, which some clients put together so"),
-    "custom": _refused("only tools of type 'function' are supported"),
+    "custom": _refused(_FUNCTIONS_ONLY),
 }
 
 TOOL = {
-    "custom": _refused("only tools of type 'function' are supported"),
+    "custom": _refused(_FUNCTIONS_ONLY),
 }
 
 TEXT_PART = {
+    "image_url": _refused(_TEXT_ONLY),
+    "input_audio": _refused(_TEXT_ONLY),
+    "file": _refused(_TEXT_ONLY),
     "prompt_cache_breakpoint": _ignored("a hint; the prefix cache finds every shared prefix itself"),
+}
+
+TOOL_CHOICE = {
+    "custom": _refused(_FUNCTIONS_ONLY),
 }
 
 STRUCTURED_OUTPUTS = {

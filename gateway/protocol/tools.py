@@ -53,6 +53,8 @@ class _AllowedTools(RequestPart):
 
 
 class _ToolChoice(RequestPart):
+    rules = fields.TOOL_CHOICE
+
     type: Literal["function", "allowed_tools"]
     function: _FunctionName | None = None
     allowed_tools: _AllowedTools | None = None
