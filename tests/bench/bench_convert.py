@@ -41,6 +41,7 @@ from engines.models.names import expected_tensors
 from gateway.bench import machine
 from tests.models import Shape
 
+UNCHECKED = "--no-check-source"  # as cp and transformers: neither compares the source with its checksums
 _SAMPLE_SECONDS = 0.05
 
 Run = Callable[[Path, Path], "Measured"]
@@ -167,8 +168,9 @@ def main() -> None:
         total = write_meta(root / "meta", shape_of(args.gb))
         runs: dict[str, Run] = {
             "cp, sha256sum": cp_and_hash,
-            "sluice, tp 4": lambda a, b: sluice(a, b, "--to", "sluice", "--tp", "4"),
-            "sluice, hf": lambda a, b: sluice(a, b, "--to", "hf"),
+            "sluice, tp 4": lambda a, b: sluice(a, b, "--to", "sluice", "--tp", "4", UNCHECKED),
+            "sluice, hf": lambda a, b: sluice(a, b, "--to", "hf", UNCHECKED),
+            "sluice, tp 4, source checked": lambda a, b: sluice(a, b, "--to", "sluice", "--tp", "4"),
         }
         if args.transformers4:
             runs["transformers 4"] = lambda a, b: transformers4(args.transformers4, a, b)
@@ -183,10 +185,10 @@ def main() -> None:
 def report(total: int, measured: dict[str, list[Measured]], args: argparse.Namespace) -> None:
     best = {name: min(run.seconds for run in runs) for name, runs in measured.items()}
     print(f"{total / 1e9:.2f} GB of tensors, {os.cpu_count()} cores")
-    print(f"{'':16}{'seconds':>9}{'GB/s':>7}{'CPU s':>8}{'private MB':>12}")
+    print(f"{'':30}{'seconds':>9}{'GB/s':>7}{'CPU s':>8}{'private MB':>12}")
     for name, runs in measured.items():
         cpu, memory = min(run.cpu_seconds for run in runs), max(run.private_mb for run in runs)
-        print(f"{name:16}{best[name]:9.2f}{total / 1e9 / best[name]:7.2f}{cpu:8.2f}{memory:12.0f}")
+        print(f"{name:30}{best[name]:9.2f}{total / 1e9 / best[name]:7.2f}{cpu:8.2f}{memory:12.0f}")
     ratios = {
         f"{name} over {peer}": round(best[peer] / best[name], 2)
         for name in best
