@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolParam
 from pydantic import BaseModel
 
+from engines.runtime.grammar import Grammars
 from gateway.prompt.conversation import Conversation
 from tests.gateway.chat_models import Scripted, make_chat_app, make_chat_model, scripted, serving_chat
 from tests.gateway.serving import client_of, data_of
@@ -396,3 +398,31 @@ def test_conversations_have_every_string_in_them() -> None:
     upper = conversation.map_strings(str.upper)
     assert (upper.messages, upper.tools) == ([{"A": ["B", {"C": 1}]}], [{"D": None}])
     assert upper.variables == {"e": "F"}
+
+
+@pytest.mark.parametrize("name", CALLS)
+async def test_the_engine_follows_what_the_gateway_asks_for(models: Path, name: str) -> None:
+    """The grammar that is sent lets the model's own tokens of a call pass, control tokens among them, and the
+    end then and not before."""
+    group = scripted(models / name, CALLS[name])
+    async with client_of(make_chat_app(models / name, group)) as client:
+        body = {"model": "demo", "messages": QUESTION, "tools": [WEATHER, NOW], "tool_choice": "required"}
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+    [request] = group.requests
+    end = group.tokenizer.token_to_id("<|end|>")
+    vocab_size = group.tokenizer.get_vocab_size()
+    constraint = Grammars(models / name / "tokenizer.json", vocab_size, [end]).begin(request.grammar)
+    mask = np.zeros(-(-vocab_size // 32), np.uint32)
+
+    def allowed(ids: list[int]) -> set[int]:
+        constraint.follow(ids, 0)
+        constraint.write_mask(mask, ())
+        return {id for id in range(vocab_size) if mask[id // 32] >> (id % 32) & 1}
+
+    written = CALLS[name].replace("[TOOL_CALLS] ", "[TOOL_CALLS]")
+    ids = group.tokenizer.encode(written, add_special_tokens=False).ids
+    for place, id in enumerate(ids):
+        may_come = allowed(ids[:place])
+        assert id in may_come, (written, group.tokenizer.decode(ids[:place]))
+        assert end not in may_come
+    assert end in allowed(ids)
