@@ -56,7 +56,7 @@ MAX_PROMPTS = 256
 MAX_SEQUENCES = 256
 """Prompts times what is drawn for each, of one request."""
 MAX_ECHOED_CHARS = 16 << 20
-MAX_PROMPT_LOGPROBS = 2_000_000
+MAX_PROMPT_LOGPROBS = 500_000
 """Of one answer: tokens of its prompts, times 1 + those shown at each place, times n."""
 MAX_TOOLS = 128
 MAX_LABEL_CHARS = 256
