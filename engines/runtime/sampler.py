@@ -91,9 +91,10 @@ def _is_adjusted(row: RowSampling) -> bool:
 def _constrain(logits: Tensor, rows: Sequence[RowSampling], some: list[int]) -> None:
     """-inf where the grammars of `some` rows do not go on. On a GPU the masks are made while it computes."""
     constraints = [(own, rows[i].banned_ids) for i in some if (own := rows[i].constraint) is not None]
-    masks = torch.from_numpy(token_masks(constraints, logits.shape[1]).view(np.uint8)).to(logits.device)
-    bits = torch.arange(8, dtype=torch.uint8, device=logits.device)
-    is_out = ((masks.unsqueeze(-1) >> bits) & 1).flatten(1)[:, : logits.shape[1]] == 0  # [R, V]
+    vocab_size = logits.shape[1]
+    masks = token_masks(constraints, vocab_size)
+    bits = np.unpackbits(~masks.view(np.uint8), axis=1, count=vocab_size, bitorder="little")
+    is_out = torch.from_numpy(bits).view(torch.bool).to(logits.device)  # [R, V]
     if len(some) == len(rows):
         logits.masked_fill_(is_out, -torch.inf)
     else:
