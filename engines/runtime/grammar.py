@@ -116,8 +116,13 @@ class Grammars:
         return self._compile(grammar)
 
     def _compile(self, grammar: str) -> LLMatcher:
-        self._tokenizer = self._tokenizer or self._load_tokenizer()
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+        try:
+            self._tokenizer = self._tokenizer or self._load_tokenizer()
+            matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+        except GrammarFailed:
+            raise
+        except BaseException as panic:  # Rust's are no Exceptions
+            raise GrammarFailed(f"llguidance failed: {type(panic).__name__}") from panic
         if matcher.is_error():
             raise GrammarFailed(_first_line(matcher.get_error()))
         return matcher
