@@ -14,6 +14,7 @@ from gateway.app import create_app
 from gateway.settings import Settings
 from gateway.workers.protocol import GroupState
 from tests.fakes import FakeGroup
+from tests.gateway.chat_models import make_chat_app, make_chat_model, scripted
 from tests.gateway.serving import client_of, ids_of, make_app, make_group, make_model_dir, make_served
 
 pytestmark = pytest.mark.anyio
@@ -66,6 +67,18 @@ async def test_a_completion_is_made_of_what_tokenize_says(model_dir: Path, group
         said_of_chat = (await client.post("/tokenize", json=chat)).json()["tokens"]
         await client.post("/v1/chat/completions", json=chat)
     assert [request.prompt_ids for request in group.requests] == [said, said_of_chat]
+
+
+async def test_a_conversation_with_tools_is_the_chat_s_own(tmp_path: Path) -> None:
+    make_chat_model(tmp_path / "hermes", "hermes")
+    group = scripted(tmp_path / "hermes", "Sunny.")
+    chat = {"model": "demo", "messages": MESSAGES[:1], "tools": [TOOL]}
+    async with client_of(make_chat_app(tmp_path / "hermes", group)) as client:
+        tokens = (await client.post("/tokenize", json=chat)).json()["tokens"]
+        without = (await client.post("/tokenize", json=chat | {"tools": None})).json()["tokens"]
+        assert (await client.post("/v1/chat/completions", json=chat)).status_code == 200
+    assert group.requests[0].prompt_ids == tokens
+    assert len(tokens) > len(without)
 
 
 async def test_a_conversation(model_dir: Path, group: FakeGroup) -> None:

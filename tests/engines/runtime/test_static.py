@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from engines.runtime.plan import StepKind, StepPlan, StepResult
 from engines.runtime.static import StaticScheduler
 from engines.wire import Generate, RequestError
-from tests.engines.runtime.fake_model import EOS, FakeLeader, FakePagedRunner
+from tests.engines.runtime.fake_model import EOS, FakeLeader, FakePagedRunner, expected
 from tests.engines.runtime.test_scheduler_properties import Arrival, arrivals, check_output
 
 MAX_MODEL_LEN = 40
@@ -86,6 +87,18 @@ def test_a_row_that_has_ended_is_carried_on_unsampled() -> None:
     leader.run()
     assert [plan.num_seqs for plan in leader.plans] == [2, 2, 2]
     assert [len(plan.logit_rows) for plan in leader.plans] == [2, 1, 1]
+
+
+def test_a_prompt_is_scored_beside_one_that_goes_on() -> None:
+    _, leader, _ = make()
+    scored = msgspec.structs.replace(request("scored", max_tokens=0), prompt_logprobs=2)
+    both = msgspec.structs.replace(request("both", max_tokens=2), prompt_logprobs=2)
+    leader.add(scored)
+    leader.add(both)
+    leader.run()
+    for one in (scored, both):
+        assert leader.outputs[one.id] == expected(one, MAX_MODEL_LEN, eos=-1)
+    assert [plan.num_seqs for plan in leader.plans] == [2, 2], "the scored row is carried on"
 
 
 def test_an_aborted_batch_gives_way() -> None:
