@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from engines.runtime.grammar import Grammars
 from gateway.prompt.conversation import Conversation
+from gateway.workers.protocol import GroupState
 from tests.gateway.chat_models import Scripted, make_chat_app, make_chat_model, scripted, serving_chat
 from tests.gateway.serving import client_of, data_of
 
@@ -375,21 +376,21 @@ async def test_every_token_has_one_logprob(models: Path, tokens_per_delta: int) 
 
 async def test_a_stream_with_a_call_outlives_its_group(models: Path) -> None:
     """At whatever token the group dies, the call that has begun goes on."""
-    name = "hermes"
-    text = "I look. " + CALLS[name]
-    num_tokens = len(scripted(models / name).tokenizer.encode(text).ids)
-    for fails_after in range(1, num_tokens):
-        dying = scripted(models / name, text, fails_after=fails_after)
-        other = scripted(models / name, text, name="fake/1", num_outstanding=1)
-        async with client_of(make_chat_app(models / name, dying, other)) as client:
-            body = {"model": "demo", "messages": QUESTION, "tools": [WEATHER], "stream": True}
+    text = "I look. " + CALLS["hermes"]
+    dying = scripted(models / "hermes", text)
+    other = scripted(models / "hermes", text, name="fake/1", num_outstanding=1)
+    num_tokens = len(dying.tokenizer.encode(text, add_special_tokens=False).ids)
+    body = {"model": "demo", "messages": QUESTION, "tools": [WEATHER], "stream": True}
+    async with client_of(make_chat_app(models / "hermes", dying, other)) as client:
+        for fails_after in range(1, num_tokens + 1):
+            dying.state, dying.fails_after = GroupState.READY, fails_after
             response = await client.post("/v1/chat/completions", json=body)
-        deltas = [json.loads(data)["choices"][0]["delta"] for data in data_of(response.content)[:-1]]
-        assert len(other.requests) == 1, "the death took effect"
-        calls = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
-        assert sum("id" in call for call in calls) == 1
-        assert "".join(call["function"]["arguments"] for call in calls) == OSLO
-        assert "".join(delta.get("content") or "" for delta in deltas) == "I look."
+            deltas = [json.loads(data)["choices"][0]["delta"] for data in data_of(response.content)[:-1]]
+            assert len(other.requests) == fails_after, "each death took effect"
+            calls = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
+            assert sum("id" in call for call in calls) == 1
+            assert "".join(call["function"]["arguments"] for call in calls) == OSLO
+            assert "".join(delta.get("content") or "" for delta in deltas) == "I look."
 
 
 def test_conversations_have_every_string_in_them() -> None:

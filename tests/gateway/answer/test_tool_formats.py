@@ -285,7 +285,7 @@ def test_long_texts_are_not_copied_over_and_over(name: str, monkeypatch: pytest.
 
     monkeypatch.setattr(Reader, "feed", watched)
     format = format_of(name)
-    for text in ("{" * 2**20, '{"parameters": {"a": "' + "x" * 2**18, "[" * 2**16, "<tool_call>" * 2**10):
+    for text in ("{" * 2**18, '{"parameters": {"a": "' + "x" * 2**18, "[" * 2**16, "<tool_call>" * 2**10):
         pieces = [text[start : start + 64] for start in range(0, len(text), 64)]
         assert read(format, pieces, NAMES).content == text
     assert most < 32
