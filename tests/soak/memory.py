@@ -12,6 +12,7 @@ import random
 import statistics
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import httpx
@@ -40,17 +41,22 @@ class Samples:
         self.mebibytes.append(process.memory_full_info().uss / (1 << 20))
         self.descriptors.append(process.num_fds())
 
-    def figures(self, from_second: float) -> dict[str, float]:
-        first = next(i for i, second in enumerate(self.seconds) if second >= from_second)
-        hours = [second / 3600 for second in self.seconds[first:]]
-        memory, descriptors = self.mebibytes[first:], self.descriptors[first:]
-        return {
-            "MiB at first": round(memory[0], 1),
-            "MiB at last": round(memory[-1], 1),
-            "MiB an hour": round(statistics.linear_regression(hours, memory).slope, 2),
-            "descriptors, median at first": statistics.median(descriptors[: len(descriptors) // 4 + 1]),
-            "descriptors, median at last": statistics.median(descriptors[-len(descriptors) // 4 :]),
-        }
+    def after(self, second: float) -> Samples:
+        first = next(i for i, when in enumerate(self.seconds) if when >= second)
+        return Samples(self.seconds[first:], self.mebibytes[first:], self.descriptors[first:])
+
+    @property
+    def slope(self) -> float:
+        """MiB an hour."""
+        return statistics.linear_regression([second / 3600 for second in self.seconds], self.mebibytes).slope
+
+
+def thirds(values: Sequence[float]) -> list[float]:
+    """The median of each third."""
+    size = -(-len(values) // 3)
+    return [
+        round(statistics.median(values[start : start + size]), 1) for start in range(0, len(values), size)
+    ]
 
 
 class Client:
@@ -122,17 +128,16 @@ async def _soak(server: Server, minutes: float) -> tuple[Counter[str], dict[str,
 def run(minutes: int) -> dict[str, object]:
     with serving("--kv-cache-memory", "64MiB") as server:  # small: soon every page of it has been written
         counts, samples = asyncio.run(_soak(server, minutes))
-    figures = {name: of.figures(15 * minutes) for name, of in samples.items()}
-    growing = [name for name, of in figures.items() if of["MiB an hour"] >= MAX_SLOPE]
-    leaking = [
-        name
-        for name, of in figures.items()
-        if of["descriptors, median at last"] > of["descriptors, median at first"] + 1  # a client between two
-    ]
+    counted = {name: of.after(15 * minutes) for name, of in samples.items()}
+    growing = [name for name, of in counted.items() if of.slope >= MAX_SLOPE]
+    descriptors = {name: thirds(of.descriptors) for name, of in counted.items()}
+    leaking = [name for name, of in descriptors.items() if of[-1] > of[0] + 1]  # one: a client between two
     return {
         "minutes": minutes,
         "requests": counts,
-        "processes": figures,
+        "MiB an hour": {name: round(of.slope, 2) for name, of in counted.items()},
+        "MiB, in each third": {name: thirds(of.mebibytes) for name, of in counted.items()},
+        "descriptors, in each third": descriptors,
         "growing": growing,
         "leaking descriptors": leaking,
         "failed": counts["failed"] + len(growing) + len(leaking),
