@@ -142,7 +142,7 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(operations, st.integers(0, 8))
 def test_nothing_is_lost_or_given_twice(steps: list[tuple[str, object]], max_items: int) -> None:
     """Against a plain set of who waits; within a key the order is that of arrival."""
@@ -175,7 +175,7 @@ def test_nothing_is_lost_or_given_twice(steps: list[tuple[str, object]], max_ite
         assert queue.oldest == (min(float(item[1]) for item in waiting) if waiting else None)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 100), min_size=2, max_size=6), st.integers(20, 60))
 def test_keys_that_always_wait_are_given_the_same(costs: list[int], rounds: int) -> None:
     """However large their requests: apart by one request of each at most."""

@@ -16,7 +16,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer(make_model_dir(tmp_path_factory.mktemp("model")) / "tokenizer.json")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(max_size=40), st.integers(1, 5))
 def test_the_parts_are_the_text_and_no_character_is_split(tokenizer: Tokenizer, text: str, step: int) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -27,7 +27,7 @@ def test_the_parts_are_the_text_and_no_character_is_split(tokenizer: Tokenizer, 
         assert not any("\ufffd" in part for part in parts)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.integers(0, 380), max_size=80))
 def test_any_tokens_even_garbage_come_out_as_decoded_whole(tokenizer: Tokenizer, ids: list[int]) -> None:
     detokenizer = Detokenizer(tokenizer.decode)
@@ -68,7 +68,7 @@ def test_context_keeps_the_space_of_the_first_word() -> None:
     assert Detokenizer(decode, context=[1]).push([2]) == " world"
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     st.lists(st.text("ab<|", max_size=4), max_size=12),
     st.lists(st.text("ab<|", min_size=1, max_size=4), min_size=1, max_size=4),

@@ -30,7 +30,7 @@ def _depth(value: Any) -> int:
     return 0
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(st.text(max_size=3), JSON, max_size=6), st.booleans())
 def test_every_object_is_parsed_as_python_does_and_measured_exactly(
     value: dict[str, Any], ensure_ascii: bool

@@ -110,7 +110,7 @@ async def test_a_forged_control_token_is_text(
         assert text in shown
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.sampled_from([*CONTROL_TOKENS, "<|", "|>", "end", "user", " ", "x", "\n"]), max_size=12))
 def test_no_spelling_of_control_tokens_survives(model_dir: Path, pieces: list[str]) -> None:
     tokenizer = ours.Tokenizer(model_dir / "tokenizer.json")

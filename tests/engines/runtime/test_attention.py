@@ -71,7 +71,7 @@ STEP = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(STEP, st.sampled_from([1, 3, 16, 64]))
 def test_any_mixture_of_sequences(sequences: Sequences, block_size: int) -> None:
     check(sequences, block_size)

@@ -156,7 +156,7 @@ def step_bound(work: list[Arrival]) -> int:
     return 3 * (20 + num_tokens * (1 + len(work)))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(setups, arrivals(), st.lists(st.integers(1, 3), min_size=1, max_size=5))
 def test_same_tokens_and_no_block_lost(setup: Setup, work: list[Arrival], submits: list[int]) -> None:
     scheduler, leader = run(setup, work, submits)
