@@ -12,7 +12,7 @@ serve: .venv/.installed  ## MODEL= a directory, a hub id or a model-config.yaml;
 	@exec $(BIN)/sluice serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: .venv/.installed-dev  ## ARGS= goes to pytest
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 soak: .venv/.installed-dev  ## hours; ARGS= names some
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak $(ARGS)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -11,6 +13,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +140,8 @@ def running(config: ModelConfig, *, injecting: bool = False) -> Iterator[Group]:
     """A group that is ready. Raises StartFailed when it ends instead.
 
     `injecting`: its ranks have the sites of tests/engines/injected.py, for requests whose seed names one."""
+    if config.engine == "deepspeed_tp":
+        _compile_all_reduce()
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -161,6 +166,12 @@ def running(config: ModelConfig, *, injecting: bool = False) -> Iterator[Group]:
             loop.call_soon_threadsafe(loop.stop)
             thread.join(10)
             loop.close()
+
+
+@cache
+def _compile_all_reduce() -> None:
+    """DeepSpeed's, once an environment: it would take most of the time that a group has to start."""
+    subprocess.run([sys.executable, "-m", "engines.models.deepspeed_comm"], cwd=ROOT, check=True, timeout=900)
 
 
 @asynccontextmanager
