@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -154,8 +155,13 @@ async def test_what_a_template_refuses_it_says() -> None:
 
 
 def _render_processes() -> set[int]:
-    children = psutil.Process().children()
-    return {child.pid for child in children if "gateway.prompt.render_process" in child.cmdline()}
+    """Of this process. Those of other tests may end at any time."""
+    found = set()
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if "gateway.prompt.render_process" in child.cmdline():
+                found.add(child.pid)
+    return found
 
 
 async def test_the_process_ends_with_its_renderer() -> None:
