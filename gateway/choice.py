@@ -75,17 +75,17 @@ class ChoiceAssembler:
         visible = delta.token_ids[:-1] if is_end_hidden else delta.token_ids
         text, is_stopped = self._push(visible, delta.logprobs)
         if is_stopped:
-            logprobs = self._release(len(text))
-            return ChoiceDelta(self._index, text, logprobs, "stop", num_tokens=self.num_tokens)
+            return self._shown(text, "stop")
         self.num_tokens += len(delta.token_ids) - len(visible)
         if delta.finish_reason is None:
-            logprobs = self._release(len(text))
-            return ChoiceDelta(self._index, text, logprobs, num_tokens=self.num_tokens)
+            return self._shown(text)
         end, is_stopped = self._end()
         text += end
         if is_end_hidden and self._has_end_logprob and not is_stopped:
             self._hold(delta.token_ids[-1], delta.logprobs[-1], 0)
-        reason = "stop" if is_stopped else delta.finish_reason
+        return self._shown(text, "stop" if is_stopped else delta.finish_reason)
+
+    def _shown(self, text: str, reason: str | None = None) -> ChoiceDelta:
         logprobs = self._release(len(text))
         return ChoiceDelta(self._index, text, logprobs, reason, num_tokens=self.num_tokens)
 

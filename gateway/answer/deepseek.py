@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from gateway.answer.events import Output
 from gateway.answer.grammar import Calls, Function, json_rule, literal, one_or_some
-from gateway.answer.json_text import read_value
+from gateway.answer.json_text import read_arguments
 from gateway.answer.reader import Reader, Steps
 from gateway.answer.tool_format import attempt, content_until
 from gateway.prompt.marks import Marks
@@ -69,11 +69,8 @@ class DeepSeek:
             name = yield from reader.run(_NAME, _MAX_NAME_CHARS)
             yield from reader.literal(_FENCE)
         yield from reader.space()
-        if (yield from reader.peek()) != "{" or not out.may_call(name):
+        if not (yield from read_arguments(reader, out, name)):
             return False
-        out.call(name)
-        with reader.into(out.arguments):
-            yield from read_value(reader)
         yield from reader.space()
         if is_fenced:
             yield from reader.literal(_FENCE_END.strip())

@@ -50,6 +50,17 @@ def read_value(reader: Reader) -> Steps[bool]:
     return False
 
 
+def read_arguments(reader: Reader, out: Output, name: str) -> Steps[bool]:
+    """An object, of a call of `name`. Whether it is one, of a known function: then the call has gone to
+    `out`."""
+    if (yield from reader.peek()) != "{" or not out.may_call(name):
+        return False
+    out.call(name)
+    with reader.into(out.arguments):
+        yield from read_value(reader)
+    return True
+
+
 def read_call(reader: Reader, out: Output, *, needs_arguments: bool = False) -> Steps[bool]:
     """{"name": ..., "arguments": {...}}, in any order; "parameters" are arguments, too. Whether it is a
     call of a known function: then it has gone to `out`, as it came."""

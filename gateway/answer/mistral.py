@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from gateway.answer.events import Output
 from gateway.answer.grammar import Calls, Function, call_rules, literal, one_or_some
-from gateway.answer.json_text import read_call, read_value
+from gateway.answer.json_text import read_arguments, read_call
 from gateway.answer.reader import Reader, Steps
 from gateway.answer.tool_format import attempt, content_until
 from gateway.prompt.marks import Marks
@@ -64,12 +64,7 @@ class Mistral:
             yield from reader.run(_NAME, _MAX_NAME_CHARS)
             yield from reader.literal(self._arguments)
         yield from reader.space()
-        if (yield from reader.peek()) != "{" or not out.may_call(name):
-            return False
-        out.call(name)
-        with reader.into(out.arguments):
-            yield from read_value(reader)
-        return True
+        return (yield from read_arguments(reader, out, name))
 
     def grammar(self, functions: Sequence[Function], *, many: bool) -> Calls:
         """The list: every version reads it."""

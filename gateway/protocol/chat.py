@@ -13,6 +13,7 @@ from gateway.protocol.structured import StructuredRequest
 from gateway.protocol.tools import FunctionChoice, Functions, ToolChoice, Tools, ToolUse, use_of_tools
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+TemplateVariables = Annotated[dict[str, Any], Field(max_length=bounds.MAX_TEMPLATE_VARIABLES)]
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 """Variables by which templates that know of no effort let a model think or not."""
 
@@ -37,9 +38,7 @@ class ChatCompletionRequest(StructuredRequest):
     prompt_cache_key: Annotated[str, Field(max_length=1_024)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: (
-        Annotated[dict[str, Any], Field(max_length=bounds.MAX_TEMPLATE_VARIABLES)] | None
-    ) = None
+    chat_template_kwargs: TemplateVariables | None = None
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:

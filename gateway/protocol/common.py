@@ -134,6 +134,7 @@ def _logit_bias(value: object) -> object:
     return {int(key): bias for key, bias in value.items()}
 
 
+ModelName = Annotated[str, Field(min_length=1, max_length=1_000)]
 TokenId = Annotated[int, _bounded(bounds.TOKEN_ID)]
 StopStrings = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=bounds.MAX_STOP_CHARS)]],
@@ -176,7 +177,7 @@ class StreamOptions(RequestPart):
 class GenerationRequest(RequestPart):
     """The fields of both endpoints."""
 
-    model: Annotated[str, Field(min_length=1, max_length=1_000)]
+    model: ModelName
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, _bounded(bounds.MAX_TOKENS)] | None = None

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 import msgspec
-from pydantic import Field, PlainValidator, model_validator
+from pydantic import PlainValidator, model_validator
 
-from gateway.protocol import bounds, fields
-from gateway.protocol.chat import ChatCompletionRequest
-from gateway.protocol.common import InvalidField, RequestPart
+from gateway.protocol import fields
+from gateway.protocol.chat import ChatCompletionRequest, TemplateVariables
+from gateway.protocol.common import InvalidField, ModelName, RequestPart
 from gateway.protocol.completions import token_ids
 from gateway.protocol.messages import Messages
 from gateway.protocol.tools import Tools
-
-ModelName = Annotated[str, Field(min_length=1, max_length=1_000)]
 
 
 class TokenizeRequest(RequestPart):
@@ -30,9 +28,7 @@ class TokenizeRequest(RequestPart):
     tools: Tools | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: (
-        Annotated[dict[str, Any], Field(max_length=bounds.MAX_TEMPLATE_VARIABLES)] | None
-    ) = None
+    chat_template_kwargs: TemplateVariables | None = None
 
     @model_validator(mode="after")
     def _is_one_of_two(self) -> Self:

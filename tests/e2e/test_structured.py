@@ -14,10 +14,10 @@ from openai.types.chat import ChatCompletionMessageParam
 from pydantic import BaseModel, Field
 from tokenizers import Tokenizer
 
+from gateway.model_source import demo_directory
 from tests.e2e.server import MODEL, Server
-from tests.engines.harness import ROOT
 
-TOKENIZER = Tokenizer.from_file(str(ROOT / "gateway/demo_model/tokenizer.json"))
+TOKENIZER = Tokenizer.from_file(str(demo_directory() / "tokenizer.json"))
 CLOSING = [id for token in ('"', "}", "]", '"}') if (id := TOKENIZER.token_to_id(token)) is not None]
 """Tokens that end strings, lists and objects: a model that was not taught JSON rarely does."""
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
+from gateway.model_source import demo_directory
 from tests.e2e.server import MODEL, Server, serving
 from tests.gateway.chat_models import HERMES
 
 ASKED: list[Any] = [{"role": "user", "content": "What is Sluice?"}]
-DEMO = Path(__file__).parents[2] / "gateway" / "demo_model"
 COLOURS = ["red", "green", "blue"]
 PAINT = {
     "name": "paint",
@@ -39,7 +38,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     settings = {
         "modelName": MODEL,
         "deviceType": "cpu",
-        "handler": {"model_path": str(DEMO)},
+        "handler": {"model_path": str(demo_directory())},
         "chatTemplate": str(directory / "hermes.jinja"),
     }
     file.write_text(json.dumps(settings))

@@ -20,7 +20,7 @@ from gateway.router import ModelFailed, ShuttingDown
 from gateway.workers.protocol import GroupState, QueueFull
 from tests.fakes import FakeGroup, ready
 from tests.gateway.groups import until
-from tests.gateway.serving import make_model_dir, make_served
+from tests.gateway.serving import make_served
 from tests.soak import overload
 
 # The order
@@ -222,11 +222,6 @@ def test_a_static_batch_is_chosen_from_all_that_wait() -> None:
 
 
 # The waiting
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir(tmp_path_factory.mktemp("model"))
 
 
 class Sequences:

@@ -26,7 +26,6 @@ from tests.gateway.serving import (
     ids_of,
     make_app,
     make_group,
-    make_model_dir,
     make_served,
     texts_of,
 )
@@ -35,16 +34,6 @@ pytestmark = pytest.mark.anyio
 TEXT = "Hello world, how are you today?"
 CHAT: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "hi"}]}
 RAW: dict[str, Any] = {"model": "demo", "prompt": "hi"}
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def group(model_dir: Path) -> FakeGroup:
-    return make_group(model_dir)
 
 
 async def ask(

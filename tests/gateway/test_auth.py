@@ -16,16 +16,11 @@ from gateway.errors import InvalidKey
 from gateway.keys import KeyRing
 from gateway.settings import Settings
 from tests.fakes import FakeGroup
-from tests.gateway.serving import client_of, listening, make_app, make_group, make_model_dir
+from tests.gateway.serving import client_of, listening, make_app, make_group
 
 pytestmark = pytest.mark.anyio
 KEYS = Settings(api_keys=("first-key", "schlüssel"))
 BODY = {"model": "demo", "prompt": "hi", "max_tokens": 1}
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir(tmp_path_factory.mktemp("model"))
 
 
 PATHS: list[Callable[[str], str]] = [

@@ -35,16 +35,6 @@ PROMPT = "Grüße aus München"
 Json = dict[str, Any]
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def group(model_dir: Path) -> FakeGroup:
-    return make_group(model_dir)
-
-
 async def ask(model_dir: Path, group: FakeGroup, **fields: Any) -> httpx.Response:
     async with client_of(make_app(model_dir, group)) as client:
         return await client.post("/v1/completions", json={"model": "demo", "prompt": PROMPT} | fields)

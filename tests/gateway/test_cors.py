@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gateway.settings import Settings
-from tests.gateway.serving import client_of, make_app, make_group, make_model_dir
+from tests.gateway.serving import client_of, make_app, make_group
 
 pytestmark = pytest.mark.anyio
 PAGE, OTHER = "https://chat.example", "https://other.example"
@@ -15,11 +15,6 @@ PREFLIGHT = {
     "access-control-request-method": "POST",
     "access-control-request-headers": "authorization,content-type",
 }
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir(tmp_path_factory.mktemp("model"))
 
 
 async def allowed(model_dir: Path, settings: Settings, origin: str) -> list[tuple[int, str | None]]:

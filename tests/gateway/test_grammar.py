@@ -21,7 +21,7 @@ from gateway.protocol import bounds
 from gateway.protocol.common import GenerationParams, InvalidField
 from gateway.protocol.structured import Shape
 from tests.fakes import FakeGroup
-from tests.gateway.serving import client_of, make_app, make_group, make_model_dir
+from tests.gateway.serving import client_of, make_app, make_group
 
 pytestmark = pytest.mark.anyio
 BYTES = LLTokenizer("byte")
@@ -271,16 +271,6 @@ async def test_answers_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         grammars._keep(bytes([i >> 8, i & 255]), {"grammar": "x" * 100_000})
     assert 0 < len(grammars._kept) < MAX_KEPT
     assert sum(len(each["grammar"]) for each in grammars._kept.values()) == grammars._num_kept_chars
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def group(model_dir: Path) -> FakeGroup:
-    return make_group(model_dir)
 
 
 PERSON = object_of(name={"type": "string"})

@@ -19,15 +19,10 @@ from gateway.keys import BadKeyFile, KeyRing
 from gateway.settings import Settings
 from gateway.tenant import Limits, RateLimited, Tenant
 from tests.gateway.groups import until
-from tests.gateway.serving import client_of, make_app, make_group, make_model_dir, make_served
+from tests.gateway.serving import client_of, make_app, make_group, make_served
 
 RAW: dict[str, Any] = {"model": "demo", "prompt": "Hello world", "max_tokens": 5}
 anyio = pytest.mark.anyio
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir(tmp_path_factory.mktemp("model"))
 
 
 def key_file(directory: Path, text: str, mode: int = 0o600) -> Path:

@@ -15,7 +15,7 @@ import pytest
 from gateway.http_connection import MAX_CHUNKS, MAX_HEADER_BYTES, MAX_HEADERS
 from gateway.http_server import Server, make_server
 from gateway.settings import Settings
-from tests.gateway.serving import make_app, make_group, make_model_dir
+from tests.gateway.serving import make_app, make_group
 
 pytestmark = pytest.mark.anyio
 PATIENCE = 60.0  # longer than anything here takes on a busy machine
@@ -58,11 +58,6 @@ class Raw:
         assert headers["connection"] == "close"
         assert await self.until_closed() == b""
         return status, body["error"]["code"]
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir(tmp_path_factory.mktemp("model"))
 
 
 class Gate:

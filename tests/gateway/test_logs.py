@@ -18,17 +18,12 @@ from gateway import logs
 from gateway.settings import Settings
 from gateway.workers.protocol import GroupState, WorkerLost, WorkerUnavailable
 from tests.fakes import FakeGroup
-from tests.gateway.serving import client_of, make_app, make_group, make_model_dir
+from tests.gateway.serving import client_of, make_app, make_group
 
 anyio = pytest.mark.anyio
 KEY, PROMPT, QUERY = "canary-key-0123456789", "canaryprompt", "canaryquery"
 INSIDE = "/srv/canary/model.safetensors at 0x7f00c0ffee00 of 10.1.2.3:29500"
 SETTINGS = Settings(api_keys=(KEY,), access_log=True, max_body_bytes=4_000)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir(tmp_path_factory.mktemp("model"))
 
 
 @contextmanager

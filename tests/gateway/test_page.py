@@ -15,7 +15,7 @@ import pytest
 
 from gateway.routes import page
 from gateway.settings import Settings
-from tests.gateway.serving import listening, make_app, make_group, make_model_dir
+from tests.gateway.serving import listening, make_app, make_group
 
 ROOT = Path(__file__).parents[2]
 WEB = ROOT / "web"
@@ -38,11 +38,6 @@ def node() -> str:
     if int(version.lstrip("v").split(".")[0]) < OLDEST_NODE:
         pytest.skip(f"node {version.strip()} is older than {OLDEST_NODE}")
     return command
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir(tmp_path_factory.mktemp("model"))
 
 
 def client_of(model_dir: Path, settings: Settings) -> Iterator[httpx.Client]:

@@ -29,11 +29,6 @@ async def chat_prompt(model: ServedModel, messages: list[dict[str, str]]) -> lis
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def spm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer as SentencePiece models have: a space mark before the first word only, byte fallback."""
     directory = make_model_dir(tmp_path_factory.mktemp("spm"))

@@ -29,18 +29,12 @@ from tests.gateway.serving import (
     ids_of,
     make_app,
     make_group,
-    make_model_dir,
     make_served,
 )
 
 pytestmark = pytest.mark.anyio
 POISON = 666
 SPEC = FakeSpec()
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -12,22 +12,12 @@ from openai import AsyncOpenAI, OpenAI
 from gateway.settings import Settings
 from gateway.workers.protocol import WorkerUnavailable
 from tests.fakes import FakeGroup
-from tests.gateway.serving import listening, make_app, make_group, make_model_dir
+from tests.gateway.serving import listening, make_app
 
 pytestmark = pytest.mark.anyio
 TEXT = "Hello world, how are you today?"
 MESSAGES: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
 KEY = "sk-test"
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def group(model_dir: Path) -> FakeGroup:
-    return make_group(model_dir)
 
 
 @pytest.fixture

@@ -18,15 +18,10 @@ from engines.wire import Generate, RequestError, TokenDelta
 from gateway.http_server import make_server
 from gateway.settings import Settings
 from tests.fakes import FakeGroup, ready
-from tests.gateway.serving import data_of, make_app, make_group, make_model_dir
+from tests.gateway.serving import data_of, make_app, make_group
 
 pytestmark = pytest.mark.anyio
 CHAT: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "hi"}]}
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir(tmp_path_factory.mktemp("model"))
 
 
 @asynccontextmanager

@@ -15,7 +15,7 @@ from gateway.settings import Settings
 from gateway.workers.protocol import GroupState
 from tests.fakes import FakeGroup
 from tests.gateway.chat_models import make_chat_app, make_chat_model, scripted
-from tests.gateway.serving import client_of, ids_of, make_app, make_group, make_model_dir, make_served
+from tests.gateway.serving import client_of, ids_of, make_app, make_served
 
 pytestmark = pytest.mark.anyio
 TEXT = "Grüße aus München <|user|>"
@@ -23,16 +23,6 @@ MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content
 
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model_dir(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def group(model_dir: Path) -> FakeGroup:
-    return make_group(model_dir)
 
 
 async def post(model_dir: Path, group: FakeGroup, path: str, **body: Any) -> httpx.Response:
