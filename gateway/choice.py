@@ -23,6 +23,7 @@ class ChoiceDelta:
     finish_reason: str | None = None
     prompt: PromptReport | None = None  # with the first one, when asked for
     num_tokens: int = 0  # so far, whether they show or not
+    stop_string: str | None = None  # that has ended it
 
 
 class ChoiceAssembler:
@@ -87,7 +88,8 @@ class ChoiceAssembler:
 
     def _shown(self, text: str, reason: str | None = None) -> ChoiceDelta:
         logprobs = self._release(len(text))
-        return ChoiceDelta(self._index, text, logprobs, reason, num_tokens=self.num_tokens)
+        found = self._stops.found if self._stops is not None else None
+        return ChoiceDelta(self._index, text, logprobs, reason, num_tokens=self.num_tokens, stop_string=found)
 
     def _push(self, ids: list[int], logprobs: list[TokenLogprob]) -> tuple[str, bool]:
         if self._stops is None and not self._wants_logprobs:

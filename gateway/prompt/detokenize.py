@@ -64,14 +64,15 @@ class StopStrings:
         self._stops = tuple(stops)
         self._include = include
         self._held = ""
+        self.found: str | None = None
 
     def push(self, text: str) -> tuple[str, bool]:
         """(what can be shown, whether a stop string was met). After a stop nothing more may be pushed."""
         text = self._held + text
-        places = [(place, len(stop)) for stop in self._stops if (place := text.find(stop)) >= 0]
+        places = [(place, len(stop), stop) for stop in self._stops if (place := text.find(stop)) >= 0]
         if places:
             self._held = ""
-            place, length = min(places)
+            place, length, self.found = min(places)
             return text[: place + length * self._include], True
         shown = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[shown:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import aclosing
 
 import msgspec
@@ -11,6 +12,7 @@ from starlette.responses import Response
 from gateway.protocol.chat import ChatCompletionRequest
 from gateway.protocol.chat_response import ChatChunk, ChatChunkChoice, ChatCompletion
 from gateway.protocol.common import encoder, parse_body
+from gateway.routes.chat_choice import ChoiceReader
 from gateway.routes.chat_start import Chat, start_chat
 from gateway.routes.common import Answer, gateway_of, json_response, new_answer
 from gateway.sse import DONE, Chunks, event, open_stream, unless_gone
@@ -23,30 +25,34 @@ async def create_chat_completion(request: Request) -> Response:
     gateway = gateway_of(request)
     body = parse_body(await request.body(), ChatCompletionRequest)
     chat = await start_chat(request, body)
+    is_legacy = body.tool_use().is_legacy
+    readers = [ChoiceReader(i, answer, is_legacy=is_legacy) for i, answer in enumerate(chat.answers)]
     answer = new_answer("chatcmpl", body.model, chat.generation.fingerprint)
     if body.stream:
-        chunks = _chunks(chat, body, answer)
+        chunks = _chunks(chat, readers, body, answer)
         describe_error = gateway.error_describer(request)
         return await open_stream(chunks, request.receive, gateway.settings, describe_error)
-    return json_response(await unless_gone(request.receive, _completion(chat, answer)))
+    return json_response(await unless_gone(request.receive, _completion(chat, readers, answer)))
 
 
-async def _completion(chat: Chat, answer: Answer) -> ChatCompletion:
+async def _completion(chat: Chat, readers: Sequence[ChoiceReader], answer: Answer) -> ChatCompletion:
     async with aclosing(chat.generation.events()) as batches:
         async for batch in batches:
             for delta in batch:
-                chat.readers[delta.index].add(delta)
+                readers[delta.index].add(delta)
     return ChatCompletion(
         id=answer.id,
         created=answer.created,
         model=answer.model,
-        choices=[reader.choice() for reader in chat.readers],
+        choices=[reader.choice() for reader in readers],
         usage=chat.usage(),
         system_fingerprint=answer.fingerprint,
     )
 
 
-async def _chunks(chat: Chat, body: ChatCompletionRequest, answer: Answer) -> Chunks:
+async def _chunks(
+    chat: Chat, readers: Sequence[ChoiceReader], body: ChatCompletionRequest, answer: Answer
+) -> Chunks:
     """The events of a stream: each choice's role, what comes of it and its end; usage if it is asked for;
     [DONE]."""
     template = ChatChunk(
@@ -64,7 +70,7 @@ async def _chunks(chat: Chat, body: ChatCompletionRequest, answer: Answer) -> Ch
 
     async with aclosing(chat.generation.events()) as batches:
         async for batch in batches:
-            choices = [choice for delta in batch for choice in chat.readers[delta.index].chunks(delta)]
+            choices = [choice for delta in batch for choice in readers[delta.index].chunks(delta)]
             if choices:
                 yield b"".join(chunk(choice) for choice in choices)
     yield (chunk(has_usage=True) if body.include_usage else b"") + DONE

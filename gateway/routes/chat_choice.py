@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import msgspec
 
-from gateway.answer.answer import AnswerReader
 from gateway.answer.events import Arguments, CallStart, Content, Event, Reasoning
 from gateway.choice import ChoiceDelta
 from gateway.protocol.chat_response import (
@@ -21,6 +20,7 @@ from gateway.protocol.chat_response import (
     chat_logprobs,
 )
 from gateway.protocol.common import TokenInfo
+from gateway.routes.chat_answer import ChoiceAnswer
 
 
 class ChoiceReader:
@@ -28,13 +28,12 @@ class ChoiceReader:
 
     `is_legacy`: a call is told in the older shape, as `function_call`."""
 
-    def __init__(self, index: int, reader: AnswerReader, *, is_legacy: bool) -> None:
-        self._index, self._reader, self._is_legacy = index, reader, is_legacy
+    def __init__(self, index: int, answer: ChoiceAnswer, *, is_legacy: bool) -> None:
+        self._index, self._answer, self._is_legacy = index, answer, is_legacy
         self._logprobs: list[TokenInfo] | None = None  # that are not told yet
         self._has_role = False
         self._events: list[Event] = []
         self._finish_reason = ""
-        self.num_reasoning_tokens = 0
 
     def chunks(self, delta: ChoiceDelta) -> list[ChatChunkChoice]:
         """One for each thing that is new, before the first one the role, and one for the end. A token's
@@ -65,17 +64,11 @@ class ChoiceReader:
 
     def _read(self, delta: ChoiceDelta) -> tuple[list[Event], str | None]:
         """What is new, and why the choice has ended, if it has."""
-        reader, reason = self._reader, delta.finish_reason
-        was_thinking, has_thought = reader.is_thinking, reader.has_thought
-        events = reader.feed(delta.text)
-        if reason is not None:
-            events += reader.end()
-        if was_thinking or reader.has_thought != has_thought:
-            self.num_reasoning_tokens = delta.num_tokens
+        events, reason = self._answer.read(delta), delta.finish_reason
         if delta.logprobs is not None:
             self._logprobs = self._logprobs or []
             self._logprobs += delta.logprobs
-        if reason == "stop" and reader.num_calls:
+        if reason == "stop" and self._answer.num_calls:
             reason = "function_call" if self._is_legacy else "tool_calls"
         return events, reason
 
@@ -112,5 +105,5 @@ class ChoiceReader:
             "".join(content) if content or not told else None,
             tool_calls=told if told and not self._is_legacy else msgspec.UNSET,
             function_call=told[0].function if told and self._is_legacy else msgspec.UNSET,
-            reasoning_content="".join(reasoning) if self._reader.has_thought else msgspec.UNSET,
+            reasoning_content="".join(reasoning) if self._answer.has_thought else msgspec.UNSET,
         )

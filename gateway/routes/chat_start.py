@@ -1,11 +1,11 @@
 """A chat begins: the conversation becomes a prompt, what is asked of the answer a grammar; each choice gets
-its reader."""
+its reader. Whichever endpoint asks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from fastapi import Request
@@ -17,13 +17,33 @@ from gateway.generation import Generation
 from gateway.grammar import Grammars
 from gateway.prompt.conversation import Conversation
 from gateway.prompts import require_ready
-from gateway.protocol.chat import ChatCompletionRequest
 from gateway.protocol.common import CompletionTokensDetails, GenerationParams, InvalidField, Usage
-from gateway.protocol.messages import for_template
+from gateway.protocol.messages import ChatMessage, for_template
+from gateway.protocol.structured import Shape
 from gateway.protocol.tools import FunctionDefinition, ToolUse
 from gateway.router import ServedModel
-from gateway.routes.chat_choice import ChoiceReader
+from gateway.routes.chat_answer import ChoiceAnswer
 from gateway.routes.common import gateway_of, tenant_of
+
+
+class ChatRequest(Protocol):
+    """What is asked for, in whatever words."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def messages(self) -> Sequence[ChatMessage]: ...
+    @property
+    def add_generation_prompt(self) -> bool | None: ...
+    @property
+    def continue_final_message(self) -> bool | None: ...
+    @property
+    def prompt_cache_key(self) -> str | None: ...
+
+    def params(self) -> GenerationParams: ...
+    def shape(self) -> Shape | None: ...
+    def tool_use(self) -> ToolUse: ...
+    def template_variables(self, known: frozenset[str]) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +51,14 @@ class Chat:
     """A chat underway, and who reads its choices."""
 
     generation: Generation
-    readers: list[ChoiceReader]
+    answers: list[ChoiceAnswer]
 
     def usage(self) -> Usage:
-        details = CompletionTokensDetails(sum(reader.num_reasoning_tokens for reader in self.readers))
+        details = CompletionTokensDetails(sum(answer.num_reasoning_tokens for answer in self.answers))
         return msgspec.structs.replace(self.generation.usage(), completion_tokens_details=details)
 
 
-async def start_chat(request: Request, body: ChatCompletionRequest) -> Chat:
+async def start_chat(request: Request, body: ChatRequest) -> Chat:
     """Checks every limit; sends nothing yet. Raises what its parts raise."""
     gateway = gateway_of(request)
     model = gateway.router.find(body.model)
@@ -60,11 +80,10 @@ async def start_chat(request: Request, body: ChatCompletionRequest) -> Chat:
         decode=model.answer.marks.decode,
     )
     names = frozenset(function.name for function in use.allowed)
-    readers = [
-        ChoiceReader(index, AnswerReader(model.answer, names, is_thinking), is_legacy=use.is_legacy)
-        for index in range(generation.num_choices)
+    answers = [
+        ChoiceAnswer(AnswerReader(model.answer, names, is_thinking)) for _ in range(generation.num_choices)
     ]
-    return Chat(generation, readers)
+    return Chat(generation, answers)
 
 
 def _check_tools(model: ServedModel, use: ToolUse) -> None:
@@ -86,7 +105,7 @@ def _check_tools(model: ServedModel, use: ToolUse) -> None:
         )
 
 
-def conversation_of(model: ServedModel, body: ChatCompletionRequest, use: ToolUse) -> Conversation:
+def conversation_of(model: ServedModel, body: ChatRequest, use: ToolUse) -> Conversation:
     """What the model's template is rendered over. Raises NoChatTemplate, InvalidField."""
     _check_tools(model, use)
     template, tools = template_of(model), model.answer.tools
