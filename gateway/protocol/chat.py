@@ -79,15 +79,20 @@ class ChatCompletionRequest(StructuredRequest):
         """What the template is told beside messages and tools; `known`: the variables that it reads.
 
         Raises InvalidField if it knows of no effort, and of no thinking that could be switched."""
-        effort = self.reasoning_effort
-        told: dict[str, Any] = {}
-        if effort is not None:
-            told = {name: effort != "none" for name in THINKING_SWITCHES if name in known}
-            if "reasoning_effort" in known:
-                told["reasoning_effort"] = effort
-            if not told and effort != "none":
-                raise InvalidField(
-                    "reasoning_effort",
-                    "This model's chat template knows of no reasoning effort: leave it out, or send 'none'.",
-                )
+        told = effort_variables(self.reasoning_effort, known, "reasoning_effort")
         return told | (self.chat_template_kwargs or {})
+
+
+def effort_variables(effort: Effort | None, known: frozenset[str], param: str) -> dict[str, Any]:
+    """An effort as the template that reads these variables knows it. Raises InvalidField, naming `param`."""
+    if effort is None:
+        return {}
+    told: dict[str, Any] = {name: effort != "none" for name in THINKING_SWITCHES if name in known}
+    if "reasoning_effort" in known:
+        told["reasoning_effort"] = effort
+    if not told and effort != "none":
+        raise InvalidField(
+            param,
+            "This model's chat template knows of no reasoning effort: leave it out, or send 'none'.",
+        )
+    return told

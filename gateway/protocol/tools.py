@@ -125,7 +125,7 @@ def use_of_tools(
         mode, names = _of_tool_choice(choice)
         definitions = tuple(tool.function for tool in tools or ())
         all_of_them = ToolUse(definitions, is_parallel=is_parallel is not False)
-    return _chosen(all_of_them, mode, names)
+    return chosen(all_of_them, mode, names)
 
 
 def _of_tool_choice(choice: ToolChoice | None) -> tuple[str, list[str] | None]:
@@ -144,8 +144,9 @@ def _of_function_choice(choice: FunctionChoice | None) -> tuple[str, list[str] |
     return "required", [choice.name]
 
 
-def _chosen(use: ToolUse, mode: str, names: list[str] | None) -> ToolUse:
-    """With what may be called of it."""
+def chosen(use: ToolUse, mode: str, names: list[str] | None) -> ToolUse:
+    """With what may be called of it: `mode` is none, auto or required; `names` are those that may be called,
+    None: all. Raises InvalidField."""
     by_name = {function.name: function for function in use.functions}
     if len(by_name) < len(use.functions):
         raise InvalidField(use.param, f"'{use.param}' has two functions of one name")
