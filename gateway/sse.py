@@ -27,11 +27,14 @@ HEADERS = {
 Value = TypeVar("Value")
 Chunks = AsyncGenerator[bytes, None]
 DescribeError = Callable[[Exception], bytes]
-"""The error object as JSON, for the event that ends a stream that failed."""
+"""The events that end a stream that failed."""
 
 
-def event(data: bytes) -> bytes:
-    return b"data: %b\n\n" % data
+def event(data: bytes, name: str | None = None) -> bytes:
+    """`name`: for protocols whose events have one."""
+    if name is None:
+        return b"data: %b\n\n" % data
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), data)
 
 
 async def until_gone(receive: Receive) -> None:
@@ -132,4 +135,4 @@ class EventStream(EventSourceResponse):
             async for chunk in chunks:
                 yield chunk
         except Exception as error:
-            yield event(describe_error(error))
+            yield describe_error(error)

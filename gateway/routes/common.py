@@ -13,13 +13,13 @@ from fastapi import Request
 from starlette.responses import Response
 
 from gateway.admission import Admission
-from gateway.errors import to_api_error
+from gateway.errors import APIError, to_api_error
 from gateway.grammar import Grammars
 from gateway.keys import KeyRing
 from gateway.metrics import Metrics
 from gateway.router import Router
 from gateway.settings import Settings
-from gateway.sse import DescribeError
+from gateway.sse import DescribeError, event
 from gateway.tenant import Tenant
 
 
@@ -34,16 +34,16 @@ class Gateway:
     admissions: Mapping[str, Admission]  # by the model's name
     grammars: Grammars
 
+    def error_of(self, request: Request, error: Exception) -> APIError:
+        """What the client is told of an error in its stream. Counts it."""
+        method, path, request_id = request.method, request.url.path, request.state.request_id
+        api_error = to_api_error(error, method=method, path=path, request_id=request_id)
+        self.metrics.errors[api_error.label] += 1
+        return api_error
+
     def error_describer(self, request: Request) -> DescribeError:
-        """Gives the error object as JSON, for this request's stream when it fails underway. Counts it."""
-
-        def describe(error: Exception) -> bytes:
-            method, path, request_id = request.method, request.url.path, request.state.request_id
-            api_error = to_api_error(error, method=method, path=path, request_id=request_id)
-            self.metrics.errors[api_error.label] += 1
-            return api_error.body
-
-        return describe
+        """Gives the error event of this request's stream, as OpenAI's older endpoints have it."""
+        return lambda error: event(self.error_of(request, error).body)
 
 
 @dataclass(frozen=True, slots=True)
