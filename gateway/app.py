@@ -18,7 +18,7 @@ from gateway.grammar import Grammars
 from gateway.keys import KeyRing
 from gateway.metrics import Metrics
 from gateway.router import Router, ServedModel
-from gateway.routes import capabilities, chat, completions, models, ops, page, tokenize
+from gateway.routes import capabilities, chat, completions, models, openapi, ops, page, tokenize
 from gateway.routes.common import Gateway, gateway_of
 from gateway.settings import Settings
 
@@ -55,6 +55,7 @@ def create_app(
         chat,
         completions,
         models,
+        openapi,
         ops,
         tokenize,
         *([page] if settings.page else []),

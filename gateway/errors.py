@@ -135,7 +135,9 @@ class ErrorObject(msgspec.Struct, frozen=True):
     code: str | None
 
 
-class _ErrorBody(msgspec.Struct, frozen=True):
+class Error(msgspec.Struct, frozen=True):
+    """The body of every response that is an error, and the data of a stream's event that is one."""
+
     error: ErrorObject
 
 
@@ -148,7 +150,7 @@ class APIError(NamedTuple):
 
     @property
     def body(self) -> bytes:
-        return msgspec.json.encode(_ErrorBody(self.error))
+        return msgspec.json.encode(Error(self.error))
 
     @property
     def label(self) -> str:

@@ -32,7 +32,7 @@ class Capability(msgspec.Struct, frozen=True):
     field: str  # "stop", "messages[].content[].text"
     status: Literal["supported", "ignored", "refused"]
     why: str | msgspec.UnsetType = msgspec.UNSET
-    allowed: tuple[object, ...] | msgspec.UnsetType = msgspec.UNSET
+    allowed: tuple[Any, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Capabilities(msgspec.Struct, frozen=True):

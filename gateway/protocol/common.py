@@ -8,7 +8,8 @@ from functools import cache
 from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeVar
 
 import msgspec
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic_core import core_schema
 
 from gateway.protocol import bounds
 from gateway.protocol.bounds import Range
@@ -136,14 +137,23 @@ def _logit_bias(value: object) -> object:
 
 ModelName = Annotated[str, Field(min_length=1, max_length=1_000)]
 TokenId = Annotated[int, _bounded(bounds.TOKEN_ID)]
+_StopString = Annotated[str, Field(min_length=1, max_length=bounds.MAX_STOP_CHARS)]
+_StopStrings = Annotated[list[_StopString], Field(max_length=bounds.MAX_STOP_STRINGS, fail_fast=True)]
 StopStrings = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=bounds.MAX_STOP_CHARS)]],
-    Field(max_length=bounds.MAX_STOP_STRINGS, fail_fast=True),
-    BeforeValidator(_as_strings),
+    _StopStrings, BeforeValidator(_as_strings, json_schema_input_type=_StopString | _StopStrings)
 ]
 StopTokenIds = Annotated[list[TokenId], Field(max_length=bounds.MAX_STOP_TOKEN_IDS, fail_fast=True)]
+_Bias = Annotated[float, _bounded(bounds.LOGIT_BIAS)]
+_WrittenTokenId = Annotated[str, Field(pattern="^[0-9]{1,10}$")]
 LogitBias = Annotated[
-    dict[TokenId, Annotated[float, _bounded(bounds.LOGIT_BIAS)]], BeforeValidator(_logit_bias)
+    dict[TokenId, _Bias],
+    BeforeValidator(
+        _logit_bias,
+        json_schema_input_type=Annotated[
+            dict[_WrittenTokenId, _Bias],
+            Field(max_length=bounds.MAX_LOGIT_BIASES, json_schema_extra={"additionalProperties": False}),
+        ],
+    ),
 ]
 
 
@@ -159,6 +169,17 @@ class RequestPart(BaseModel):
         if not isinstance(given, dict):
             return given
         return without_unused(given, cls.rules, _names(cls))
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """With the fields that are ignored, and those that are refused but for some values."""
+        described = handler(schema)
+        properties = handler.resolve_ref_schema(described).setdefault("properties", {})
+        for name, rule in cls.rules.items():
+            properties.setdefault(name, rule.json_schema())
+        return described
 
 
 @cache

@@ -14,6 +14,7 @@ from gateway.protocol.common import (
     GenerationParams,
     InvalidField,
     PromptToken,
+    TokenId,
     TokenInfo,
     Usage,
 )
@@ -51,10 +52,25 @@ def token_ids(ids: object, expected: str = "expected a list of token ids") -> li
     return ids
 
 
+_TokenIds = list[TokenId]
+_Several = Field(min_length=1, max_length=bounds.MAX_PROMPTS)
+Prompts = Annotated[
+    list[str] | list[list[int]],
+    PlainValidator(
+        _as_prompts,
+        json_schema_input_type=str
+        | Annotated[list[str], _Several]
+        | Annotated[_TokenIds, Field(min_length=1)]
+        | Annotated[list[_TokenIds], _Several],
+    ),
+]
+TokenIds = Annotated[list[int], PlainValidator(token_ids, json_schema_input_type=_TokenIds)]
+
+
 class CompletionRequest(StructuredRequest):
     rules = fields.COMPLETIONS
 
-    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_as_prompts)]
+    prompt: Prompts
     suffix: str | None = None
     echo: bool | None = None
     max_tokens: Annotated[int, Field(ge=0, le=bounds.MAX_TOKENS.max)] | None = None

@@ -19,6 +19,13 @@ class Rule(NamedTuple):
     why: str
     no_op: tuple[object, ...] = ()  # None passes always
 
+    def json_schema(self) -> dict[str, object]:
+        """What passes."""
+        remark = f"{self.status.capitalize()}: {self.why}"
+        if self.status == "ignored":
+            return {"description": remark}
+        return {"description": remark, "enum": [None, *self.no_op]}
+
 
 class UnknownField(ValueError):  # noqa: N818
     """A field that this endpoint does not know."""
@@ -51,7 +58,7 @@ SHARED = {
     "guided_decoding_backend": _ignored("there is one, llguidance"),
     "guided_whitespace_pattern": _refused("white space in JSON is as much as indents need"),
     "use_beam_search": _refused(_NOT_YET, False),
-    "length_penalty": _refused("it belongs to beam search", 1, 1.0),
+    "length_penalty": _refused("it belongs to beam search", 1),
     "priority": _refused(_NOT_YET, 0),
 }
 

@@ -45,6 +45,9 @@ def _as_parts(value: object) -> object:
     return value
 
 
+_Parts = Annotated[list[TextPart], Field(min_length=1, max_length=bounds.MAX_CONTENT_PARTS, fail_fast=True)]
+
+
 class FunctionCall(RequestPart):
     rules = fields.FUNCTION_CALL
 
@@ -65,9 +68,7 @@ class ChatMessage(RequestPart):
 
     role: Role
     content: Annotated[
-        list[TextPart] | None,
-        Field(min_length=1, max_length=bounds.MAX_CONTENT_PARTS, fail_fast=True),
-        BeforeValidator(_as_parts),
+        _Parts | None, BeforeValidator(_as_parts, json_schema_input_type=str | _Parts | None)
     ] = None
     name: Annotated[str, Field(max_length=1_000)] | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=bounds.MAX_TOOLS, fail_fast=True)] | None = None

@@ -38,7 +38,9 @@ def _as_object(value: object) -> object:
         raise ValueError(str(error).replace("The body", "the schema", 1)) from error
 
 
-JsonSchema = Annotated[dict[str, Any], BeforeValidator(_as_object)]
+JsonSchema = Annotated[
+    dict[str, Any], BeforeValidator(_as_object, json_schema_input_type=dict[str, Any] | str)
+]
 Text = Annotated[str, Field(min_length=1, max_length=bounds.MAX_SHAPE_CHARS)]
 Choices = Annotated[list[Text], Field(min_length=1, max_length=bounds.MAX_SHAPE_CHOICES, fail_fast=True)]
 
@@ -67,7 +69,7 @@ class ResponseFormat(RequestPart):
 
     def shapes(self) -> Iterator[Shape]:
         if self.json_schema is not None:
-            yield _json(self.json_schema.json_schema, "response_format.json_schema.schema")
+            yield json_shape(self.json_schema.json_schema, "response_format.json_schema.schema")
         elif self.type == "json_object":
             yield Shape("json_schema", ANY_OBJECT, "response_format")
 
@@ -135,7 +137,7 @@ def _shapes(
     grammar: str | None,
 ) -> Iterator[Shape]:
     if schema is not None:
-        yield _json(schema, f"{prefix}json")
+        yield json_shape(schema, f"{prefix}json")
     if regex is not None:
         yield Shape("regex", regex, f"{prefix}regex")
     if choice is not None:
@@ -144,7 +146,8 @@ def _shapes(
         yield Shape("grammar", grammar, f"{prefix}grammar")
 
 
-def _json(schema: dict[str, Any], param: str) -> Shape:
+def json_shape(schema: dict[str, Any], param: str) -> Shape:
+    """JSON of a schema that `param` has. Raises InvalidField if it is too large."""
     return Shape("json_schema", _bounded(json.dumps(schema), param), param)
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Self
 
 import msgspec
-from pydantic import PlainValidator, model_validator
+from pydantic import model_validator
 
 from gateway.protocol import fields
 from gateway.protocol.chat import ChatCompletionRequest, TemplateVariables
 from gateway.protocol.common import InvalidField, ModelName, RequestPart
-from gateway.protocol.completions import token_ids
+from gateway.protocol.completions import TokenIds
 from gateway.protocol.messages import Messages
 from gateway.protocol.tools import Tools
 
@@ -63,7 +63,7 @@ class DetokenizeRequest(RequestPart):
     rules = fields.DETOKENIZE
 
     model: ModelName | None = None
-    tokens: Annotated[list[int], PlainValidator(token_ids)]
+    tokens: TokenIds
 
 
 class Detokenized(msgspec.Struct, frozen=True):

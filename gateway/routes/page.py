@@ -77,4 +77,4 @@ async def get_file(request: Request) -> Response:
 
 
 for _path in _FILES:
-    router.add_api_route(_path, get_file, methods=["GET", "HEAD"])
+    router.add_api_route(_path, get_file, methods=["GET", "HEAD"], include_in_schema=False)

@@ -1,0 +1,302 @@
+"""The OpenAPI document: every route of the API, what it takes, what it answers and which errors it has.
+
+Read from the types that requests are checked by and responses are written from, and from the table of errors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from http import HTTPStatus
+from importlib.metadata import version
+from typing import Any, Literal
+
+import msgspec
+
+from gateway.errors import TABLE, Error
+from gateway.protocol.capabilities import Capabilities
+from gateway.protocol.chat import ChatCompletionRequest
+from gateway.protocol.chat_response import ChatChunk, ChatCompletion
+from gateway.protocol.common import RequestPart
+from gateway.protocol.completions import Completion, CompletionRequest
+from gateway.protocol.json_schema import JsonSchema, reference, schemas_of
+from gateway.protocol.models import Model, ModelList
+from gateway.protocol.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from gateway.routes.ops import Health
+
+_OF_ANY = (400, 408, 431, 500, 503)
+"""What can be wrong with any request: it is no HTTP, it comes too slowly or has too large headers, or the
+server has an error or too many connections."""
+_OF_KEYS = (401,)
+_OF_BODIES = (404, 413, 429, 504)
+_NEVER_READ = 499  # who would read it has gone
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """One method of one path."""
+
+    path: str
+    summary: str
+    response: type[msgspec.Struct] | None  # None: `media_type`, of any shape
+    request: type[RequestPart] | None = None
+    chunk: type[msgspec.Struct] | None = None  # the data of a stream's events
+    example: dict[str, Any] | None = None  # of a request, but for the model's name
+    parameters: tuple[JsonSchema, ...] = ()
+    errors: tuple[int, ...] = ()  # beside those of any request, of keys and of bodies
+    media_type: str = "application/json"
+    is_open: bool = False  # needs no key
+    tag: Literal["generation", "tokens", "models", "operations"]
+
+    @property
+    def method(self) -> str:
+        return "get" if self.request is None else "post"
+
+    @property
+    def statuses(self) -> tuple[int, ...]:
+        """The errors that it can end with."""
+        keys = () if self.is_open else _OF_KEYS
+        bodies = _OF_BODIES if self.request is not None else ()
+        return tuple(sorted({*_OF_ANY, *keys, *bodies, *self.errors}))
+
+
+def _parameter(name: str, place: Literal["path", "query"], description: str) -> JsonSchema:
+    return {
+        "name": name,
+        "in": place,
+        "required": place == "path",
+        "description": description,
+        "schema": {"type": "string", "minLength": 1},
+    }
+
+
+_HELLO = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 16}
+OPERATIONS = (
+    Operation(
+        path="/v1/chat/completions",
+        summary="The next message of a chat, whole or as a stream",
+        request=ChatCompletionRequest,
+        response=ChatCompletion,
+        chunk=ChatChunk,
+        example=_HELLO,
+        tag="generation",
+    ),
+    Operation(
+        path="/v1/completions",
+        summary="How a text goes on, whole or as a stream",
+        request=CompletionRequest,
+        response=Completion,
+        chunk=Completion,
+        example={"prompt": "Sluice is", "max_tokens": 16},
+        tag="generation",
+    ),
+    *(
+        Operation(
+            path=f"{prefix}/tokenize",
+            summary="The tokens of a text, or of a chat's prompt",
+            request=TokenizeRequest,
+            response=Tokenized,
+            example={"prompt": "Hello!"},
+            tag="tokens",
+        )
+        for prefix in ("", "/v1")
+    ),
+    *(
+        Operation(
+            path=f"{prefix}/detokenize",
+            summary="The text of tokens",
+            request=DetokenizeRequest,
+            response=Detokenized,
+            example={"tokens": [20, 21]},
+            tag="tokens",
+        )
+        for prefix in ("", "/v1")
+    ),
+    Operation(
+        path="/tokenizer_info",
+        summary="The model's tokenizer_config.json, with the chat template that is used",
+        response=None,
+        parameters=(_parameter("model", "query", "Needed where several are served"),),
+        errors=(404,),
+        tag="tokens",
+    ),
+    Operation(path="/v1/models", summary="The models that are served", response=ModelList, tag="models"),
+    Operation(
+        path="/v1/models/{id}",
+        summary="One model",
+        response=Model,
+        parameters=(_parameter("id", "path", "A model's name, whose slashes may be written as they are"),),
+        errors=(404,),
+        tag="models",
+    ),
+    Operation(
+        path="/v1/capabilities",
+        summary="What becomes of every field of every endpoint",
+        response=Capabilities,
+        tag="models",
+    ),
+    Operation(path="/openapi.json", summary="This document", response=None, tag="operations"),
+    Operation(path="/livez", summary="The process answers", response=Health, is_open=True, tag="operations"),
+    Operation(
+        path="/readyz",
+        summary="Every model has a ready group; 503 until then, and while the server ends",
+        response=Health,
+        is_open=True,
+        tag="operations",
+    ),
+    Operation(
+        path="/health", summary="As /readyz; without keys with reasons", response=Health, tag="operations"
+    ),
+    Operation(
+        path="/metrics",
+        summary="Metrics for Prometheus",
+        response=None,
+        media_type="text/plain",
+        tag="operations",
+    ),
+)
+_TELLS_WHILE_LOADING = ("/readyz", "/health")
+
+
+@cache
+def document(models: tuple[str, ...], has_keys: bool) -> bytes:
+    """As JSON, for a server of these models."""
+    return msgspec.json.encode(_document(models, has_keys))
+
+
+def _document(models: Sequence[str], has_keys: bool) -> JsonSchema:
+    requests = dict.fromkeys(operation.request for operation in OPERATIONS if operation.request)
+    responses = dict.fromkeys(struct for operation in OPERATIONS for struct in _answers(operation))
+    references, components = schemas_of(list(requests), [Error, *responses])
+    for request in requests:
+        components[request.__name__]["properties"]["model"] = _name_of_model(request, models)
+    paths: dict[str, JsonSchema] = {}
+    for operation in OPERATIONS:
+        described = _described(operation, references, models[0])
+        paths.setdefault(operation.path, {})[operation.method] = described
+    return {
+        "openapi": "3.2.0",
+        "info": {
+            "title": "Sluice",
+            "version": version("sluice"),
+            "summary": "A gateway for language models, compatible with OpenAI's API",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "servers": [{"url": "/"}],
+        "security": [{"bearer": []}, {"header": []}] if has_keys else [],
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "responses": {_name(status): _error(status) for status in sorted(_all_statuses())},
+            "headers": _HEADERS,
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        },
+    }
+
+
+def _answers(operation: Operation) -> Iterator[type[msgspec.Struct]]:
+    yield from (struct for struct in (operation.response, operation.chunk) if struct is not None)
+
+
+def _name_of_model(request: type[RequestPart], models: Sequence[str]) -> JsonSchema:
+    """One of those that are served here."""
+    name: JsonSchema = {"type": "string", "enum": list(models)}
+    is_required = request.model_fields["model"].is_required()
+    return name if is_required else {"anyOf": [name, {"type": "null"}]}
+
+
+def _described(operation: Operation, references: dict[type, JsonSchema], model: str) -> JsonSchema:
+    described: JsonSchema = {
+        "operationId": _operation_id(operation),
+        "summary": operation.summary,
+        "tags": [operation.tag],
+        "responses": {
+            "200": _success(operation, references),
+            **{str(status): {"$ref": _RESPONSES + _name(status)} for status in operation.statuses},
+        },
+    }
+    if operation.parameters:
+        described["parameters"] = list(operation.parameters)
+    if operation.is_open:
+        described["security"] = []
+    if operation.request is not None:
+        content = {
+            "schema": references[operation.request],
+            "example": {"model": model, **(operation.example or {})},
+        }
+        described["requestBody"] = {"required": True, "content": {"application/json": content}}
+    if operation.path in _TELLS_WHILE_LOADING:
+        either = {"anyOf": [references[Health], reference("Error")]}
+        described["responses"]["503"] = _response("Not ready", {"application/json": {"schema": either}})
+    return described
+
+
+def _operation_id(operation: Operation) -> str:
+    """get_v1_models_id"""
+    return "_".join([operation.method, *re.findall(r"\w+", operation.path)])
+
+
+def _success(operation: Operation, references: dict[type, JsonSchema]) -> JsonSchema:
+    schema = {} if operation.response is None else references[operation.response]
+    if operation.media_type != "application/json":
+        schema = {"type": "string"}
+    elif operation.response is None:
+        schema = {"type": "object"}
+    content: JsonSchema = {operation.media_type: {"schema": schema}}
+    if operation.chunk is not None:
+        content["text/event-stream"] = {"itemSchema": _event(references[operation.chunk])}
+    return _response("OK", content)
+
+
+def _event(chunk: JsonSchema) -> JsonSchema:
+    """Of a stream: a chunk, an error, after which the stream ends, or its regular end."""
+    content = {"anyOf": [chunk, reference("Error")]}
+    data = {
+        "type": "string",
+        "anyOf": [
+            {"const": "[DONE]"},
+            {"contentMediaType": "application/json", "contentSchema": content},
+        ],
+    }
+    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
+
+
+_RESPONSES = "#/components/responses/"
+_HEADERS: JsonSchema = {
+    "x-request-id": {"description": "The caller's own, or a new one", "schema": {"type": "string"}},
+    "openai-processing-ms": {"description": "Until the answer began", "schema": {"type": "string"}},
+    "retry-after": {"description": "Seconds", "schema": {"type": "integer", "minimum": 1}},
+}
+
+
+def _response(description: str, content: JsonSchema, *headers: str) -> JsonSchema:
+    names = ("x-request-id", *headers)
+    return {
+        "description": description,
+        "headers": {name: {"$ref": f"#/components/headers/{name}"} for name in names},
+        "content": content,
+    }
+
+
+def _all_statuses() -> set[int]:
+    return {status for operation in OPERATIONS for status in operation.statuses}
+
+
+def _name(status: int) -> str:
+    """RequestTimeout"""
+    return HTTPStatus(status).phrase.title().replace(" ", "")
+
+
+def _error(status: int) -> JsonSchema:
+    """With the codes that it can have."""
+    rows = [row for row in TABLE.values() if row.status == status]
+    codes = ", ".join(sorted({row.code for row in rows if row.code is not None}))
+    phrase = HTTPStatus(status).phrase
+    headers = ["retry-after"] if any(row.retry_after for row in rows) else []
+    content = {"application/json": {"schema": reference("Error")}}
+    return _response(f"{phrase}: {codes}" if codes else phrase, content, *headers)
