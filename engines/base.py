@@ -7,7 +7,6 @@ its business; tensors are not anybody else's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -18,8 +17,12 @@ if TYPE_CHECKING:
     from engines.config import ModelConfig
     from engines.runtime.mesh import Mesh
 
-ReportProgress = Callable[[float], None]
-"""Called while loading with the fraction done, 0 to 1."""
+
+class ReportProgress(Protocol):
+    """Called with the fraction done, 0 to 1, of loading the weights, or of compiling what an engine needs
+    before that: the time that takes is not counted as loading."""
+
+    def __call__(self, fraction: float, phase: Literal["load", "compile"] = "load", /) -> None: ...
 
 
 class UnsupportedModel(ValueError):  # noqa: N818  it names a model, not a failure of ours
@@ -82,8 +85,8 @@ class Batch:
 class Engine(Protocol):
     """The model on one rank.
 
-    `__init__(config, mesh, report)` loads this rank's share of the weights, calling `report` with the
-    fraction done. It raises UnsupportedModel before it reads any weight, BadCheckpoint while reading.
+    `__init__(config, mesh, report)` loads this rank's share of the weights, and tells `report` how far it
+    is. It raises UnsupportedModel before it reads any weight, BadCheckpoint while reading.
     """
 
     batching: ClassVar[Literal["continuous", "static"]]

@@ -100,10 +100,8 @@ def read_deepspeed_file(
     s: Settings, path: Path, world_size: int, dtype: str | None = None
 ) -> DeepSpeedFile | None:
     """Read and check the file against the group's size and the YAML's dtype; what is wrong goes to `s`.
-    None where it is missing (the engine looks again) or wrong."""
+    None where it is wrong or missing: the latter is the machine's matter, of which others tell."""
     if not path.exists():
-        unknown = "which engine serves (deepspeed_tp is shown), its tp_size and dtype depend on it"
-        s.warn(_KEY, f"{path} is not there: {unknown}")
         return None
     reading = _Reading(path, world_size, dtype)
     found = reading.read()

@@ -72,7 +72,9 @@ def _split_one(s: Settings, kind: ParallelType, level: int | None, tp: int | Non
     if stray and stray != 1:
         s.problem(other, f"is {stray}, but parallelType is {kind}", remedy="write parallelType: pptp")
     if size and level and size != level:
-        s.problem(mine, f"is {size}, but the group has {level} ranks", remedy=f"remove {mine}")
+        key = _LEVEL if s.has(_LEVEL) else _NPROC
+        wrong = f"is {size}, but {key} ({s.where(key)}) is {level}: both are the size"
+        s.problem(mine, wrong, remedy="remove one of them")
     size = size or level
     if size is None:
         if not any(map(s.has, (_LEVEL, _NPROC, mine))):

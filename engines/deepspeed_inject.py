@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
@@ -62,7 +63,9 @@ class DeepSpeedInjectEngine:
         checkpoint = hf.open_checkpoint(self._found)
         self.dtype = hf.dtype_of(self._found, checkpoint, self._settings.dtype or config.dtype)
         model = hf.build_empty(self._found, self.dtype)
-        self._injected = inject(model, self._settings, mesh, fill_layer_by_layer(model, checkpoint, report))
+        self._injected = inject(
+            model, self._settings, mesh, fill_layer_by_layer(model, checkpoint, report), report
+        )
         self._decoder = hf.HFDecoder(self._injected.model, ())
 
     @classmethod
@@ -132,7 +135,7 @@ def fill_layer_by_layer(model: PreTrainedModel, checkpoint: Checkpoint, report: 
     num_layers, cpu = len(layers), torch.device("cpu")
 
     def fill(is_wanted: Callable[[str], bool]) -> None:
-        hf.fill(model, checkpoint, lambda name: cpu if is_wanted(name) else None, lambda fraction: None)
+        hf.fill(model, checkpoint, lambda name: cpu if is_wanted(name) else None, lambda *_: None)
 
     def fill_layer(layer: nn.Module) -> None:
         prefix = prefixes.pop(layer)  # and forget it: its weights shall go with it
@@ -154,14 +157,20 @@ class _DeepSpeedInjected:
         self._layer.reset_cache()
 
 
-def inject(model: PreTrainedModel, settings: DeepSpeedFile, mesh: Mesh, fill_layer: FillLayer) -> Injected:
+def inject(
+    model: PreTrainedModel,
+    settings: DeepSpeedFile,
+    mesh: Mesh,
+    fill_layer: FillLayer,
+    report: ReportProgress,
+) -> Injected:
     """Exchange the layers of a model for kernels, compiled when first used. Raises UnsupportedModel."""
-    deepspeed = deepspeed_comm.connect(mesh)
+    deepspeed = deepspeed_comm.connect(mesh, report)
     from deepspeed.model_implementations.transformers.ds_transformer import (  # type: ignore[import-untyped]
         DeepSpeedTransformerInference,
     )
 
-    _require_compilers()
+    _compile(deepspeed, report)
     with _filled_when_exchanged(fill_layer):
         deepspeed.init_inference(
             model,
@@ -195,8 +204,8 @@ def _filled_when_exchanged(fill_layer: FillLayer) -> Iterator[None]:
         replace_module.container_g = None  # the first layer, kept for reading checkpoints DeepSpeed's way
 
 
-def _require_compilers() -> None:
-    """Raises UnsupportedModel where the kernels would have to be compiled and cannot."""
+def _compile(deepspeed: ModuleType, report: ReportProgress) -> None:
+    """Compile the kernels, unless that was done. Raises UnsupportedModel where they cannot be."""
     from deepspeed.git_version_info import installed_ops  # type: ignore[import-untyped]
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -210,3 +219,11 @@ def _require_compilers() -> None:
             f"kernel injection compiles DeepSpeed's kernels, and {', '.join(missing)} not found: install "
             f"them (nvcc: the CUDA toolkit of PyTorch, found by CUDA_HOME), or {AUTOTP}"
         )
+    try:
+        deepspeed_comm.build(deepspeed, deepspeed_comm.KERNELS, report)
+    except Exception as error:  # whatever compilers and loaders raise
+        log.exception("DeepSpeed's kernels could not be compiled")
+        raise UnsupportedModel(
+            f"DeepSpeed's kernels could not be compiled ({type(error).__name__}; the worker's log has the "
+            f"compiler's words): mend that, or {AUTOTP}"
+        ) from error

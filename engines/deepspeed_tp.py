@@ -38,7 +38,7 @@ class DeepSpeedTPEngine(hf.PagedEngine):
         self._mesh = mesh
         self._dtype = hf.dtype_of(self._found, checkpoint, settings.dtype or config.dtype)
         empty = hf.build_empty(self._found, self._dtype)
-        model = shard(empty, settings, mesh, self._found.shape)
+        model = shard(empty, settings, mesh, self._found.shape, report)
         fill(model, checkpoint, mesh.device, report)
         self._decoder = hf.HFDecoder(model, self._found.shape.attention_names)
         self._num_kv_heads = kv_heads_of(self._found.shape.num_kv_heads, mesh)
@@ -82,13 +82,17 @@ def check_split(found: hf.HFModel, mesh: Mesh) -> None:
 
 
 def shard(
-    model: PreTrainedModel, settings: DeepSpeedFile, mesh: Mesh, shape: hf.ModelShape
+    model: PreTrainedModel,
+    settings: DeepSpeedFile,
+    mesh: Mesh,
+    shape: hf.ModelShape,
+    report: ReportProgress,
 ) -> PreTrainedModel:
     """Hand a model without memory to `deepspeed.init_inference`: its linears come back as empty shards.
 
     Raises UnsupportedModel where DeepSpeed splits a linear in a way that cannot be read in slices.
     """
-    deepspeed = deepspeed_comm.connect(mesh)
+    deepspeed = deepspeed_comm.connect(mesh, report)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     parallel = deepspeed_comm.tensor_parallel(mesh) | {"tp_grain_size": settings.tp_grain_size}
     deepspeed.init_inference(model, dtype=model.dtype, tensor_parallel=parallel)

@@ -105,7 +105,7 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
-    """How far loading is: `fraction` of `phase` (connect, load, allocate, warmup), 0 to 1."""
+    """How far loading is: `fraction` of `phase` (connect, compile, load, allocate, warmup), 0 to 1."""
 
     phase: str
     fraction: float

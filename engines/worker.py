@@ -89,7 +89,7 @@ def _prepare_leader(config: ModelConfig, run_dir: Path, inbox: Inbox) -> Leader:
     sender = PlanSender(run_dir / "plans.sock", config.world_size - 1) if config.world_size > 1 else None
     mesh = _join_mesh(config, run_dir, rank=0)
     config = _with_fallback(config)
-    engine = _load(config, mesh, lambda fraction: inbox.send(Progress("load", fraction)))
+    engine = _load(config, mesh, lambda fraction, phase="load": inbox.send(Progress(phase, fraction)))
     if sender is not None:
         sender.accept(config.startup_timeout)
     reports = _reports(sender)
@@ -125,7 +125,7 @@ def _follow(config: ModelConfig, run_dir: Path, rank: int) -> None:
     try:
         mesh = _join_mesh(config, run_dir, rank)
         config = _with_fallback(config)
-        engine = _load(config, mesh, lambda fraction: None)
+        engine = _load(config, mesh, lambda *_: None)
         num_blocks = _num_blocks(config, engine)
     except Exception as error:
         log.exception("loading failed")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
-from gateway.workers.progress import overall_percent, phase
+from gateway.workers.progress import COMPILE, overall_percent, phase
 from gateway.workers.protocol import GroupState, WorkerGroup
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ def is_settled(group: WorkerGroup) -> bool:
 
 def note(group: WorkerGroup) -> str:
     """What a group is doing, in a word. Why one died or failed is said by the log, or at the end."""
+    if phase(group) == COMPILE:
+        return "compile: only this once, a minute or more"
     return phase(group) or ("died" if group.state is GroupState.RESTARTING else str(group.state))
 
 

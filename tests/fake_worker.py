@@ -54,6 +54,7 @@ class Behaviour(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the fake shall do. Steps with work count from 1; 0 is never."""
 
     num_ranks: int = 1
+    compile_seconds: float = 0.0
     load_seconds: float = 0.0
     step_seconds: float = 0.001
     max_num_seqs: int = 256
@@ -147,6 +148,9 @@ class FakeWorker:
 
     def _load(self) -> None:
         behaviour = self._behaviour
+        if behaviour.compile_seconds:
+            self._send(Progress("compile", 0.0))
+            time.sleep(behaviour.compile_seconds)
         for fraction in (0.0, 0.5, 1.0):
             self._send(Progress("load", fraction))
             time.sleep(behaviour.load_seconds / 3)

@@ -1,10 +1,9 @@
 """DeepSpeed on one rank: its import, its process group, and its all-reduce on CPU.
 
 DeepSpeed's all-reduce for CPUs goes through shared memory: 66 MB a rank under /dev/shm, waits by spinning,
-built with g++ and ninja when first used (a minute; `python -m engines.models.deepspeed_comm` does it ahead).
-Where it cannot be had, or would hurt, gloo does the work; the log says which and why. Nothing of it outlives
-the group: its names contain that of the run directory, which the guard removes, and go as soon as every rank
-has its mapping.
+compiled when first used (`python -m engines.models.deepspeed_comm` does it ahead). Where it cannot be had, or
+would hurt, gloo does the work; the log says which and why. Nothing of it outlives the group: its names have
+that of the run directory, which the guard removes, and go as soon as every rank has its mapping.
 """
 
 from __future__ import annotations
@@ -16,8 +15,10 @@ import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,7 @@ from types import ModuleType
 import torch
 import torch.distributed as dist
 
-from engines.base import UnsupportedModel
+from engines.base import ReportProgress, UnsupportedModel
 from engines.runtime.mesh import Mesh
 
 log = logging.getLogger("sluice.deepspeed")
@@ -34,8 +35,23 @@ SHARED_MEMORY = Path("/dev/shm")
 WORKSPACE_BYTES = 68 << 20
 """What a rank's all-reduce takes of SHARED_MEMORY (struct allreduce_workspace of shm.cpp, rounded up)."""
 
-_OP = "deepspeed_shm_comm"
-_BUILDER = "ShareMemCommBuilder"
+
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """C++ or CUDA that comes with DeepSpeed as source."""
+
+    name: str
+    builder: str
+    words: str
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether a start need not wait for it. (If its sources have changed, it is compiled anew.)"""
+        return (build_root() / self.name / f"{self.name}.so").exists()
+
+
+ALL_REDUCE = Extension("deepspeed_shm_comm", "ShareMemCommBuilder", "DeepSpeed's shared-memory all-reduce")
+KERNELS = Extension("transformer_inference", "InferenceBuilder", "DeepSpeed's inference kernels")
 
 
 def require_deepspeed() -> None:
@@ -47,7 +63,7 @@ def require_deepspeed() -> None:
         )
 
 
-def connect(mesh: Mesh) -> ModuleType:
+def connect(mesh: Mesh, report: ReportProgress) -> ModuleType:
     """Import DeepSpeed and have it use the process group that this rank is in. Returns the package.
 
     Call it on every rank, after `torch.distributed` was initialised. Raises UnsupportedModel.
@@ -62,8 +78,8 @@ def connect(mesh: Mesh) -> ModuleType:
             "in Sluice's directory, pip install -e '.[deepspeed]'"
         ) from error
     if mesh.world_size > 1:
-        reason = _agreed(_prepare_shared_memory(deepspeed, mesh))
-        deepspeed.ops.__compatible_ops__ = {_OP: not reason}
+        reason = _agreed(_prepare_shared_memory(deepspeed, mesh, report))
+        deepspeed.ops.__compatible_ops__ = {ALL_REDUCE.name: not reason}
         with _names_of_the_group():
             deepspeed.init_distributed(dist_init_required=False, verbose=False)
         dist.barrier()  # from here on every rank has mapped the workspaces of all
@@ -111,26 +127,30 @@ def reason_for_the_backend(world_size: int, device: str, num_cores: int) -> str:
     return f"{' and '.join(missing)} not found, which build the shared-memory one" if missing else ""
 
 
-def _prepare_shared_memory(deepspeed: ModuleType, mesh: Mesh) -> str:
+def _prepare_shared_memory(deepspeed: ModuleType, mesh: Mesh, report: ReportProgress) -> str:
     """Build and load the operator, unless there is a reason not to, which is returned."""
     reason = reason_for_the_backend(mesh.world_size, mesh.device.type, len(os.sched_getaffinity(0)))
     if reason:
         return reason
     os.environ["LOCAL_SIZE"] = str(mesh.world_size)  # without it the operator crashes
     try:
-        build(deepspeed)
+        build(deepspeed, ALL_REDUCE, report)
     except Exception as error:  # whatever compilers and loaders raise
         log.exception("DeepSpeed's shared-memory all-reduce could not be built")
         return f"the shared-memory one could not be built: {type(error).__name__}"
     return ""
 
 
-def build(deepspeed: ModuleType) -> None:
-    """Compile the shared-memory all-reduce, unless that was done, and load it."""
-    builder = deepspeed.accelerator.get_accelerator().create_op_builder(_BUILDER)
-    with _alone_in(build_root()) as root:
+def build(deepspeed: ModuleType, extension: Extension, report: ReportProgress) -> None:
+    """Compile an extension, unless that was done, and load it. Raises whatever compilers and loaders do."""
+    if not extension.is_compiled:
+        log.warning("compiling %s, once, into %s: a minute or more", extension.words, build_root())
+        report(0.0, "compile")
+    builder = deepspeed.accelerator.get_accelerator().create_op_builder(extension.builder)
+    with _alone_in(build_root(), extension) as root:
         os.environ["TORCH_EXTENSIONS_DIR"] = str(root)
         builder.load(verbose=False)
+    report(0.0)
 
 
 def _agreed(reason: str) -> str:
@@ -149,12 +169,12 @@ def build_root() -> Path:
 
 
 @contextmanager
-def _alone_in(root: Path) -> Iterator[Path]:
+def _alone_in(root: Path, extension: Extension) -> Iterator[Path]:
     """One process at a time. A lock that torch left there when it was killed would stop all later ones."""
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (root / "sluice.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        for stale in root.glob(f"**/{_OP}/lock"):
+        for stale in root.glob(f"**/{extension.name}/lock"):
             stale.unlink()
         yield root
 
@@ -184,6 +204,17 @@ def _unlink(rank: int) -> None:
     (SHARED_MEMORY / name).unlink(missing_ok=True)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Compile the all-reduce ahead of the first start."""
+    require_deepspeed()
+    started, words = time.monotonic(), "is there"
+    if not ALL_REDUCE.is_compiled:
+        print(f"Compiling {ALL_REDUCE.words}; it takes a minute or more.", flush=True)
+        words = "is compiled"
     os.environ["DS_ACCELERATOR"] = "cpu"
-    build(importlib.import_module("deepspeed"))
+    build(importlib.import_module("deepspeed"), ALL_REDUCE, lambda *_: None)
+    print(f"{ALL_REDUCE.words} {words}: {build_root()} ({time.monotonic() - started:.0f} s)")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,10 @@ from engines.models.hf_support import read_config
 FAMILIES = ("llama",)
 """Whose layers are known. DeepSpeed injects others, too; those are not served this way."""
 
-AUTOTP = "set replace_with_kernel_inject to false (AutoTP), or deepspeed.fallback: autotp in the YAML"
+AUTOTP = (
+    "use AutoTP: in the file of deepspeed.config set replace_with_kernel_inject to false, or in the YAML "
+    "deepspeed.fallback to autotp; where there is no such file, write engine: deepspeed_tp"
+)
 
 
 def settings_of(config: ModelConfig) -> DeepSpeedFile:
@@ -31,20 +34,24 @@ def check_support(config: ModelConfig, settings: DeepSpeedFile) -> None:
         size = data.get(key, config.tp_size)
         if size % config.tp_size:
             why = f"cannot be shared evenly by {config.tp_size} ranks"
-            raise _refusal(f"{path}: {key}", size, why, f"set parallelLevel to a divisor of it, or {AUTOTP}")
+            raise _refusal(
+                config, f"{path}: {key}", size, why, f"set parallelLevel to a divisor of it, or {AUTOTP}"
+            )
 
 
 def check_kernels(config: ModelConfig, settings: DeepSpeedFile) -> None:
     """The same, whatever the number of ranks."""
     if config.device != "cuda":
-        raise _refusal("deviceType", config.device, "has no injected kernels; they are CUDA's", AUTOTP)
+        raise _refusal(
+            config, "deviceType", config.device, "has no injected kernels; they are CUDA's", AUTOTP
+        )
     if settings.enable_cuda_graph:
         why = "replays one shape, and prompts have many"
-        raise _refusal("enable_cuda_graph", True, why, "set it to false")
+        raise _refusal(config, "enable_cuda_graph", True, why, "set it to false")
     path = Path(config.model_path) / "config.json"
     data = read_config(config.model_path)
     for key, value, why in _unsupported(data):
-        raise _refusal(f"{path}: {key}", value, why, AUTOTP)
+        raise _refusal(config, f"{path}: {key}", value, why, AUTOTP)
     _check_lengths(config, settings)
 
 
@@ -85,8 +92,9 @@ def _check_lengths(config: ModelConfig, settings: DeepSpeedFile) -> None:
     if wanted is not None and wanted > limit:
         why = f"is more than max_out_tokens ({limit}), which sizes the kernels' K/V"
         remedy = f"set max_out_tokens to {wanted} in the DeepSpeed file, or maxModelLen to {limit} or less"
-        raise _refusal("maxModelLen", wanted, why, remedy)
+        raise _refusal(config, "maxModelLen", wanted, why, remedy)
 
 
-def _refusal(key: str, value: object, why: str, remedy: str) -> UnsupportedModel:
-    return UnsupportedModel(f"kernel injection: {key} ({value!r}) {why}: {remedy}")
+def _refusal(config: ModelConfig, key: str, value: object, why: str, remedy: str) -> UnsupportedModel:
+    asked_by = f" ({config.deepspeed.config})" if config.deepspeed else ""
+    return UnsupportedModel(f"kernel injection{asked_by}: {key} ({value!r}) {why}: {remedy}")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 
-from engines.base import ReportProgress
 from engines.runtime.plan import RowSampling, RowUse, StepKind, StepPlan, StepResult
 from engines.wire import SamplingParams
 
@@ -28,8 +28,8 @@ class _Runner(Protocol):
     def collect(self) -> tuple[StepPlan, StepResult]: ...
 
 
-def run(runner: _Runner, num_blocks: int, config: _Config, report: ReportProgress) -> None:
-    """Run a few plans whose K/V nobody will read: no block is in use yet."""
+def run(runner: _Runner, num_blocks: int, config: _Config, report: Callable[[float], None]) -> None:
+    """Run a few plans whose K/V nobody will read: no block is in use yet. `report` hears the share done."""
     for i, (num_seqs, query_len) in enumerate(_SHAPES):
         report(i / len(_SHAPES))
         if num_seqs <= min(config.max_num_seqs, num_blocks):

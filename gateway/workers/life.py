@@ -18,6 +18,7 @@ from gateway.workers.group import Group
 from gateway.workers.hang import LOOK_SECONDS, Evidence, Look, Watch, verdict
 from gateway.workers.lastwords import describe_exit, is_echo, last_words, names_a_rank
 from gateway.workers.process import Command, GuardedProcess
+from gateway.workers.progress import COMPILE, phase
 from gateway.workers.protocol import GroupState
 from gateway.workers.pulse import Pulse, ranks
 from gateway.workers.rundir import run_directory
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 _EOF_SECONDS = 1.0  # a guard that is gone has killed the group: its socket ends at once, or something is off
 _WORD_SECONDS = 0.5  # for torchrun to write which rank died, and of what: it looks ten times a second
 _LOOK_SECONDS = 0.02
+_COMPILE_SECONDS = 1800.0
 _ENDED_BY_US = 128 + signal.SIGTERM
 
 
@@ -110,8 +112,17 @@ class Life:
         return process
 
     async def _limit_start(self) -> None:
+        """Compiling is not counted, within reason: it happens once, and takes what the machine takes."""
         timeout = self._spec.config.startup_timeout
-        await asyncio.sleep(timeout)
+        left, left_to_compile, before = timeout, _COMPILE_SECONDS, time.monotonic()
+        while left > 0 and left_to_compile > 0 and self._ready_at is None:
+            await asyncio.sleep(min(left, LOOK_SECONDS))
+            now = time.monotonic()
+            if phase(self._group) == COMPILE:
+                left_to_compile -= now - before
+            else:
+                left -= now - before
+            before = now
         if self._ready_at is None:
             progress = self._group.progress
             where = f" (in {progress.phase}, at {progress.fraction:.0%})" if progress else ""

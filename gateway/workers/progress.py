@@ -5,8 +5,9 @@ from __future__ import annotations
 from gateway.workers.protocol import GroupState, WorkerGroup
 
 START = "start"  # the processes start, and have said nothing yet
-_PHASES = ("connect", "load", "allocate", "warmup")
-_SHARES = (0.0, 0.1, 0.8, 0.85, 1.0)  # of the whole, where each phase begins; the last is the end
+COMPILE = "compile"  # what an engine needs and the machine does not have yet: once, for all later starts
+_PHASES = ("connect", COMPILE, "load", "allocate", "warmup")
+_SHARES = (0.0, 0.05, 0.1, 0.8, 0.85, 1.0)  # of the whole, where each phase begins; the last is the end
 
 
 def phase(group: WorkerGroup) -> str | None:

@@ -109,7 +109,7 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, object]]:
         kv_block_size=block_size,
     )
     bandwidth = copy_bandwidth(device)
-    engine = NativeEngine(config, single(device), lambda fraction: None)
+    engine = NativeEngine(config, single(device), lambda *_: None)
     rows: list[dict[str, object]] = []
     for batch in args.batch:
         seconds = step_seconds(engine, config, device, batch, args.steps)

@@ -66,7 +66,7 @@ def schema(number: int) -> dict[str, Any]:
 
 def load(directory: Path, dtype: str) -> Engine:
     settings = SimpleNamespace(model_path=str(directory), dtype=dtype, max_model_len=2048, reshard=False)
-    return NativeEngine(cast(ModelConfig, settings), single(), lambda fraction: None)
+    return NativeEngine(cast(ModelConfig, settings), single(), lambda *_: None)
 
 
 def step_times(group: InProcess, grammars: list[str], round: int) -> tuple[float, float]:

@@ -37,7 +37,7 @@ Decode = Callable[[list[list[int]]], list[float]]
 
 def native_decode(directory: Path) -> Decode:
     settings = SimpleNamespace(model_path=str(directory), dtype="bfloat16", max_model_len=2048, reshard=False)
-    engine = NativeEngine(cast(ModelConfig, settings), single(), lambda fraction: None)
+    engine = NativeEngine(cast(ModelConfig, settings), single(), lambda *_: None)
 
     def decode(prompts: list[list[int]]) -> list[float]:
         num_blocks = -(-(PROMPT_TOKENS + NEW_TOKENS) // BLOCK_SIZE) * len(prompts)

@@ -60,7 +60,7 @@ def test_every_rank_maps_what_it_would_have_sliced(tmp_path: Path, name: str, tp
         ours = open_weights(tmp_path / "s", config, mesh, layers)
         assert isinstance(ours, MappedRank)
         loaders = [
-            WeightLoader(weights, config, mesh, torch.bfloat16, lambda _: None)
+            WeightLoader(weights, config, mesh, torch.bfloat16, lambda *_: None)
             for weights in (ours, Checkpoint(hf))
         ]
         for names in names_of(config, layers):
@@ -126,7 +126,7 @@ def test_they_are_divided_anew_on_request(tmp_path: Path, name: str, tp: int, pp
     resharded = open_weights(tmp_path / "s", config, mesh, range(config.num_layers), reshard=True)
     for names in names_of(config, range(config.num_layers)):
         loads = (
-            WeightLoader(w, config, mesh, torch.float32, lambda _: None) for w in (resharded, Checkpoint(hf))
+            WeightLoader(w, config, mesh, torch.float32, lambda *_: None) for w in (resharded, Checkpoint(hf))
         )
         assert torch.equal(*(loader.load(*names) for loader in loads)), names
 

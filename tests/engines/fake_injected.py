@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from engines.base import ReportProgress
 from engines.config import ModelConfig
 from engines.config_deepspeed import DeepSpeedFile
 from engines.deepspeed_inject import DeepSpeedInjectEngine, FillLayer
@@ -88,7 +89,11 @@ class FakeInjected:
 
 
 def fake_inject(
-    model: PreTrainedModel, settings: DeepSpeedFile, mesh: Mesh, fill_layer: FillLayer
+    model: PreTrainedModel,
+    settings: DeepSpeedFile,
+    mesh: Mesh,
+    fill_layer: FillLayer,
+    report: ReportProgress,
 ) -> FakeInjected:
     """In the place of engines.deepspeed_inject.inject."""
     FakeInjectedModule.workspace.clear()

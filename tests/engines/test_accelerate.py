@@ -58,7 +58,7 @@ def config_of(model: Path, **changes: object) -> ModelConfig:
 
 
 def engine_of(model: Path, **changes: object) -> AccelerateEngine:
-    return AccelerateEngine(config_of(model, **changes), Mesh(0, 1, 1, CPU), lambda fraction: None)
+    return AccelerateEngine(config_of(model, **changes), Mesh(0, 1, 1, CPU), lambda *_: None)
 
 
 def size_of(model: Path) -> int:
@@ -179,7 +179,7 @@ def test_a_missing_package_names_the_extra(model: Path, monkeypatch: pytest.Monk
 
 def test_it_is_one_process(model: Path) -> None:
     with pytest.raises(UnsupportedModel, match="parallelType: custom"):
-        AccelerateEngine(config_of(model, tp_size=2), Mesh(0, 2, 1, CPU), lambda fraction: None)
+        AccelerateEngine(config_of(model, tp_size=2), Mesh(0, 2, 1, CPU), lambda *_: None)
 
 
 def test_a_layers_keys_and_values_are_where_it_computes() -> None:

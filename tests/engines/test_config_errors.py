@@ -60,7 +60,7 @@ FOOTGUNS = {
     ),
     "tp of another size": (
         "parallelType: tp\nparallelLevel: 4\ntensorParallel: 2\n",
-        [":3: tensorParallel", "4 ranks"],
+        [":3: tensorParallel", "parallelLevel (", ":2) is 4", "remove one"],
     ),
     "tp with stages": (
         "parallelType: tp\nparallelLevel: 4\npipelineParallel: 2\n",

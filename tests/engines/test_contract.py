@@ -316,7 +316,7 @@ def test_a_wrong_shard_is_refused_by_name(layout: Layout, damage: str, whole: Pa
     engine = TwoStageEngine if layout == TWO_STAGE else registry.load(layout.engine)
     mesh = Mesh(0, layout.tp, layout.pp, torch.device("cpu"))
     with pytest.raises(BadCheckpoint, match=f"{re.escape(shard.name)}.*{expected}"):
-        engine(config, mesh, lambda fraction: None)
+        engine(config, mesh, lambda *_: None)
 
 
 @pytest.mark.parametrize("layout", [LAYOUTS[1], LAYOUTS[3]], ids=str)

@@ -83,8 +83,8 @@ def test_what_the_kernels_get_wrong_is_refused_with_the_remedy(case: str, model:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     (model / "model.safetensors").unlink()  # refused before weights are looked for
     config = config_of(model)
-    with pytest.raises(UnsupportedModel, match=rf"kernel injection: .*config\.json: .*{expected}.*AutoTP"):
-        DeepSpeedInjectEngine(config, MESH, lambda fraction: None)
+    with pytest.raises(UnsupportedModel, match=rf"kernel injection.*: .*config\.json: .*{expected}.*AutoTP"):
+        DeepSpeedInjectEngine(config, MESH, lambda *_: None)
 
 
 def test_a_cpu_has_no_kernels(model: Path) -> None:
@@ -128,7 +128,7 @@ class Served:
 
     def __init__(self, model: Path, content: dict[str, Any] | None = None) -> None:
         config = config_of(model, content)
-        self.engine = DeepSpeedInjectEngine(config, MESH, lambda fraction: None)
+        self.engine = DeepSpeedInjectEngine(config, MESH, lambda *_: None)
         self.runner = ModelRunner(self.engine, MESH, (), BATCH)
         self.now = 0.0
         self.scheduler = StaticScheduler(
@@ -227,7 +227,7 @@ def test_sequences_end_where_the_workspace_ends(model: Path, monkeypatch: pytest
 def test_one_layer_at_a_time_is_in_memory(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     filled: list[list[weakref.ref[torch.Tensor]]] = []
 
-    def inject(model: Any, settings: Any, mesh: Mesh, fill_layer: FillLayer) -> FakeInjected:
+    def inject(model: Any, settings: Any, mesh: Mesh, fill_layer: FillLayer, report: Any) -> FakeInjected:
         def fill(layer: torch.nn.Module) -> None:
             assert all(parameter.is_meta for parameter in layer.parameters())
             assert [ref for refs in filled for ref in refs if ref() is not None] == []
@@ -235,11 +235,11 @@ def test_one_layer_at_a_time_is_in_memory(model: Path, monkeypatch: pytest.Monke
             assert not any(parameter.is_meta for parameter in layer.parameters())
             filled.append([weakref.ref(parameter) for parameter in layer.parameters()])
 
-        return fake_inject(model, settings, mesh, fill)
+        return fake_inject(model, settings, mesh, fill, report)
 
     monkeypatch.setattr(deepspeed_inject, "inject", inject)
     fractions: list[float] = []
-    engine = DeepSpeedInjectEngine(config_of(model), MESH, fractions.append)
+    engine = DeepSpeedInjectEngine(config_of(model), MESH, lambda fraction, _="": fractions.append(fraction))
     assert len(filled) == MHA.layers
     assert fractions == [(number + 1) / MHA.layers for number in range(MHA.layers)]
     assert not any(parameter.is_meta for parameter in engine._injected.model.parameters())

@@ -44,7 +44,7 @@ def config_of(model: Path, tp: int, **changes: Any) -> ModelConfig:
 
 
 def load(model: Path, mesh: Mesh) -> DeepSpeedTPEngine:
-    return DeepSpeedTPEngine(config_of(model, mesh.tp_size), mesh, lambda fraction: None)
+    return DeepSpeedTPEngine(config_of(model, mesh.tp_size), mesh, lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(deepspeed_comm, "find_spec", lambda name: None)
     mesh = Mesh(rank=0, tp_size=1, pp_size=1, device=torch.device("cpu"))
     with pytest.raises(UnsupportedModel, match=r"pip install -e '\.\[deepspeed\]'"):
-        DeepSpeedTPEngine(config_of(models / "llama", 1), mesh, lambda fraction: None)
+        DeepSpeedTPEngine(config_of(models / "llama", 1), mesh, lambda *_: None)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def native(directory: Path, mesh: Mesh | None = None, **settings: Any) -> Native
         "reshard": False,
     } | settings
     config = cast(ModelConfig, SimpleNamespace(**values))  # all that the engine reads of it
-    return NativeEngine(config, mesh or single(), lambda fraction: None)
+    return NativeEngine(config, mesh or single(), lambda *_: None)
 
 
 def prompts_for(vocab: int, *lengths: int) -> list[list[int]]:

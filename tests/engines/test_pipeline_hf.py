@@ -78,7 +78,7 @@ def elements_read(
     read = []
     original = checkpoint.read_into
     checkpoint.read_into = lambda out, name, part: (read.append(out.numel()), original(out, name, part))[1]  # type: ignore[method-assign]
-    HFStage(found, checkpoint, torch.float32, layers, mesh or single(), lambda fraction: None)
+    HFStage(found, checkpoint, torch.float32, layers, mesh or single(), lambda *_: None)
     checkpoint.read_into = original  # type: ignore[method-assign]
     return sum(read)
 
@@ -106,7 +106,7 @@ def test_heads_that_ranks_cannot_share_are_refused_before_weights_are_looked_for
     unread = write_config(tmp_path, "qwen3", num_hidden_layers=LAYERS, **changes)
     config, mesh = config_for(unread, tp_size=tp), Mesh(0, tp, 2, torch.device("cpu"))
     with pytest.raises(UnsupportedModel, match=message):
-        PipelineEngine(config, mesh, lambda fraction: None)
+        PipelineEngine(config, mesh, lambda *_: None)
 
 
 def set_plan(config: type[PreTrainedConfig], monkeypatch: pytest.MonkeyPatch, **changes: str | None) -> None:
@@ -169,4 +169,4 @@ def refuses_unread(found: hf.HFModel, message: str) -> None:
     checkpoint.read_into = None  # type: ignore[assignment, method-assign]
     mesh = Mesh(1, 2, 1, torch.device("cpu"))
     with pytest.raises(UnsupportedModel, match=message):
-        HFStage(found, checkpoint, torch.float32, range(LAYERS), mesh, lambda fraction: None)
+        HFStage(found, checkpoint, torch.float32, range(LAYERS), mesh, lambda *_: None)

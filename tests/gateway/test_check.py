@@ -158,7 +158,7 @@ def test_what_the_engine_would_refuse_is_refused_by_check_and_serve(
     file = write(tmp_path, "deviceType: cpu\ndeepspeed: {config: ds.json}\n")
     assert check.run([file], gpus=None) == 2
     words = capsys.readouterr().err
-    assert words.startswith(f"{file}:2: kernel injection: deviceType ('cpu') has no injected kernels")
+    assert words.startswith(f"{file}:2: kernel injection ({tmp_path / 'ds.json'}): deviceType ('cpu') has no injected kernels")
     with pytest.raises(DoesNotFit) as refused:
         serve.run([load(file)], serve.Options(port=0))
     assert str(refused.value) == words.strip()
@@ -172,7 +172,7 @@ def test_a_missing_deepspeed_file_is_said_to_decide(
     file = write(tmp_path, "deviceType: cpu\ndeepspeed: {config: no.json}\n")
     assert check.run([file], gpus=None) == 2
     out, err = capsys.readouterr()
-    assert f"warning: {file}:2: deepspeed.config: {tmp_path / 'no.json'} is not there: which engine" in out
+    assert "warning" not in out
     assert err.startswith(f"{file}:2: {tmp_path / 'no.json'}: no such file; which engine serves, whether its")
 
 

@@ -23,6 +23,12 @@ def test_what_a_group_is_doing_is_a_word_and_the_reason_is_left_to_the_log() -> 
     assert console.note(group(GroupState.STARTING, Progress("load", 0.2))) == "load"
 
 
+def test_who_waits_for_a_compiler_is_told_for_how_long() -> None:
+    assert console.note(group(GroupState.STARTING, Progress("compile", 0.0))) == (
+        "compile: only this once, a minute or more"
+    )
+
+
 def test_plain_lines_come_only_when_something_changes(capsys: pytest.CaptureFixture[str]) -> None:
     display = console.PlainDisplay()
     for fraction in (0.0, 0.5, 1.0):

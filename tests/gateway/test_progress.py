@@ -15,7 +15,11 @@ def group(state: GroupState, progress: Progress | None = None) -> FakeGroup:
 def test_the_percentage_never_goes_back_over_a_start() -> None:
     steps = [
         None,
-        *(Progress(phase, f) for phase in ("connect", "load", "allocate", "warmup") for f in (0, 0.5, 1)),
+        *(
+            Progress(phase, f)
+            for phase in ("connect", "compile", "load", "allocate", "warmup")
+            for f in (0, 0.5, 1)
+        ),
     ]
     percents = [overall_percent(group(GroupState.STARTING, step)) for step in steps]
     assert percents == sorted(percents)

@@ -232,6 +232,15 @@ async def test_a_start_that_takes_too_long(tmp_path: Path) -> None:
         await until_ready(group)
 
 
+async def test_compiling_is_not_counted_as_starting(tmp_path: Path) -> None:
+    spec = changing_group(repeat(Behaviour(compile_seconds=3)), fake_config(startup_timeout=2.0))
+    async with supervised(tmp_path, spec) as supervisor:
+        (group,) = supervisor.groups
+        await until(lambda: group.progress is not None and group.progress.phase == "compile")
+        await until_ready(group)
+        assert group.num_restarts == 0
+
+
 async def test_a_counter_that_stands_is_a_hang(tmp_path: Path) -> None:
     starts = chain([Behaviour(hang_at_step=3)], repeat(Behaviour()))
     async with supervised(tmp_path, changing_group(starts)) as supervisor:

@@ -34,7 +34,7 @@ def config_of(model: Path, **changes: object) -> ModelConfig:
 
 
 def engine_of(model: Path, **changes: object) -> AccelerateEngine:
-    return AccelerateEngine(config_of(model, **changes), MESH, lambda fraction: None)
+    return AccelerateEngine(config_of(model, **changes), MESH, lambda *_: None)
 
 
 def prompts() -> list[list[int]]:

@@ -36,7 +36,7 @@ def load(model: Path, mesh: Mesh) -> PipelineEngine:
     config = ModelConfig(
         **settings, engine="pipeline", parallel_type="pptp", tp_size=mesh.tp_size, dtype="float32"
     )
-    return PipelineEngine(config, mesh, lambda fraction: None)
+    return PipelineEngine(config, mesh, lambda *_: None)
 
 
 @pytest.fixture(scope="module")

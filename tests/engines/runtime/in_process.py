@@ -37,7 +37,7 @@ def load(model: Path) -> Engine:
     """The native engine in float32, alone."""
     values = {"model_path": str(model), "dtype": "float32", "max_model_len": None, "reshard": False}
     config = cast(ModelConfig, SimpleNamespace(**values))  # all that the engine reads of it
-    return NativeEngine(config, single(), lambda fraction: None)
+    return NativeEngine(config, single(), lambda *_: None)
 
 
 class LocalInbox:
