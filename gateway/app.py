@@ -17,6 +17,7 @@ from gateway.errors import to_api_error
 from gateway.grammar import Grammars
 from gateway.keys import KeyRing
 from gateway.metrics import Metrics
+from gateway.response_store import ResponseStore
 from gateway.router import Router, ServedModel
 from gateway.routes import capabilities, chat, completions, models, openapi, ops, page, tokenize
 from gateway.routes.common import Gateway, gateway_of
@@ -48,6 +49,7 @@ def create_app(
         KeyRing(settings.api_keys, settings.api_key_file),
         {model.name: Admission(model, metrics.of(model), settings.queue_timeout) for model in served_models},
         Grammars(),
+        ResponseStore(settings.response_store_bytes),
     )
     app.state.gateway = gateway
     for routes in (

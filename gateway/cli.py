@@ -226,6 +226,14 @@ def serve(
             help='Web pages of this origin may ask ("*": of any); may be repeated.',
         ),
     ] = None,
+    response_store_bytes: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            envvar="SLUICE_RESPONSE_STORE_BYTES",
+            help="Memory for responses that previous_response_id may name; 0: none are kept.",
+        ),
+    ] = 64 << 20,
     page: Annotated[
         bool, typer.Option("--page/--no-page", envvar="SLUICE_PAGE", help="The chat page at /.")
     ] = True,
@@ -282,6 +290,7 @@ def serve(
         access_log=access_log,
         page=page,
         cors_origins=tuple(cors_origin or ()),
+        response_store_bytes=response_store_bytes,
         replace=replace,
     )
     sources: list[str | None] = [*models] if models else [None]

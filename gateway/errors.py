@@ -23,6 +23,7 @@ from gateway.protocol.common import InvalidField
 from gateway.protocol.fields import UnknownField, UnsupportedField
 from gateway.protocol.json_body import MalformedBody
 from gateway.recovery import PoisonedRequest
+from gateway.response_store import PreviousResponseNotFound, ResponseNotFound
 from gateway.router import ModelFailed, ModelNotFound, ShuttingDown
 from gateway.sequence_stream import ContextLengthExceeded, SequenceFailed, SequenceRefused
 from gateway.tenant import LargerThanLimit, RateLimited
@@ -87,6 +88,8 @@ TABLE: dict[type[Exception], Row] = {
     ContextLengthExceeded: Row(400, _INVALID, "context_length_exceeded"),
     SequenceRefused: Row(400, _INVALID, "invalid_value"),
     InvalidKey: Row(401, _INVALID, "invalid_api_key"),
+    ResponseNotFound: Row(404, _INVALID, None),
+    PreviousResponseNotFound: Row(400, _INVALID, "previous_response_not_found"),
     ModelNotFound: Row(404, _INVALID, "model_not_found"),
     BodyTooLarge: Row(413, _INVALID, "request_too_large"),
     MalformedRequest: Row(400, _INVALID, "malformed_request"),

@@ -54,6 +54,7 @@ class Options:
     access_log: bool = False
     page: bool = True
     cors_origins: tuple[str, ...] = ()
+    response_store_bytes: int = 64 << 20
     log_format: logs.LogFormat = "text"
     api_key_file: Path | None = None
     queue_timeout: float = 60.0
@@ -202,6 +203,7 @@ class _Service:
             access_log=self._options.access_log,
             page=self._options.page,
             cors_origins=self._options.cors_origins,
+            response_store_bytes=self._options.response_store_bytes,
         )
         try:
             models = [

@@ -26,6 +26,7 @@ class Settings:
     access_log: bool = False
     page: bool = True  # the chat page at /
     max_body_bytes: int = 16 << 20
+    response_store_bytes: int = 64 << 20  # of responses that later ones may go on with; 0: none are kept
     max_connections: int = 16_384
     idle_timeout: float = 75.0  # seconds that a connection may stay open without a request
     receive_timeout: float = 10.0  # seconds from a request's first byte to its last
@@ -37,5 +38,7 @@ class Settings:
         for name in _ABOVE_ZERO:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.response_store_bytes < 0:
+            raise ValueError(f"response_store_bytes must be 0 or more, not {self.response_store_bytes}")
         if any(not key for key in self.api_keys):
             raise ValueError("an API key must not be empty")

@@ -17,6 +17,7 @@ from gateway.errors import APIError, to_api_error
 from gateway.grammar import Grammars
 from gateway.keys import KeyRing
 from gateway.metrics import Metrics
+from gateway.response_store import ResponseStore
 from gateway.router import Router
 from gateway.settings import Settings
 from gateway.sse import DescribeError, event
@@ -33,6 +34,7 @@ class Gateway:
     keys: KeyRing
     admissions: Mapping[str, Admission]  # by the model's name
     grammars: Grammars
+    responses: ResponseStore
 
     def error_of(self, request: Request, error: Exception) -> APIError:
         """What the client is told of an error in its stream. Counts it."""
