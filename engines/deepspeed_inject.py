@@ -206,6 +206,19 @@ def _filled_when_exchanged(fill_layer: FillLayer) -> Iterator[None]:
 
 def _compile(deepspeed: ModuleType, report: ReportProgress) -> None:
     """Compile the kernels, unless that was done. Raises UnsupportedModel where they cannot be."""
+    _require_compilers()
+    try:
+        deepspeed_comm.build(deepspeed, deepspeed_comm.KERNELS, report)
+    except Exception as error:  # whatever compilers and loaders raise
+        log.exception("DeepSpeed's kernels could not be compiled")
+        raise UnsupportedModel(
+            f"DeepSpeed's kernels could not be compiled ({type(error).__name__}; the worker's log has the "
+            f"compiler's words): mend that, or {AUTOTP}"
+        ) from error
+
+
+def _require_compilers() -> None:
+    """Raises UnsupportedModel where the kernels would have to be compiled and cannot."""
     from deepspeed.git_version_info import installed_ops  # type: ignore[import-untyped]
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -219,11 +232,3 @@ def _compile(deepspeed: ModuleType, report: ReportProgress) -> None:
             f"kernel injection compiles DeepSpeed's kernels, and {', '.join(missing)} not found: install "
             f"them (nvcc: the CUDA toolkit of PyTorch, found by CUDA_HOME), or {AUTOTP}"
         )
-    try:
-        deepspeed_comm.build(deepspeed, deepspeed_comm.KERNELS, report)
-    except Exception as error:  # whatever compilers and loaders raise
-        log.exception("DeepSpeed's kernels could not be compiled")
-        raise UnsupportedModel(
-            f"DeepSpeed's kernels could not be compiled ({type(error).__name__}; the worker's log has the "
-            f"compiler's words): mend that, or {AUTOTP}"
-        ) from error

@@ -8,6 +8,7 @@ import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -250,6 +251,16 @@ def test_missing_compilers_are_named_before_anything_is_built(monkeypatch: pytes
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
     with pytest.raises(UnsupportedModel, match=r"nvcc, g\+\+, ninja not found: .*CUDA_HOME.*AutoTP"):
         deepspeed_inject._require_compilers()
+
+
+def test_kernels_that_do_not_compile_are_refused_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("ninja: build stopped")
+
+    monkeypatch.setattr(deepspeed_inject, "_require_compilers", lambda: None)
+    monkeypatch.setattr(deepspeed_inject.deepspeed_comm, "build", fail)
+    with pytest.raises(UnsupportedModel, match=r"could not be compiled \(RuntimeError; .*AutoTP"):
+        deepspeed_inject._compile(ModuleType("deepspeed"), lambda *_: None)
 
 
 def test_the_policy_of_deepspeed_is_made_of_a_filled_layer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +64,32 @@ def on_two_ranks(models: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", sorted({*EXACT_TYPES, *SPECIAL} - set(REFUSED)))
+class FakeBuilder:
+    """In the place of DeepSpeed's: it compiles nothing, but leaves what a compiler would."""
+
+    @staticmethod
+    def load(verbose: bool) -> None:
+        assert not verbose
+        name = deepspeed_comm.ALL_REDUCE.name
+        path = Path(os.environ["TORCH_EXTENSIONS_DIR"], name, f"{name}.so")
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+
+
+def test_a_start_that_has_to_compile_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "")  # build sets it: let that end with the test
+    deepspeed = ModuleType("deepspeed")
+    accelerator = SimpleNamespace(create_op_builder=lambda name: FakeBuilder)
+    deepspeed.accelerator = SimpleNamespace(get_accelerator=lambda: accelerator)  # type: ignore[attr-defined]
+    phases: list[str] = []
+    for _ in range(2):
+        deepspeed_comm.build(
+            deepspeed, deepspeed_comm.ALL_REDUCE, lambda _, phase="load": phases.append(phase)
+        )
+    assert phases == ["compile", "load", "load"]
+
+
 def test_two_ranks_give_the_tokens_of_generate(
     name: str, on_two_ranks: dict[str, Any], expected: dict[str, list[list[int]]]
 ) -> None:
