@@ -144,7 +144,7 @@ def _prepare_shared_memory(deepspeed: ModuleType, mesh: Mesh, report: ReportProg
 def build(deepspeed: ModuleType, extension: Extension, report: ReportProgress) -> None:
     """Compile an extension, unless that was done, and load it. Raises whatever compilers and loaders do."""
     if not extension.is_compiled:
-        log.warning("compiling %s, once, into %s: a minute or more", extension.words, build_root())
+        log.info("compiling %s, once, into %s: a minute or more", extension.words, build_root())
         report(0.0, "compile")
     builder = deepspeed.accelerator.get_accelerator().create_op_builder(extension.builder)
     with _alone_in(build_root(), extension) as root:
