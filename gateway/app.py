@@ -11,6 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from gateway.admission import Admission
+from gateway.anthropic_errors import error_body
 from gateway.auth import PROBES, ApiKeys, RequestContext
 from gateway.body_limit import BodyLimit
 from gateway.errors import to_api_error
@@ -19,7 +20,7 @@ from gateway.keys import KeyRing
 from gateway.metrics import Metrics
 from gateway.response_store import ResponseStore
 from gateway.router import Router, ServedModel
-from gateway.routes import capabilities, chat, completions, models, openapi, ops, page, tokenize
+from gateway.routes import capabilities, chat, completions, messages, models, openapi, ops, page, tokenize
 from gateway.routes.common import Gateway, gateway_of
 from gateway.settings import Settings
 
@@ -56,6 +57,7 @@ def create_app(
         capabilities,
         chat,
         completions,
+        messages,
         models,
         openapi,
         ops,
@@ -82,7 +84,8 @@ def create_app(
 
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
-    """404 and 405 in OpenAI's shape. Every other exception goes on to RequestContext."""
+    """404 and 405. Every other exception goes on to RequestContext."""
     api_error = to_api_error(error, method=request.method, path=request.url.path)
     gateway_of(request).metrics.errors[api_error.label] += 1
-    return Response(api_error.body, api_error.status, api_error.headers, "application/json")
+    body = error_body(api_error, request.url.path, request.state.request_id)
+    return Response(body, api_error.status, api_error.headers, "application/json")

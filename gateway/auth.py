@@ -15,6 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import logs
+from gateway.anthropic_errors import error_body, is_anthropic
 from gateway.errors import APIError, InvalidKey, to_api_error
 from gateway.keys import KeyRing
 from gateway.metrics import Metrics
@@ -24,9 +25,8 @@ PROBES = frozenset({b"/livez", b"/readyz"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-async def send_error(error: APIError, send: Send) -> None:
+async def send_error(error: APIError, body: bytes, send: Send) -> None:
     """A whole response."""
-    body = error.body
     headers = {"content-type": "application/json", "content-length": str(len(body))} | error.headers
     raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
@@ -59,6 +59,8 @@ class RequestContext:
                 status = message["status"]
                 headers = MutableHeaders(raw=message["headers"])
                 headers["x-request-id"] = request_id
+                if is_anthropic(scope["path"]):
+                    headers["request-id"] = request_id
                 headers["openai-processing-ms"] = str(round(1000 * (perf_counter() - started)))
                 if (tenant := _tenant(state)) is not None:
                     headers.update(tenant.headers())
@@ -71,7 +73,7 @@ class RequestContext:
             self._metrics.errors[api_error.label] += 1
             if status is not None:
                 raise
-            await send_error(api_error, send_with_headers)
+            await send_error(api_error, error_body(api_error, scope["path"], request_id), send_with_headers)
         finally:
             if self._access_log:
                 tenant = _tenant(state)
@@ -110,7 +112,7 @@ class ApiKeys:
         if tenant is None:
             raise InvalidKey(
                 "Incorrect API key provided, or none: send it in the Authorization header,"
-                " as 'Authorization: Bearer KEY'."
+                " as 'Authorization: Bearer KEY', or as x-api-key."
             )
         scope.setdefault("state", {})["tenant"] = tenant
         if scope["method"] != "POST":

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from functools import cache
 from http import HTTPStatus
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
+from gateway.anthropic_errors import AnthropicError
 from gateway.errors import TABLE, Error
+from gateway.protocol.anthropic import CountTokensRequest, MessagesRequest
+from gateway.protocol.anthropic_response import Message, MessageEvent, TokensCount
 from gateway.protocol.capabilities import Capabilities
 from gateway.protocol.chat import ChatCompletionRequest
 from gateway.protocol.chat_response import ChatChunk, ChatCompletion
@@ -42,7 +45,9 @@ class Operation:
     summary: str
     response: type[msgspec.Struct] | None  # None: `media_type`, of any shape
     request: type[RequestPart] | None = None
-    chunk: type[msgspec.Struct] | None = None  # the data of a stream's events
+    chunks: tuple[type[msgspec.Struct], ...] = ()  # the data of a stream's events
+    has_done: bool = True  # that is the data of its last one
+    error: type[msgspec.Struct] = Error
     example: dict[str, Any] | None = None  # of a request, but for the model's name
     parameters: tuple[JsonSchema, ...] = ()
     errors: tuple[int, ...] = ()  # beside those of any request, of keys and of bodies
@@ -79,7 +84,7 @@ OPERATIONS = (
         summary="The next message of a chat, whole or as a stream",
         request=ChatCompletionRequest,
         response=ChatCompletion,
-        chunk=ChatChunk,
+        chunks=(ChatChunk,),
         example=_HELLO,
         tag="generation",
     ),
@@ -88,9 +93,29 @@ OPERATIONS = (
         summary="How a text goes on, whole or as a stream",
         request=CompletionRequest,
         response=Completion,
-        chunk=Completion,
+        chunks=(Completion,),
         example={"prompt": "Sluice is", "max_tokens": 16},
         tag="generation",
+    ),
+    Operation(
+        path="/v1/messages",
+        summary="The next message of a chat, as Anthropic has it, whole or as a stream",
+        request=MessagesRequest,
+        response=Message,
+        chunks=get_args(MessageEvent),
+        has_done=False,
+        error=AnthropicError,
+        example=_HELLO,
+        tag="generation",
+    ),
+    Operation(
+        path="/v1/messages/count_tokens",
+        summary="The number of tokens of a chat's prompt, as Anthropic has it",
+        request=CountTokensRequest,
+        response=TokensCount,
+        error=AnthropicError,
+        example={"messages": _HELLO["messages"]},
+        tag="tokens",
     ),
     *(
         Operation(
@@ -169,7 +194,7 @@ def document(models: tuple[str, ...], has_keys: bool) -> bytes:
 def _document(models: Sequence[str], has_keys: bool) -> JsonSchema:
     requests = dict.fromkeys(operation.request for operation in OPERATIONS if operation.request)
     responses = dict.fromkeys(struct for operation in OPERATIONS for struct in _answers(operation))
-    references, components = schemas_of(list(requests), [Error, *responses])
+    references, components = schemas_of(list(requests), list(responses))
     for request in requests:
         components[request.__name__]["properties"]["model"] = _name_of_model(request, models)
     paths: dict[str, JsonSchema] = {}
@@ -200,7 +225,9 @@ def _document(models: Sequence[str], has_keys: bool) -> JsonSchema:
 
 
 def _answers(operation: Operation) -> Iterator[type[msgspec.Struct]]:
-    yield from (struct for struct in (operation.response, operation.chunk) if struct is not None)
+    if operation.response is not None:
+        yield operation.response
+    yield from (*operation.chunks, operation.error)
 
 
 def _name_of_model(request: type[RequestPart], models: Sequence[str]) -> JsonSchema:
@@ -217,7 +244,7 @@ def _described(operation: Operation, references: dict[type, JsonSchema], model: 
         "tags": [operation.tag],
         "responses": {
             "200": _success(operation, references),
-            **{str(status): {"$ref": _RESPONSES + _name(status)} for status in operation.statuses},
+            **{str(status): _failure(operation, status) for status in operation.statuses},
         },
     }
     if operation.parameters:
@@ -248,20 +275,18 @@ def _success(operation: Operation, references: dict[type, JsonSchema]) -> JsonSc
     elif operation.response is None:
         schema = {"type": "object"}
     content: JsonSchema = {operation.media_type: {"schema": schema}}
-    if operation.chunk is not None:
-        content["text/event-stream"] = {"itemSchema": _event(references[operation.chunk])}
+    if operation.chunks:
+        content["text/event-stream"] = {"itemSchema": _event(operation, references)}
     return _response("OK", content)
 
 
-def _event(chunk: JsonSchema) -> JsonSchema:
+def _event(operation: Operation, references: dict[type, JsonSchema]) -> JsonSchema:
     """Of a stream: a chunk, an error, after which the stream ends, or its regular end."""
-    content = {"anyOf": [chunk, reference("Error")]}
+    content = {"anyOf": [references[kind] for kind in (*operation.chunks, operation.error)]}
+    ends = [{"const": "[DONE]"}] if operation.has_done else []
     data = {
         "type": "string",
-        "anyOf": [
-            {"const": "[DONE]"},
-            {"contentMediaType": "application/json", "contentSchema": content},
-        ],
+        "anyOf": [*ends, {"contentMediaType": "application/json", "contentSchema": content}],
     }
     return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
@@ -292,11 +317,21 @@ def _name(status: int) -> str:
     return HTTPStatus(status).phrase.title().replace(" ", "")
 
 
-def _error(status: int) -> JsonSchema:
-    """With the codes that it can have."""
+def _failure(operation: Operation, status: int) -> JsonSchema:
+    if operation.error is Error:
+        return {"$ref": _RESPONSES + _name(status)}
+    return _error(status, operation.error)
+
+
+def _error(status: int, kind: type[msgspec.Struct] = Error) -> JsonSchema:
+    """With the codes that it can have. What is wrong with any request may be told in OpenAI's words: nobody
+    has looked at its path then."""
+    kinds: dict[type[msgspec.Struct], None] = dict.fromkeys((kind, Error) if status in _OF_ANY else (kind,))
+    schemas = [reference(one.__name__) for one in kinds]
     rows = [row for row in TABLE.values() if row.status == status]
     codes = ", ".join(sorted({row.code for row in rows if row.code is not None}))
     phrase = HTTPStatus(status).phrase
     headers = ["retry-after"] if any(row.retry_after for row in rows) else []
-    content = {"application/json": {"schema": reference("Error")}}
+    schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+    content = {"application/json": {"schema": schema}}
     return _response(f"{phrase}: {codes}" if codes else phrase, content, *headers)

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.errors import ClientGone
 from gateway.settings import Settings
 
-_PING = ServerSentEvent(comment="ping", sep="\n")
+COMMENT = ServerSentEvent(comment="ping", sep="\n")
 DONE = b"data: [DONE]\n\n"
 HEADERS = {
     "cache-control": "no-cache, no-transform",
@@ -56,9 +56,13 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Value]) -> Val
 
 
 async def open_stream(
-    chunks: Chunks, receive: Receive, settings: Settings, describe_error: DescribeError
+    chunks: Chunks,
+    receive: Receive,
+    settings: Settings,
+    describe_error: DescribeError,
+    ping: ServerSentEvent = COMMENT,
 ) -> EventStream:
-    """The response for `chunks`, once it is known what its status is.
+    """The response for `chunks`, once it is known what its status is. `ping` is sent in silence.
 
     Waits for the first chunk, so that a request which fails before it is answered with a proper status,
     but for `first_delta_wait` at most: then the headers go out, so that proxies and clients don't give
@@ -70,7 +74,7 @@ async def open_stream(
         await _first_of(receive, first, settings.first_delta_wait)
         if first.done():
             first.result()
-        return EventStream(first, chunks, settings, describe_error)
+        return EventStream(first, chunks, settings, describe_error, ping)
     except BaseException:
         await _cancel(first)
         await chunks.aclose()
@@ -108,12 +112,13 @@ class EventStream(EventSourceResponse):
         chunks: Chunks,
         settings: Settings,
         describe_error: DescribeError,
+        ping: ServerSentEvent,
     ) -> None:
         super().__init__(
             self._events(first, chunks, describe_error),
             headers=HEADERS,
             ping=settings.ping_interval,
-            ping_message_factory=lambda: _PING,
+            ping_message_factory=lambda: ping,
             sep="\n",
         )
         self._first, self._chunks = first, chunks

@@ -46,6 +46,8 @@ BEST_OF = N  # OpenAI's most is 20, below its own n
 TRUNCATE_PROMPT_TOKENS = Range(-1, TOKEN_ID.max)  # -1: to what fits; 0 is refused
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_STOP_STRINGS = 4
+MAX_STOP_SEQUENCES = 64
+"""Anthropic's name for them."""
 MAX_STOP_CHARS = 1_000
 MAX_MESSAGES = 4_096
 MAX_CONTENT_PARTS = 1_024

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import msgspec
 
+from gateway.protocol.anthropic import CountTokensRequest, MessagesRequest
 from gateway.protocol.chat import ChatCompletionRequest
 from gateway.protocol.common import RequestPart
 from gateway.protocol.completions import CompletionRequest
@@ -21,6 +22,8 @@ from gateway.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 ENDPOINTS: dict[str, type[RequestPart]] = {
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountTokensRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }

@@ -26,24 +26,30 @@ from gateway.routes.chat_answer import ChoiceAnswer
 from gateway.routes.common import gateway_of, tenant_of
 
 
-class ChatRequest(Protocol):
-    """What is asked for, in whatever words."""
+class ChatSoFar(Protocol):
+    """What has been said."""
 
-    @property
-    def model(self) -> str: ...
     @property
     def messages(self) -> Sequence[ChatMessage]: ...
     @property
     def add_generation_prompt(self) -> bool | None: ...
     @property
     def continue_final_message(self) -> bool | None: ...
+
+    def template_variables(self, known: frozenset[str]) -> dict[str, Any]: ...
+
+
+class ChatRequest(ChatSoFar, Protocol):
+    """What is asked for, in whatever words."""
+
+    @property
+    def model(self) -> str: ...
     @property
     def prompt_cache_key(self) -> str | None: ...
 
     def params(self) -> GenerationParams: ...
     def shape(self) -> Shape | None: ...
     def tool_use(self) -> ToolUse: ...
-    def template_variables(self, known: frozenset[str]) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +111,7 @@ def _check_tools(model: ServedModel, use: ToolUse) -> None:
         )
 
 
-def conversation_of(model: ServedModel, body: ChatRequest, use: ToolUse) -> Conversation:
+def conversation_of(model: ServedModel, body: ChatSoFar, use: ToolUse) -> Conversation:
     """What the model's template is rendered over. Raises NoChatTemplate, InvalidField."""
     _check_tools(model, use)
     template, tools = template_of(model), model.answer.tools
