@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from typing import Any
 
 import msgspec
@@ -12,11 +13,17 @@ from gateway.protocol.common import Usage
 from gateway.protocol.responses import ResponseRequest
 from gateway.protocol.responses_items import Item, Part
 
-_PREFIXES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
+_PREFIXES = {
+    "response": "resp",
+    "message": "msg",
+    "function_call": "fc",
+    "function_call_output": "fco",
+    "reasoning": "rs",
+}
 
 
 def new_id(kind: str) -> str:
-    """Of an item of that kind."""
+    """Of a response, or an item of that kind."""
     return f"{_PREFIXES[kind]}_{secrets.token_hex(24)}"
 
 
@@ -142,14 +149,14 @@ class ItemList(msgspec.Struct, frozen=True):
     object: str = "list"
 
 
-def begun(body: ResponseRequest, id: str, created_at: int, *, is_stored: bool) -> ResponseObject:
+def begun(body: ResponseRequest, *, is_stored: bool) -> ResponseObject:
     """The response to a request, before anything has come of it."""
     format = body.text and body.text.format
     choice = body.tool_choice or "auto"
     effort = None if body.reasoning is None else body.reasoning.effort
     return ResponseObject(
-        id=id,
-        created_at=created_at,
+        id=new_id("response"),
+        created_at=int(time.time()),
         status="in_progress",
         instructions=body.instructions,
         max_output_tokens=body.max_output_tokens,

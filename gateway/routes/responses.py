@@ -37,7 +37,7 @@ from gateway.protocol.responses_object import (
     usage_of,
 )
 from gateway.routes.chat_start import Chat, start_chat
-from gateway.routes.common import gateway_of, json_response, new_answer, tenant_of
+from gateway.routes.common import gateway_of, json_response, tenant_of
 from gateway.routes.responses_context import context_of, stored
 from gateway.routes.responses_output import Output
 from gateway.sequence_stream import ContextLengthExceeded
@@ -54,8 +54,7 @@ async def create_response(request: Request) -> Response:
     context = context_of(store, owner, body)
     with _errors_of_input():
         chat = await start_chat(request, ResponseChat(body, messages_of(body.instructions, context.items)))
-    answer = new_answer("resp", body.model, chat.generation.fingerprint)
-    underway = _Underway(chat, begun(body, answer.id, answer.created, is_stored=context.is_stored))
+    underway = _Underway(chat, begun(body, is_stored=context.is_stored))
 
     def keep(response: ResponseObject) -> None:
         if context.is_stored:
