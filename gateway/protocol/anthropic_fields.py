@@ -12,6 +12,8 @@ COUNT = {
     "speed": Rule("refused", "there is one speed", ("standard",)),
     "context_management": Rule("refused", "a conversation is served whole or refused", ({"edits": []},)),
     "mcp_servers": Rule("refused", "the server calls no tools", ([],)),
+    "user_profile_id": Rule("ignored", "a label for the caller's own use; the SDK sends it as a header"),
+    "workspace_id": Rule("ignored", "a label for the caller's own use; the SDK sends it as a header"),
 }
 
 CREATE = COUNT | {
@@ -20,8 +22,6 @@ CREATE = COUNT | {
     "inference_geo": Rule("refused", "the server is where it is"),
     "metadata": Rule("ignored", "a label for the caller's own use"),
     "service_tier": Rule("ignored", "there is one tier"),
-    "user_profile_id": Rule("ignored", "a label for the caller's own use; the SDK sends it as a header"),
-    "workspace_id": Rule("ignored", "a label for the caller's own use; the SDK sends it as a header"),
 }
 
 BLOCK = {
