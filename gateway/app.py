@@ -20,7 +20,19 @@ from gateway.keys import KeyRing
 from gateway.metrics import Metrics
 from gateway.response_store import ResponseStore
 from gateway.router import Router, ServedModel
-from gateway.routes import capabilities, chat, completions, messages, models, openapi, ops, page, tokenize
+from gateway.routes import (
+    capabilities,
+    chat,
+    completions,
+    messages,
+    models,
+    openapi,
+    ops,
+    page,
+    responses,
+    responses_stored,
+    tokenize,
+)
 from gateway.routes.common import Gateway, gateway_of
 from gateway.settings import Settings
 
@@ -61,6 +73,8 @@ def create_app(
         models,
         openapi,
         ops,
+        responses,
+        responses_stored,
         tokenize,
         *([page] if settings.page else []),
     ):
@@ -76,7 +90,7 @@ def create_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=("GET", "POST"),
+            allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("*",),
             expose_headers=("*",),
         )

@@ -26,6 +26,9 @@ from gateway.protocol.common import RequestPart
 from gateway.protocol.completions import Completion, CompletionRequest
 from gateway.protocol.json_schema import JsonSchema, reference, schemas_of
 from gateway.protocol.models import Model, ModelList
+from gateway.protocol.responses import ResponseRequest
+from gateway.protocol.responses_events import RESPONSE_EVENTS
+from gateway.protocol.responses_object import ItemList, ResponseDeleted, ResponseObject
 from gateway.protocol.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from gateway.routes.ops import Health
 
@@ -55,9 +58,13 @@ class Operation:
     is_open: bool = False  # needs no key
     tag: Literal["generation", "tokens", "models", "operations"]
 
+    deletes: bool = False
+
     @property
     def method(self) -> str:
-        return "get" if self.request is None else "post"
+        if self.request is not None:
+            return "post"
+        return "delete" if self.deletes else "get"
 
     @property
     def statuses(self) -> tuple[int, ...]:
@@ -77,6 +84,7 @@ def _parameter(name: str, place: Literal["path", "query"], description: str) -> 
     }
 
 
+_RESPONSE_ID = _parameter("id", "path", "A response's id")
 _HELLO = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 16}
 OPERATIONS = (
     Operation(
@@ -95,6 +103,46 @@ OPERATIONS = (
         response=Completion,
         chunks=(Completion,),
         example={"prompt": "Sluice is", "max_tokens": 16},
+        tag="generation",
+    ),
+    Operation(
+        path="/v1/responses",
+        summary="What a model answers to items, whole or as a stream",
+        request=ResponseRequest,
+        response=ResponseObject,
+        chunks=RESPONSE_EVENTS,
+        has_done=False,
+        example={"input": "Hello!", "max_output_tokens": 16},
+        tag="generation",
+    ),
+    Operation(
+        path="/v1/responses/{id}",
+        summary="A response that is stored",
+        response=ResponseObject,
+        parameters=(_RESPONSE_ID,),
+        errors=(404,),
+        tag="generation",
+    ),
+    Operation(
+        path="/v1/responses/{id}",
+        summary="Delete a response that is stored",
+        response=ResponseDeleted,
+        deletes=True,
+        parameters=(_RESPONSE_ID,),
+        errors=(404,),
+        tag="generation",
+    ),
+    Operation(
+        path="/v1/responses/{id}/input_items",
+        summary="The items that a stored response was asked with, those of earlier ones included",
+        response=ItemList,
+        parameters=(
+            _RESPONSE_ID,
+            _parameter("after", "query", "The last id of the page before"),
+            _parameter("limit", "query", "From 1 to 100; 20"),
+            _parameter("order", "query", "asc, or desc: newest first"),
+        ),
+        errors=(404,),
         tag="generation",
     ),
     Operation(

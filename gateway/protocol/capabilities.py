@@ -17,11 +17,13 @@ from gateway.protocol.anthropic import CountTokensRequest, MessagesRequest
 from gateway.protocol.chat import ChatCompletionRequest
 from gateway.protocol.common import RequestPart
 from gateway.protocol.completions import CompletionRequest
+from gateway.protocol.responses import ResponseRequest
 from gateway.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 
 ENDPOINTS: dict[str, type[RequestPart]] = {
     "/v1/chat/completions": ChatCompletionRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponseRequest,
     "/v1/messages": MessagesRequest,
     "/v1/messages/count_tokens": CountTokensRequest,
     "/tokenize": TokenizeRequest,

@@ -12,7 +12,7 @@ class StreamEvent(msgspec.Struct, kw_only=True, tag_field="type"):
     sequence_number: int = -1  # until it is sent
 
     @property
-    def name(self) -> str:
+    def kind(self) -> str:
         return str(self.__struct_config__.tag)
 
 
@@ -107,3 +107,24 @@ class StreamError(StreamEvent, tag="error"):
     message: str
     param: str | None
     error: ErrorDetails
+
+
+RESPONSE_EVENTS: tuple[type[StreamEvent], ...] = (
+    ResponseCreated,
+    ResponseInProgress,
+    ItemAdded,
+    PartAdded,
+    TextDelta,
+    TextDone,
+    ReasoningDelta,
+    ReasoningDone,
+    PartDone,
+    ArgumentsDelta,
+    ArgumentsDone,
+    ItemDone,
+    ResponseCompleted,
+    ResponseIncomplete,
+    ResponseFailed,
+    StreamError,
+)
+"""In the order of a stream."""

@@ -185,5 +185,5 @@ class _Stream:
         for one in events:
             one.sequence_number = self._num_sent
             self._num_sent += 1
-            chunks.append(event(encoder.encode(one), one.name))
+            chunks.append(event(encoder.encode(one), one.kind))
         return b"".join(chunks)
