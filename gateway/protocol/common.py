@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeVar
 
@@ -195,19 +195,13 @@ class StreamOptions(RequestPart):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationRequest(RequestPart):
-    """The fields of both endpoints."""
+class SampledRequest(RequestPart):
+    """How tokens are drawn, and where they end."""
 
     model: ModelName
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, _bounded(bounds.MAX_TOKENS)] | None = None
-    min_tokens: Annotated[int, _bounded(bounds.MIN_TOKENS)] | None = None
-    n: Annotated[int, _bounded(bounds.N)] | None = None
     stop: StopStrings | None = None
     stop_token_ids: StopTokenIds | None = None
-    ignore_eos: bool | None = None
-    include_stop_str_in_output: bool | None = None
     temperature: Annotated[float, _bounded(bounds.TEMPERATURE)] | None = None
     top_p: Annotated[float, _bounded(bounds.TOP_P)] | None = None
     top_k: Annotated[int, _bounded(bounds.TOP_K)] | None = None
@@ -217,6 +211,35 @@ class GenerationRequest(RequestPart):
     repetition_penalty: Annotated[float, _bounded(bounds.REPETITION_PENALTY)] | None = None
     logit_bias: LogitBias | None = None
     seed: Annotated[int, _bounded(bounds.SEED)] | None = None
+
+    def sampling(self, max_tokens: int | None, logprobs: int | None) -> GenerationParams:
+        """With defaults for what was left out."""
+        return GenerationParams(
+            max_tokens=max_tokens,
+            stop=tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            temperature=_given(self.temperature, 1.0),
+            top_p=_given(self.top_p, 1.0),
+            top_k=max(_given(self.top_k, 0), 0),
+            min_p=_given(self.min_p, 0.0),
+            presence_penalty=_given(self.presence_penalty, 0.0),
+            frequency_penalty=_given(self.frequency_penalty, 0.0),
+            repetition_penalty=_given(self.repetition_penalty, 1.0),
+            logit_bias=self.logit_bias or {},
+            seed=self.seed,
+            logprobs=logprobs,
+        )
+
+
+class GenerationRequest(SampledRequest):
+    """The fields of chats and completions."""
+
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, _bounded(bounds.MAX_TOKENS)] | None = None
+    min_tokens: Annotated[int, _bounded(bounds.MIN_TOKENS)] | None = None
+    n: Annotated[int, _bounded(bounds.N)] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> Self:
@@ -241,25 +264,13 @@ class GenerationRequest(RequestPart):
             raise InvalidField(
                 "min_tokens", f"'min_tokens' ({min_tokens}) is above the maximum ({max_tokens})"
             )
-        return GenerationParams(
-            max_tokens=max_tokens,
+        return replace(
+            self.sampling(max_tokens, logprobs),
             is_max_tokens_default=is_max_tokens_default,
             min_tokens=min_tokens,
             n=_given(self.n, 1),
-            stop=tuple(self.stop or ()),
-            stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             include_stop=bool(self.include_stop_str_in_output),
-            temperature=_given(self.temperature, 1.0),
-            top_p=_given(self.top_p, 1.0),
-            top_k=max(_given(self.top_k, 0), 0),
-            min_p=_given(self.min_p, 0.0),
-            presence_penalty=_given(self.presence_penalty, 0.0),
-            frequency_penalty=_given(self.frequency_penalty, 0.0),
-            repetition_penalty=_given(self.repetition_penalty, 1.0),
-            logit_bias=self.logit_bias or {},
-            seed=self.seed,
-            logprobs=logprobs,
         )
 
 

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from gateway.protocol import bounds, responses_fields
 from gateway.protocol.chat import Effort, effort_variables
-from gateway.protocol.common import GenerationParams, InvalidField, ModelName, RequestPart
+from gateway.protocol.common import GenerationParams, InvalidField, RequestPart, SampledRequest
 from gateway.protocol.messages import ChatMessage
 from gateway.protocol.responses_items import Items
 from gateway.protocol.responses_tools import Choice, Tools, use_of_tools
@@ -94,19 +94,15 @@ class TextConfig(RequestPart):
     format: TextFormat | None = None
 
 
-class ResponseRequest(RequestPart):
+class ResponseRequest(SampledRequest):
     rules = responses_fields.RESPONSES
 
-    model: ModelName
     input: Items | None = None
     instructions: str | None = None
     previous_response_id: Annotated[str, Field(max_length=bounds.MAX_LABEL_CHARS)] | None = None
     store: bool | None = None
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_output_tokens: Annotated[int, Field(ge=1, le=bounds.MAX_TOKENS.max)] | None = None
-    temperature: Annotated[float, Field(ge=bounds.TEMPERATURE.min, le=bounds.TEMPERATURE.max)] | None = None
-    top_p: Annotated[float, Field(ge=bounds.TOP_P.min, le=bounds.TOP_P.max)] | None = None
     top_logprobs: Annotated[int, Field(ge=bounds.TOP_LOGPROBS.min, le=bounds.TOP_LOGPROBS.max)] | None = None
     include: Annotated[list[Include], Field(max_length=64, fail_fast=True)] | None = None
     tools: Tools | None = None
@@ -154,12 +150,7 @@ class ResponseChat:
 
     def params(self) -> GenerationParams:
         body = self.body
-        return GenerationParams(
-            max_tokens=body.max_output_tokens,
-            temperature=1.0 if body.temperature is None else body.temperature,
-            top_p=1.0 if body.top_p is None else body.top_p,
-            logprobs=body.top_logprobs or 0 if body.has_logprobs else None,
-        )
+        return body.sampling(body.max_output_tokens, body.top_logprobs or 0 if body.has_logprobs else None)
 
     def shape(self) -> Shape | None:
         """Raises InvalidField."""

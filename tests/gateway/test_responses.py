@@ -176,6 +176,15 @@ async def test_the_async_client_and_its_stream_helper(url: str) -> None:
         assert final.output_text == TEXT
 
 
+def test_sampling_is_that_of_the_other_endpoints(client: OpenAI, group: FakeGroup) -> None:
+    extras = {"seed": 7, "top_k": 5, "min_p": 0.1, "presence_penalty": 0.5, "stop": " you"}
+    response = client.responses.create(model="demo", input="hi", top_p=0.9, extra_body=extras)
+    assert (response.status, response.output_text) == ("completed", "Hello world, how are")
+    sampling = group.requests[0].sampling
+    assert (sampling.seed, sampling.top_k, sampling.min_p, sampling.top_p) == (7, 5, 0.1, 0.9)
+    assert sampling.presence_penalty == 0.5
+
+
 ITEMS: list[tuple[Any, str | None, str]] = [
     ("hi", None, "<|user|>hi<|end|>"),
     ("hi", "Be brief.", "<|system|>Be brief.<|end|><|user|>hi<|end|>"),
