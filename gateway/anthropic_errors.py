@@ -18,9 +18,18 @@ _TYPES = {
 }
 
 
+class AnthropicErrorDetails(msgspec.Struct, frozen=True):
+    error_code: str
+
+
 class AnthropicErrorObject(msgspec.Struct, frozen=True):
     type: str
     message: str
+    details: AnthropicErrorDetails | msgspec.UnsetType = msgspec.UNSET  # where clients go by them
+
+
+_NO_THREADS = AnthropicErrorDetails("thread_unsupported_request")
+"""Clients go on without: they send all messages then."""
 
 
 class AnthropicError(msgspec.Struct, frozen=True, tag="error"):
@@ -44,4 +53,6 @@ def anthropic_body(error: APIError, request_id: str) -> bytes:
     message = error.error.message
     if error.error.code == "context_length_exceeded":  # the words by which clients know to shorten it
         message = f"prompt is too long: {message}"
-    return msgspec.json.encode(AnthropicError(AnthropicErrorObject(kind, message), request_id))
+    is_thread = error.error.code == "unsupported_parameter" and error.error.param == "thread"
+    details = _NO_THREADS if is_thread else msgspec.UNSET
+    return msgspec.json.encode(AnthropicError(AnthropicErrorObject(kind, message, details), request_id))

@@ -20,6 +20,11 @@ CREATE = COUNT | {
     "container": Rule("refused", "the server runs no code"),
     "diagnostics": Rule("refused", "the server keeps no earlier messages"),
     "inference_geo": Rule("refused", "the server is where it is"),
+    "thread": Rule("refused", "the server keeps no conversations: send all messages"),
+    "compaction": Rule("refused", "a conversation is served whole or refused"),
+    "fallbacks": Rule("refused", "no other model answers for the one that is asked", ([],)),
+    "fallback_credit_token": Rule("refused", "nothing is billed"),
+    "billing_policy": Rule("ignored", "nothing is billed"),
     "metadata": Rule("ignored", "a label for the caller's own use"),
     "service_tier": Rule("ignored", "there is one tier"),
 }

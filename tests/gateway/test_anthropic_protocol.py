@@ -15,6 +15,7 @@ from anthropic.types import (
     message_create_params,
 )
 from anthropic.types import stop_reason as sdk_stop_reason
+from anthropic.types.beta import message_create_params as beta_params
 from anthropic.types.shared import ErrorResponse
 from pydantic import ValidationError
 from typing_extensions import get_type_hints, is_typeddict
@@ -78,6 +79,12 @@ def test_every_field_of_the_sdk_is_decided(path: str) -> None:
     assert nested <= found
     found -= {field for field in found if field.startswith("tools[].input_schema.")}  # any JSON schema
     assert undecided(path, found) == set()
+
+
+def test_every_field_of_the_sdk_s_beta_is_decided() -> None:
+    fields = set(get_type_hints(beta_params.MessageCreateParamsStreaming)) - {"betas"}  # a header
+    assert "thread" in fields
+    assert undecided("/v1/messages", fields) == set()
 
 
 def kinds_of(union: Any) -> set[str]:

@@ -477,3 +477,29 @@ async def test_versions(models: Path) -> None:
             answer = await client.post("/v1/messages", json=body, headers=headers)
             assert answer.status_code == status
         assert "2026-10-21" in answer.json()["error"]["message"]
+
+
+def test_the_sdk_s_tool_runner(models: Path) -> None:
+    """It asks the beta of the endpoint, which is the same path, first for a thread, then without."""
+    cities = []
+
+    @anthropic.beta_tool
+    def get_weather(city: str) -> str:
+        """The weather of a city.
+
+        Args:
+            city: Its name.
+        """
+        cities.append(city)
+        return "sunny"
+
+    group = scripted(models / "hermes", CALLS["hermes"], "It is sunny.")
+    with listening(make_chat_app(models / "hermes", group)) as url, sdk(url) as client:
+        runner = client.beta.messages.tool_runner(
+            model="demo", max_tokens=200, tools=[get_weather], messages=[{"role": "user", "content": "Oslo?"}]
+        )
+        final = runner.until_done()
+    assert cities == ["Oslo"]
+    assert final.content[0].type == "text"
+    assert final.content[0].text == "It is sunny."
+    assert "<tool_response>\nsunny\n</tool_response>" in group.prompt()
