@@ -107,7 +107,7 @@ def _check_tools(model: ServedModel, use: ToolUse) -> None:
         raise InvalidField(
             use.param,
             f"The chat template of the model '{model.name}' does not tell how it writes calls of tools. Leave"
-            f" them out, choose none by '{use.choice_param}', or have the server started with --tool-format.",
+            f" them out, choose 'none' as '{use.choice_param}', or have the server started with --tool-format.",
         )
 
 
