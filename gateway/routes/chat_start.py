@@ -99,15 +99,16 @@ def _check_tools(model: ServedModel, use: ToolUse) -> None:
     if "tools" not in template_of(model).variables:
         raise InvalidField(
             use.param,
-            f"The chat template of the model '{model.name}' knows of no tools. Leave them out, choose none by"
-            f" '{use.choice_param}', or have the server started with a template that does"
+            f"The chat template of the model '{model.name}' knows of no tools. Leave them out, choose 'none'"
+            f" as '{use.choice_param}', or have the server started with a template that does"
             " ('chatTemplate' in its YAML file).",
         )
     if model.answer.tools is None:
         raise InvalidField(
             use.param,
             f"The chat template of the model '{model.name}' does not tell how it writes calls of tools. Leave"
-            f" them out, choose 'none' as '{use.choice_param}', or have the server started with --tool-format.",
+            f" them out, choose 'none' as '{use.choice_param}', or have the server started with"
+            " --tool-format.",
         )
 
 
