@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Literal
 
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
+from pydantic import BaseModel
 
 from tests.e2e.server import MODEL, Server
 
@@ -155,3 +157,37 @@ def test_errors_are_the_sdk_s_own(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as hot:
         client.completions.create(model=MODEL, prompt="x", temperature=3)
     assert hot.value.param == "temperature"
+
+
+def test_responses_answer_as_chats_do_and_go_on_by_ids(client: openai.OpenAI) -> None:
+    first = client.responses.create(model=MODEL, input=QUESTIONS[0], temperature=0, max_output_tokens=48)
+    assert first.output_text == answer(client, QUESTIONS[0])
+    said = [*ask(QUESTIONS[0]), {"role": "assistant", "content": first.output_text}, *ask(QUESTIONS[2])]
+    chat = client.chat.completions.create(model=MODEL, messages=said, temperature=0, max_tokens=48)  # type: ignore[arg-type]
+    with client.responses.stream(
+        model=MODEL,
+        input=QUESTIONS[2],
+        previous_response_id=first.id,
+        temperature=0,
+        max_output_tokens=48,
+    ) as stream:
+        second = stream.get_final_response()
+    assert second.output_text == chat.choices[0].message.content
+    assert second.usage is not None
+    assert chat.usage is not None
+    assert second.usage.input_tokens == chat.usage.prompt_tokens
+    assert second.usage.input_tokens_details.cached_tokens > 0
+
+
+class Sum(BaseModel):
+    a: Literal[1, 2]
+    b: Literal[3, 4]
+
+
+def test_a_response_is_of_its_schema_at_any_temperature(client: openai.OpenAI) -> None:
+    for temperature in (0.0, 2.0):
+        response = client.responses.parse(
+            model=MODEL, input=QUESTIONS[2], text_format=Sum, temperature=temperature, max_output_tokens=400
+        )
+        assert response.status == "completed"
+        assert isinstance(response.output_parsed, Sum)
