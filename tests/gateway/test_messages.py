@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from gateway.settings import Settings
 from gateway.workers.protocol import WorkerUnavailable
 from tests.fakes import FakeGroup
 from tests.gateway.chat_models import make_chat_app, make_chat_model, scripted
+from tests.gateway.groups import until
 from tests.gateway.serving import client_of, listening, make_app
 from tests.gateway.test_tools import CALLS
 
@@ -459,6 +461,22 @@ def test_a_stream_that_breaks_raises(client: Anthropic, group: FakeGroup) -> Non
     assert isinstance(caught.value.body, dict)
     assert caught.value.body["error"]["type"] == "overloaded_error"
     assert caught.value.body["request_id"]
+
+
+@pytest.mark.parametrize("streams", [False, True])
+async def test_a_client_that_leaves_ends_its_sequence(
+    model_dir: Path, group: FakeGroup, streams: bool
+) -> None:
+    group.waits_after = 2
+    body = {"model": "demo", "max_tokens": 99, "messages": HI, "stream": streams}
+    with listening(make_app(model_dir, group)) as url:
+        async with httpx.AsyncClient() as client:
+            asked = asyncio.create_task(client.post(f"{url}/v1/messages", json=body, timeout=60))
+            await until(lambda: group.num_outstanding)
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+        await until(lambda: group.closed_early == [group.requests[0].id])
+    assert group.num_outstanding == 0
 
 
 def test_what_may_go_better_is_tried_again(url: str, group: FakeGroup) -> None:
