@@ -78,7 +78,7 @@ class Item(RequestPart):
 def _as_item(value: object) -> object:
     """Items of other kinds are refused with a message of their own."""
     kind = value.get("type") if isinstance(value, dict) else None
-    if kind is not None and kind not in _NEEDS:
+    if kind is not None and not (isinstance(kind, str) and kind in _NEEDS):
         raise ValueError(f"items of type {str(kind)[:40]!r} are not supported, only {', '.join(_NEEDS)}")
     return value
 

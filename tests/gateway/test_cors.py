@@ -49,3 +49,13 @@ async def test_a_named_origin_may_ask(model_dir: Path) -> None:
 async def test_without_a_setting_nobody_may(model_dir: Path) -> None:
     found = await allowed(model_dir, Settings(api_keys=("secret",)), PAGE)
     assert found == [(401, None), (200, None), (401, None), (400, None)]
+
+
+async def test_a_page_may_delete_what_it_stored(model_dir: Path) -> None:
+    settings = Settings(cors_origins=(PAGE,))
+    headers = {"origin": PAGE, **PREFLIGHT, "access-control-request-method": "DELETE"}
+    async with client_of(make_app(model_dir, make_group(model_dir), settings=settings)) as client:
+        answer = await client.options("/v1/responses/resp_1", headers=headers)
+        assert answer.status_code == 200
+        gone = await client.delete("/v1/responses/resp_1", headers={"origin": PAGE})
+    assert (gone.status_code, gone.headers["access-control-allow-origin"]) == (404, PAGE)

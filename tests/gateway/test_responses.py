@@ -17,7 +17,7 @@ from pydantic import BaseModel, TypeAdapter
 from gateway.settings import Settings
 from tests.fakes import FakeGroup, ready
 from tests.gateway.chat_models import Scripted, make_chat_model, scripted, serving_chat
-from tests.gateway.serving import listening, make_app, make_group
+from tests.gateway.serving import listening, make_app, make_group, make_model_dir
 from tests.gateway.test_sse import served, until
 
 pytestmark = pytest.mark.anyio
@@ -362,6 +362,7 @@ REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
     ({"input": []}, "input", "at least 1 item"),
     ({"input": 5}, "input", ""),
     ({"input": [{"type": "computer_call", "action": {}}]}, "input[0]", "'computer_call' are not supported"),
+    ({"input": [{"type": [], "role": "user", "content": "x"}]}, "input[0]", "items of type '[]'"),
     ({"input": [{"content": "x"}]}, "input[0].role", "Missing"),
     ({"input": [{"role": "user"}]}, "input[0].content", "Missing"),
     ({"input": [{"role": "user", "content": "x", "output": "y"}]}, "input[0].output", "no 'output'"),
@@ -421,6 +422,25 @@ REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
     ({"messages": []}, None, "Unrecognized request argument supplied: messages"),
     ({"n": 2}, None, "Unrecognized request argument supplied: n"),
 ]
+
+
+def test_a_model_without_a_chat_template_says_so(tmp_path: Path) -> None:
+    model_dir = make_model_dir(tmp_path)
+    config = json.loads((model_dir / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (model_dir / "tokenizer_config.json").write_text(json.dumps(config))
+    with listening(make_app(model_dir, make_group(model_dir))) as url:
+        response = httpx.post(f"{url}/v1/responses", json={"model": "demo", "input": "hi"})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, "no_chat_template", "model")
+
+
+def test_what_the_template_refuses_is_in_the_input(url: str) -> None:
+    late = [{"role": "user", "content": "hi"}, {"role": "system", "content": "no"}]
+    response = httpx.post(f"{url}/responses", json={"model": "demo", "input": late})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "input")
+    assert "system comes first" in error["message"]
 
 
 @pytest.fixture(scope="module")
