@@ -22,6 +22,7 @@ from gateway.prompt.tokenizer import ControlTokenInText
 from gateway.protocol.common import InvalidField
 from gateway.protocol.fields import UnknownField, UnsupportedField
 from gateway.protocol.json_body import MalformedBody
+from gateway.protocol.unserved import why_unserved
 from gateway.recovery import PoisonedRequest
 from gateway.response_store import PreviousResponseNotFound, ResponseNotFound
 from gateway.router import ModelFailed, ModelNotFound, ShuttingDown
@@ -129,6 +130,9 @@ _HTTP = {
 }
 
 
+_UNSERVED = Row(404, _INVALID, "endpoint_not_served")
+
+
 class ErrorObject(msgspec.Struct, frozen=True):
     """OpenAI's."""
 
@@ -224,8 +228,11 @@ def _is_field(step: str) -> bool:
 
 def _from_http(error: HTTPException, method: str, path: str) -> APIError:
     row = _HTTP.get(error.status_code, Row(error.status_code, _INVALID, None))
+    why = why_unserved(path) if error.status_code == HTTPStatus.NOT_FOUND else None
+    if why is not None:
+        row = _UNSERVED
     message = {
-        404: f"Invalid URL ({method} {path[:200]})",
+        404: f"Invalid URL ({method} {path[:200]}){f': it is not served here; {why}' if why else ''}",
         405: f"Not allowed to {method} on {path[:200]}.",
     }.get(error.status_code, HTTPStatus(error.status_code).phrase)
     api_error = _api_error(row, message, None, None)

@@ -19,6 +19,7 @@ from gateway.protocol.common import RequestPart
 from gateway.protocol.completions import CompletionRequest
 from gateway.protocol.responses import ResponseRequest
 from gateway.protocol.tokenize import DetokenizeRequest, TokenizeRequest
+from gateway.protocol.unserved import UNSERVED
 
 ENDPOINTS: dict[str, type[RequestPart]] = {
     "/v1/chat/completions": ChatCompletionRequest,
@@ -42,10 +43,11 @@ class Capability(msgspec.Struct, frozen=True):
 
 class Capabilities(msgspec.Struct, frozen=True):
     endpoints: dict[str, list[Capability]]
+    unserved: dict[str, str]  # other endpoints, and why
 
 
 def capabilities() -> Capabilities:
-    return Capabilities({path: list(fields_of(model)) for path, model in ENDPOINTS.items()})
+    return Capabilities({path: list(fields_of(model)) for path, model in ENDPOINTS.items()}, UNSERVED)
 
 
 def fields_of(model: type[RequestPart], prefix: str = "") -> Iterator[Capability]:
@@ -86,7 +88,9 @@ def markdown() -> str:
         lines += [f"## {path}", "", "| field | | |", "|---|---|---|"]
         lines += [f"| `{one.field}` | {one.status} | {_remark(one)} |" for one in found]
         lines.append("")
-    return "\n".join(lines)
+    lines += ["## Not served", "", "| endpoint | |", "|---|---|"]
+    lines += [f"| `{path}` | {why} |" for path, why in UNSERVED.items()]
+    return "\n".join([*lines, ""])
 
 
 def summary() -> str:

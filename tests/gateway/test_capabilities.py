@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from gateway.protocol import capabilities as table
+from gateway.protocol.unserved import UNSERVED
 from tests.gateway.serving import client_of, make_app, make_group, make_model_dir
 
 ROOT = Path(__file__).parents[2]
@@ -61,3 +62,22 @@ async def test_it_is_served(tmp_path: Path) -> None:
     assert set(answer["endpoints"]) == set(table.ENDPOINTS)
     audio = next(one for one in answer["endpoints"][CHAT] if one["field"] == "audio")
     assert audio == {"field": "audio", "status": "refused", "why": "the models write text only"}
+
+
+@pytest.mark.anyio
+async def test_an_endpoint_that_is_not_served_says_why(tmp_path: Path) -> None:
+    model_dir = make_model_dir(tmp_path)
+    async with client_of(make_app(model_dir, make_group(model_dir))) as client:
+        assert (await client.get("/v1/capabilities")).json()["unserved"] == UNSERVED
+        for path, why in UNSERVED.items():
+            for address in (path, f"{path}/some/thing"):
+                answer = await client.post(address, json={"model": "demo", "input": "hi"})
+                assert answer.status_code == 404
+                assert answer.json()["error"]["message"].endswith(
+                    f"(POST {address}): it is not served here; {why}"
+                )
+        embeddings = (await client.post("/v1/embeddings", json={})).json()["error"]
+        assert embeddings["code"] == "endpoint_not_served"
+        unknown = (await client.post("/v1/embeddingsx", json={})).json()["error"]
+        assert unknown["message"] == "Invalid URL (POST /v1/embeddingsx)"
+    assert not set(UNSERVED) & set(table.ENDPOINTS)

@@ -1,0 +1,39 @@
+"""Endpoints that clients know of and that are not served, with the reason."""
+
+from __future__ import annotations
+
+_TEXT_ONLY = "the models read and write text only"
+_NOTHING_KEPT = "the server keeps no files, and no work for later"
+_NO_SCORES = (
+    "the engines give the tokens of causal language models, not what embeddings and scores are made of"
+)
+_ASSISTANTS = "use /v1/responses, or send the conversation to /v1/chat/completions"
+
+UNSERVED = {
+    "/v1/embeddings": _NO_SCORES,
+    "/v1/rerank": _NO_SCORES,
+    "/v1/score": _NO_SCORES,
+    "/v1/moderations": "the server does not moderate",
+    "/v1/audio": _TEXT_ONLY,
+    "/v1/images": _TEXT_ONLY,
+    "/v1/videos": _TEXT_ONLY,
+    "/v1/realtime": "answers come over HTTP, as server-sent events",
+    "/v1/files": _NOTHING_KEPT,
+    "/v1/uploads": _NOTHING_KEPT,
+    "/v1/batches": _NOTHING_KEPT,
+    "/v1/messages/batches": _NOTHING_KEPT,
+    "/v1/vector_stores": _NOTHING_KEPT,
+    "/v1/assistants": _ASSISTANTS,
+    "/v1/threads": _ASSISTANTS,
+    "/v1/conversations": _ASSISTANTS,
+    "/v1/complete": "use /v1/completions or /v1/messages",
+    "/v1/fine_tuning": "the server trains nothing",
+}
+"""With what is under them."""
+
+
+def why_unserved(path: str) -> str | None:
+    """None: nobody knows of such an endpoint."""
+    return next(
+        (why for known, why in UNSERVED.items() if path == known or path.startswith(f"{known}/")), None
+    )
