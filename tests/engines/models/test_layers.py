@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,3 +50,29 @@ def test_bfloat16_is_packed_only_where_the_processor_multiplies_it(
 def test_float32_is_packed_and_float16_is_not(weight: Tensor) -> None:
     assert isinstance(make_linear(weight), PackedLinear)
     assert isinstance(make_linear(weight.half()), PlainLinear)
+
+
+def test_packed_linear_gives_each_row_what_it_gets_alone(weight: Tensor) -> None:
+    """However many there are with it, and whatever they are."""
+    linear, x = PackedLinear(weight, torch.randn(1500)), torch.randn(600, 1024)
+    alone = linear(x[:1])
+    torch.testing.assert_close(
+        alone, F.linear(x[:1].double(), weight.double(), linear._bias.double()).float()
+    )
+    x[1:] = torch.nan
+    for num_rows in (1, 2, 17, 33, 255, 256, 257, 600):
+        got = linear(x[:num_rows])
+        assert got.shape == (num_rows, 1500)
+        torch.testing.assert_close(got[:1], alone)
+        assert got[1:].isnan().all()
+
+
+def test_packed_linear_has_a_bounded_number_of_kernels(capfd: pytest.CaptureFixture[str]) -> None:
+    """oneDNN keeps one for each number of rows, a quarter of a megabyte each, and never forgets them."""
+    linear = PackedLinear(torch.randn(24, 40), None)
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):  # type: ignore[no-untyped-call]
+        for num_rows in range(1, 700):
+            linear(torch.ones(num_rows, 40))
+        ctypes.CDLL(None).fflush(None)  # what oneDNN writes goes through C's buffers
+    created = [line for line in capfd.readouterr().out.splitlines() if "create:cache_miss" in line]
+    assert 0 < len([line for line in created if "inner_product" in line]) <= 48
