@@ -55,7 +55,7 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape[0] <= self._MAX_ROWS:
             return self._piece(x)
-        return torch.cat([self._piece(part) for part in x.split(self._MAX_ROWS)])
+        return torch.cat([self._piece(part) for part in torch.split(x, self._MAX_ROWS)])
 
     def _piece(self, x: Tensor) -> Tensor:
         num_rows = x.shape[0]
