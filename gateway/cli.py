@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from gateway import cli_admin, cli_conversion
+from gateway import cli_admin, cli_conversion, flags
+from gateway.options import ModelFlags, Options
+from gateway.settings import Settings
 
 app = typer.Typer(
     name="sluice",
@@ -22,53 +25,6 @@ app = typer.Typer(
 
 WRONG, CANNOT = 1, 2
 """Exit codes: what was asked for is wrong; this machine cannot do it."""
-
-
-class DType(StrEnum):
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-class Device(StrEnum):
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-class ToolFormat(StrEnum):
-    AUTO = "auto"
-    NONE = "none"
-    HERMES = "hermes"
-    LLAMA_JSON = "llama-json"
-    LLAMA_PYTHONIC = "llama-pythonic"
-    MISTRAL = "mistral"
-    DEEPSEEK_V3 = "deepseek-v3"
-    DEEPSEEK_V31 = "deepseek-v3.1"
-
-
-class ReasoningFormat(StrEnum):
-    AUTO = "auto"
-    NONE = "none"
-    THINK = "think"
-    THINKING = "thinking"
-    THOUGHT = "thought"
-    REASONING = "reasoning"
-    SEED = "seed"
-    MISTRAL = "mistral"
-    COHERE = "cohere"
-
-
-class LogLevel(StrEnum):
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
-
-
-class LogFormat(StrEnum):
-    TEXT = "text"
-    JSON = "json"
 
 
 def fail(message: str, code: int = WRONG) -> NoReturn:
@@ -91,179 +47,8 @@ def clear_errors(*wrong: type[Exception], cannot: type[Exception] | None = None)
         raise
 
 
-@app.command()
-def serve(
-    models: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[MODEL]...",
-            envvar="SLUICE_MODELS",
-            help="Model directories, hub ids (ORG/NAME[@REVISION]) or model-config.yaml files; "
-            "without, the demo model.",
-        ),
-    ] = None,
-    tp: Annotated[
-        int | None, typer.Option(min=1, envvar="SLUICE_TP", help="Ranks that share each layer.")
-    ] = None,
-    pp: Annotated[
-        int | None, typer.Option(min=1, envvar="SLUICE_PP", help="Stages that the layers are split into.")
-    ] = None,
-    replicas: Annotated[
-        int | None, typer.Option(min=1, envvar="SLUICE_REPLICAS", help="Worker groups per model.")
-    ] = None,
-    dtype: Annotated[
-        DType | None, typer.Option(envvar="SLUICE_DTYPE", help="Of the weights; auto: as they are stored.")
-    ] = None,
-    device: Annotated[Device | None, typer.Option(envvar="SLUICE_DEVICE")] = None,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(min=1, envvar="SLUICE_MAX_MODEL_LEN", help="Tokens of prompt and answer together."),
-    ] = None,
-    max_num_seqs: Annotated[
-        int | None, typer.Option(min=1, envvar="SLUICE_MAX_NUM_SEQS", help="Sequences that run at once.")
-    ] = None,
-    kv_cache_memory: Annotated[
-        str | None,
-        typer.Option(envvar="SLUICE_KV_CACHE_MEMORY", help='K/V memory of each rank on CPU, such as "2GiB".'),
-    ] = None,
-    gpu_memory_share: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, envvar="SLUICE_GPU_MEMORY_SHARE", help="Of each device's total."),
-    ] = None,
-    omp_threads: Annotated[
-        int | None, typer.Option(min=1, envvar="SLUICE_OMP_THREADS", help="CPU threads of each rank.")
-    ] = None,
-    served_name: Annotated[
-        list[str] | None,
-        typer.Option(envvar="SLUICE_SERVED_NAME", help="What clients call the model; may be repeated."),
-    ] = None,
-    tool_format: Annotated[
-        ToolFormat | None,
-        typer.Option(
-            envvar="SLUICE_TOOL_FORMAT",
-            help="How the model writes calls of tools; auto: as its chat template shows.",
-        ),
-    ] = None,
-    reasoning_format: Annotated[
-        ReasoningFormat | None,
-        typer.Option(
-            envvar="SLUICE_REASONING_FORMAT",
-            help="The tags of the model's thoughts; auto: those of its chat template.",
-        ),
-    ] = None,
-    host: Annotated[str, typer.Option(envvar="SLUICE_HOST", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, envvar="SLUICE_PORT", help="0: any free one.")
-    ] = 8000,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(envvar="SLUICE_API_KEY", help="A key that clients must send; may be repeated."),
-    ] = None,
-    api_key_file: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="SLUICE_API_KEY_FILE",
-            help="Keys that clients must send, with names and limits; `sluice key`.",
-        ),
-    ] = None,
-    queue_timeout: Annotated[
-        float,
-        typer.Option(
-            min=0.1, envvar="SLUICE_QUEUE_TIMEOUT", help="Seconds that a request may wait for its turn."
-        ),
-    ] = 60.0,
-    max_body_bytes: Annotated[
-        int, typer.Option(min=1, envvar="SLUICE_MAX_BODY_BYTES", help="Of a request; more is refused (413).")
-    ] = 16 << 20,
-    max_connections: Annotated[
-        int,
-        typer.Option(min=1, envvar="SLUICE_MAX_CONNECTIONS", help="Open at once; more are refused (503)."),
-    ] = 16_384,
-    idle_timeout: Annotated[
-        float,
-        typer.Option(
-            min=0.1,
-            envvar="SLUICE_IDLE_TIMEOUT",
-            help="Seconds that a connection may be open without a request.",
-        ),
-    ] = 75.0,
-    receive_timeout: Annotated[
-        float,
-        typer.Option(
-            min=0.1, envvar="SLUICE_RECEIVE_TIMEOUT", help="Seconds from a request's first byte to its last."
-        ),
-    ] = 10.0,
-    send_timeout: Annotated[
-        float,
-        typer.Option(
-            min=0.1, envvar="SLUICE_SEND_TIMEOUT", help="Seconds that a client may leave an answer unread."
-        ),
-    ] = 30.0,
-    grace: Annotated[
-        float,
-        typer.Option(min=0, envvar="SLUICE_GRACE", help="Seconds that running requests get at SIGTERM."),
-    ] = 30.0,
-    recovery_wait: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            envvar="SLUICE_RECOVERY_WAIT",
-            help="Seconds that a stream waits to go on when its workers have died.",
-        ),
-    ] = 60.0,
-    log_level: Annotated[LogLevel, typer.Option(envvar="SLUICE_LOG_LEVEL")] = LogLevel.INFO,
-    log_format: Annotated[LogFormat, typer.Option(envvar="SLUICE_LOG_FORMAT")] = LogFormat.TEXT,
-    log_dir: Annotated[
-        Path | None, typer.Option(envvar="SLUICE_LOG_DIR", help="Where the ranks' logs go.")
-    ] = None,
-    access_log: Annotated[
-        bool, typer.Option("--access-log", envvar="SLUICE_ACCESS_LOG", help="Log a line for each request.")
-    ] = False,
-    cors_origin: Annotated[
-        list[str] | None,
-        typer.Option(
-            envvar="SLUICE_CORS_ORIGIN",
-            help='Web pages of this origin may ask ("*": of any); may be repeated.',
-        ),
-    ] = None,
-    response_store_bytes: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            envvar="SLUICE_RESPONSE_STORE_BYTES",
-            help="Memory for responses that previous_response_id may name; 0: none are kept.",
-        ),
-    ] = 64 << 20,
-    page: Annotated[
-        bool, typer.Option("--page/--no-page", envvar="SLUICE_PAGE", help="The chat page at /.")
-    ] = True,
-    replace: Annotated[
-        bool,
-        typer.Option(
-            "--replace",
-            envvar="SLUICE_REPLACE",
-            help="Once ready, take the port over from the sluice that listens there, which ends what it has.",
-        ),
-    ] = False,
-) -> None:
-    """Serve models over HTTP: POST /v1/chat/completions, /v1/completions; GET /v1/models."""
-    flags: dict[str, object] = {
-        "tp": tp,
-        "pp": pp,
-        "min_workers": replicas,
-        "dtype": dtype and dtype.value,
-        "device_type": device and device.value,
-        "max_model_len": max_model_len,
-        "max_num_seqs": max_num_seqs,
-        "kv_cache_memory": kv_cache_memory,
-        "gpu_memory_share": gpu_memory_share,
-        "torchrun.OMP_NUMBER_THREADS": omp_threads,
-        "served_model_names": served_name or None,
-        "tool_format": tool_format and tool_format.value,
-        "reasoning_format": reasoning_format and reasoning_format.value,
-    }
-    if served_name and models and len(models) > 1:
-        fail("--served-name names one model; with several, write servedModelNames into their YAML files")
+def serve(models: list[str] | None = None, **given: Any) -> None:
+    """Serve models over HTTP, with OpenAI's API and Anthropic's."""
     from engines.config import ConfigError
     from gateway import model_source
     from gateway import serve as serving
@@ -271,32 +56,37 @@ def serve(
     from gateway.listener import CannotListen
     from gateway.workers.placement import DoesNotFit
 
-    options = serving.Options(
-        host=host,
-        port=port,
-        api_keys=tuple(api_key or ()),
-        api_key_file=api_key_file,
-        queue_timeout=queue_timeout,
-        max_body_bytes=max_body_bytes,
-        max_connections=max_connections,
-        idle_timeout=idle_timeout,
-        receive_timeout=receive_timeout,
-        send_timeout=send_timeout,
-        log_format=log_format.value,
-        grace=grace,
-        recovery_wait=recovery_wait,
-        log_level=log_level.value,
-        log_dir=log_dir,
-        access_log=access_log,
-        page=page,
-        cors_origins=tuple(cors_origin or ()),
-        response_store_bytes=response_store_bytes,
-        replace=replace,
-    )
+    of_models = ModelFlags(**flags.given_to(ModelFlags, given))
+    if of_models.served_names and models and len(models) > 1:
+        fail("--served-name names one model; with several, write servedModelNames into their YAML files")
+    options = Options(**flags.given_to(Options, given))
     sources: list[str | None] = [*models] if models else [None]
     wrong = (ConfigError, serving.CannotServe, CannotListen, CannotReplace)
     with clear_errors(*wrong, cannot=DoesNotFit):
-        serving.run([model_source.resolve(source, flags) for source in sources], options)
+        configs = [model_source.resolve(source, of_models.as_config()) for source in sources]
+        serving.run(configs, options)
+
+
+def _add_serve() -> None:
+    """Its options are the fields of what it fills in."""
+    models = typer.Argument(
+        metavar="[MODEL]...",
+        envvar="SLUICE_MODELS",
+        help="Model directories, hub ids (ORG/NAME[@REVISION]) or model-config.yaml files; "
+        "without, the demo model.",
+    )
+    positional = inspect.Parameter(
+        "models",
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        default=None,
+        annotation=Annotated[list[str] | None, models],
+    )
+    options = flags.parameters(ModelFlags, Options, Settings)
+    serve.__signature__ = inspect.Signature([positional, *options])  # type: ignore[attr-defined]
+    app.command()(serve)
+
+
+_add_serve()
 
 
 @app.command()
@@ -451,8 +241,12 @@ def parity(
     ] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Random prompts.")] = 32,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each engine goes on with.")] = 32,
-    dtype: Annotated[DType, typer.Option(help="In float32 tokens must be identical.")] = DType.FLOAT32,
-    device: Annotated[Device | None, typer.Option(help="Default: cuda where there are GPUs.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="In float32 tokens must be identical.")
+    ] = "float32",
+    device: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option(help="Default: cuda where there are GPUs.")
+    ] = None,
     max_model_len: Annotated[int | None, typer.Option(min=1)] = None,
     seed: Annotated[int, typer.Option(help="Of the random prompts.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here as well.")] = None,
@@ -471,15 +265,13 @@ def parity(
     from gateway import model_source, parity_layouts
     from gateway import parity as comparing
 
-    if dtype is DType.AUTO:
-        fail("--dtype: name one: what rounding explains depends on it")
     if reference not in (None, comparing.HF):
         fail(f"--reference: is {reference!r}; allowed: hf (or leave it out, and name an engine first)")
     logging.getLogger("gateway.workers").setLevel(logging.CRITICAL)  # the table says what died, and why
-    flags = {"dtype": dtype.value, "device_type": device and device.value, "max_model_len": max_model_len}
+    chosen = {"dtype": dtype, "device_type": device, "max_model_len": max_model_len}
     wrong = (ConfigError, parity_layouts.BadLayout)
     with clear_errors(*wrong, cannot=comparing.CannotCompare):
-        base = model_source.resolve(model, flags)
+        base = model_source.resolve(model, chosen)
         names = [name.strip() for name in engines.split(",") if name.strip()]
         options = comparing.Options(
             layouts=parity_layouts.choose(names),

@@ -20,6 +20,7 @@ from engines import config_devices
 from engines.config import ConfigError, ModelConfig
 from gateway import check, console, handover, logs, model_source
 from gateway.listener import from_systemd, listen, notify_systemd, url_of
+from gateway.options import Options
 from gateway.workers.group import Group
 from gateway.workers.protocol import GroupState
 from gateway.workers.supervisor import Supervisor, torchrun_group
@@ -37,33 +38,6 @@ _LOOK_SECONDS = 0.02
 
 class CannotServe(ValueError):  # noqa: N818
     """What was asked for cannot be served here. The message says why and what to do."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What is not about a model. `grace` and `recovery_wait` in seconds; port 0 is any free one; `replace`:
-    the gateway that listens there hands over when we are ready."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_keys: tuple[str, ...] = ()
-    grace: float = 30.0
-    recovery_wait: float = 60.0
-    log_level: str = "info"
-    log_dir: Path | None = None
-    access_log: bool = False
-    page: bool = True
-    cors_origins: tuple[str, ...] = ()
-    response_store_bytes: int = 64 << 20
-    log_format: logs.LogFormat = "text"
-    api_key_file: Path | None = None
-    queue_timeout: float = 60.0
-    max_body_bytes: int = 16 << 20
-    max_connections: int = 16_384
-    idle_timeout: float = 75.0
-    receive_timeout: float = 10.0
-    send_timeout: float = 30.0
-    replace: bool = False
 
 
 def run(configs: Sequence[ModelConfig], options: Options) -> None:
@@ -189,27 +163,12 @@ class _Service:
         """Raises CannotServe when a model's tokenizer or template cannot be used."""
         from gateway.app import create_app
         from gateway.http_server import make_server
-        from gateway.settings import Settings
 
-        settings = Settings(
-            api_keys=self._options.api_keys,
-            api_key_file=self._options.api_key_file,
-            queue_timeout=self._options.queue_timeout,
-            max_body_bytes=self._options.max_body_bytes,
-            max_connections=self._options.max_connections,
-            idle_timeout=self._options.idle_timeout,
-            receive_timeout=self._options.receive_timeout,
-            send_timeout=self._options.send_timeout,
-            access_log=self._options.access_log,
-            page=self._options.page,
-            cors_origins=self._options.cors_origins,
-            response_store_bytes=self._options.response_store_bytes,
-        )
         try:
             models = [
                 _served_model(config, self._groups, self._options.recovery_wait) for config in self._configs
             ]
-            app = create_app(settings, models)
+            app = create_app(self._options, models)
         except (OSError, ValueError) as error:
             raise CannotServe(str(error)) from error
         self._gateway = app.state.gateway

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from gateway.flags import flag
+
 _ABOVE_ZERO = (
     "queue_timeout",
     "max_body_bytes",
@@ -19,19 +21,27 @@ _ABOVE_ZERO = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    api_keys: tuple[str, ...] = ()  # these and those of the file; none: everybody may ask
-    api_key_file: Path | None = None
-    cors_origins: tuple[str, ...] = ()  # web pages of these origins may ask; "*": all
-    queue_timeout: float = 60.0  # seconds that a sequence may wait for a place in a group
-    access_log: bool = False
-    page: bool = True  # the chat page at /
-    max_body_bytes: int = 16 << 20
-    response_store_bytes: int = 64 << 20  # of responses that later ones may go on with; 0: none are kept
-    max_connections: int = 16_384
-    idle_timeout: float = 75.0  # seconds that a connection may stay open without a request
-    receive_timeout: float = 10.0  # seconds from a request's first byte to its last
+    api_keys: tuple[str, ...] = flag(
+        (), "A key that clients must send; may be repeated. Without any, everybody may ask.", name="api_key"
+    )
+    api_key_file: Path | None = flag(
+        None, "Keys that clients must send, with names and limits; `sluice key`."
+    )
+    cors_origins: tuple[str, ...] = flag(
+        (), 'Web pages of this origin may ask ("*": of any); may be repeated.', name="cors_origin"
+    )
+    page: bool = flag(True, "The chat page at /.")
+    access_log: bool = flag(False, "Log a line for each request.")
+    queue_timeout: float = flag(60.0, "Seconds that a request may wait for its turn.", low=0.1)
+    max_body_bytes: int = flag(16 << 20, "Of a request; more is refused (413).", low=1)
+    max_connections: int = flag(16_384, "Open at once; more are refused (503).", low=1)
+    idle_timeout: float = flag(75.0, "Seconds that a connection may be open without a request.", low=0.1)
+    receive_timeout: float = flag(10.0, "Seconds from a request's first byte to its last.", low=0.1)
+    send_timeout: float = flag(30.0, "Seconds that a client may leave an answer unread.", low=0.1)
+    response_store_bytes: int = flag(
+        64 << 20, "Memory for responses that previous_response_id may name; 0: none are kept.", low=0
+    )
     ping_interval: float = 15.0  # seconds of silence after which a stream gets a comment line
-    send_timeout: float = 30.0  # seconds that a client may leave an answer unread
     first_delta_wait: float = 10.0  # seconds for which a stream's status line waits for its first token
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from engines.config import load
 from gateway import check, check_show, serve
+from gateway.options import Options
 from gateway.workers.placement import DoesNotFit
 from tests.engines.test_config import LEVEL, PIPPY
 
@@ -158,9 +159,11 @@ def test_what_the_engine_would_refuse_is_refused_by_check_and_serve(
     file = write(tmp_path, "deviceType: cpu\ndeepspeed: {config: ds.json}\n")
     assert check.run([file], gpus=None) == 2
     words = capsys.readouterr().err
-    assert words.startswith(f"{file}:2: kernel injection ({tmp_path / 'ds.json'}): deviceType ('cpu') has no injected kernels")
+    assert words.startswith(
+        f"{file}:2: kernel injection ({tmp_path / 'ds.json'}): deviceType ('cpu') has no injected kernels"
+    )
     with pytest.raises(DoesNotFit) as refused:
-        serve.run([load(file)], serve.Options(port=0))
+        serve.run([load(file)], Options(port=0))
     assert str(refused.value) == words.strip()
 
 

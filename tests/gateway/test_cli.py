@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from engines.config import ModelConfig
 from gateway import cli, listener, model_source, serve
+from gateway.options import Options
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -30,9 +31,9 @@ def model_dir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Sequence[ModelConfig], serve.Options]]:
+def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Sequence[ModelConfig], Options]]:
     """What `serve` would have served: nothing is started."""
-    calls: list[tuple[Sequence[ModelConfig], serve.Options]] = []
+    calls: list[tuple[Sequence[ModelConfig], Options]] = []
     monkeypatch.setattr(serve, "run", lambda configs, options: calls.append((configs, options)))
     return calls
 
@@ -57,7 +58,7 @@ def test_the_version_is_an_option_too() -> None:
 
 
 def test_flags_reach_the_configuration(
-    model_dir: Path, served: list[tuple[Sequence[ModelConfig], serve.Options]]
+    model_dir: Path, served: list[tuple[Sequence[ModelConfig], Options]]
 ) -> None:
     result = sluice(
         *("serve", str(model_dir), "--tp", "2", "--dtype", "float32", "--device", "cpu"),
@@ -81,12 +82,13 @@ def test_every_option_of_serve_has_an_environment_variable() -> None:
     options = [parameter for parameter in command.params if parameter.name != "help"]
     assert len(options) > 15
     for option in options:
-        expected = f"SLUICE_{option.name.upper()}"
+        spelling = "models" if option.name == "models" else option.opts[0]
+        expected = f"SLUICE_{spelling.strip('-').replace('-', '_').upper()}"
         assert option.envvar == expected, f"{option.name}: {option.envvar}"
 
 
 def test_the_environment_counts_and_a_flag_counts_more(
-    model_dir: Path, served: list[tuple[Sequence[ModelConfig], serve.Options]]
+    model_dir: Path, served: list[tuple[Sequence[ModelConfig], Options]]
 ) -> None:
     env = {"SLUICE_PORT": "1234", "SLUICE_TP": "2", "SLUICE_MODELS": str(model_dir)}
     assert sluice("serve", env=env).exit_code == 0
@@ -96,7 +98,7 @@ def test_the_environment_counts_and_a_flag_counts_more(
 
 
 def test_without_a_model_the_demo_is_served(
-    served: list[tuple[Sequence[ModelConfig], serve.Options]],
+    served: list[tuple[Sequence[ModelConfig], Options]],
 ) -> None:
     result = sluice("serve")
     assert result.exit_code == 0, result.output

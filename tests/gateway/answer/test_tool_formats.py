@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from engines import config_schema
-from gateway import cli
 from gateway.answer import formats, reasoning
 from gateway.answer.reader import Reader
 from tests.gateway.answer.reading import cuts, format_of, read, spelled
@@ -312,5 +311,5 @@ def test_pythonic_arguments_are_json() -> None:
 
 def test_the_configuration_knows_the_same_names() -> None:
     tools, thoughts = {"auto", "none", *formats.FORMATS}, {"auto", "none", *reasoning.FORMATS}
-    assert set(config_schema.TOOL_FORMATS) == set(cli.ToolFormat) == tools
-    assert set(config_schema.REASONING_FORMATS) == set(cli.ReasoningFormat) == thoughts
+    assert set(config_schema.TOOL_FORMATS) == tools
+    assert set(config_schema.REASONING_FORMATS) == thoughts
