@@ -54,7 +54,8 @@ def create_app(
         redirect_slashes=False,  # it would answer with an address made of the request's Host
         lifespan=lifespan,
     )
-    metrics = Metrics(served_models)
+    responses_kept = ResponseStore(settings.response_store_bytes)
+    metrics = Metrics(served_models, responses_kept)
     gateway = Gateway(
         settings,
         Router(served_models),
@@ -62,7 +63,7 @@ def create_app(
         KeyRing(settings.api_keys, settings.api_key_file),
         {model.name: Admission(model, metrics.of(model), settings.queue_timeout) for model in served_models},
         Grammars(),
-        ResponseStore(settings.response_store_bytes),
+        responses_kept,
     )
     app.state.gateway = gateway
     for routes in (

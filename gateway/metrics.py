@@ -18,6 +18,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from engines.wire import Stats
+from gateway.response_store import ResponseStore
 from gateway.router import ServedModel
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -111,8 +112,9 @@ class SequenceTimer:
 class Metrics(Collector):
     """Everything, with a registry of its own."""
 
-    def __init__(self, models: Sequence[ServedModel]) -> None:
+    def __init__(self, models: Sequence[ServedModel], responses: ResponseStore) -> None:
         self._models = tuple(models)
+        self._responses = responses
         self._by_model = {model.name: ModelMetrics() for model in models}
         self.errors: Counter[str] = Counter()  # by error code, from the table in errors.py
         self._registry = CollectorRegistry(auto_describe=False)
@@ -129,6 +131,7 @@ class Metrics(Collector):
         yield from self._recovery_metrics()
         yield from self._group_metrics()
         yield from self._pipeline_metrics()
+        yield from self._stored_metrics()
         errors = CounterMetricFamily("sluice:request_errors", "Requests refused or failed.", labels=("code",))
         for code, count in sorted(self.errors.items()):
             errors.add_metric((code,), count)
@@ -222,6 +225,15 @@ class Metrics(Collector):
                 busy.add_metric((*labels, str(stage)), seconds)
                 share.add_metric((*labels, str(stage)), shares[stage])
         yield from (busy, active, share, bubble)
+
+    def _stored_metrics(self) -> Iterator[Metric]:
+        stored = self._responses
+        yield GaugeMetricFamily(
+            "sluice:responses_stored", "Responses that others may go on with.", stored.num_responses
+        )
+        yield GaugeMetricFamily(
+            "sluice:responses_stored_bytes", "Memory that these are counted as.", stored.num_bytes
+        )
 
     def _staged_groups(self) -> Iterator[tuple[tuple[str, str], Stats]]:
         """Pipelines that have done a step."""

@@ -76,12 +76,18 @@ def test_an_item_may_be_referred_to(client: OpenAI, group: Scripted) -> None:
     assert items[1].id == first.output[0].id
 
 
+def metrics_of(client: OpenAI) -> list[str]:
+    return httpx.get(str(client.base_url.join("/metrics"))).text.splitlines()
+
+
 def test_get_and_delete(client: OpenAI) -> None:
     made = client.responses.create(model="demo", input="a", metadata={"b": "c"})
     assert client.responses.retrieve(made.id) == made
     with pytest.raises(openai.BadRequestError, match="not streamed again"):
         client.responses.retrieve(made.id, stream=True)
+    assert "sluice:responses_stored 1.0" in metrics_of(client)
     client.responses.delete(made.id)
+    assert "sluice:responses_stored_bytes 0.0" in metrics_of(client)
     for ask in (client.responses.retrieve, client.responses.delete, client.responses.input_items.list):
         with pytest.raises(openai.NotFoundError, match=f"Response with id '{made.id}' not found"):
             ask(made.id)
