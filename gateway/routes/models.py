@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -16,7 +18,8 @@ router = APIRouter()
 async def list_models(request: Request) -> Response:
     """Every name of every model, loaded or not."""
     models = gateway_of(request).router.models
-    return json_response(ModelList(data=[_model(model, name) for model in models for name in model.names]))
+    found = [_model(model, name) for model in models for name in model.names]
+    return json_response(ModelList(data=found, first_id=found[0].id, last_id=found[-1].id))
 
 
 @router.get("/v1/models/{id:path}")
@@ -25,4 +28,7 @@ async def get_model(request: Request, id: str) -> Response:
 
 
 def _model(model: ServedModel, name: str) -> Model:
-    return Model(id=name, created=model.created, owned_by=model.owned_by)
+    created_at = datetime.fromtimestamp(model.created, UTC).isoformat().replace("+00:00", "Z")
+    return Model(
+        id=name, created=model.created, owned_by=model.owned_by, display_name=name, created_at=created_at
+    )

@@ -486,6 +486,13 @@ def test_what_may_go_better_is_tried_again(url: str, group: FakeGroup) -> None:
     assert len(group.requests) == 2
 
 
+def test_models(client: Anthropic) -> None:
+    assert [model.id for model in client.models.list(limit=1)] == ["demo", "org/demo"]
+    model = client.models.retrieve("org/demo")
+    assert (model.display_name, model.lifecycle) == ("org/demo", "active")
+    assert model.created_at.timestamp() == 1_700_000_000
+
+
 async def test_versions(models: Path) -> None:
     app = make_chat_app(models / "plain", scripted(models / "plain", TEXT))
     body = {"model": "demo", "max_tokens": 5, "messages": HI}
