@@ -46,8 +46,11 @@ class Extension:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether a start need not wait for it. (If its sources have changed, it is compiled anew.)"""
-        return (build_root() / self.name / f"{self.name}.so").exists()
+        """Whether a start need not wait for it: what is older than the packages is compiled anew."""
+        found = build_root() / self.name / f"{self.name}.so"
+        packages = [find_spec(name) for name in ("torch", "deepspeed")]
+        origins = [Path(package.origin) for package in packages if package and package.origin]
+        return found.exists() and all(found.stat().st_mtime > path.stat().st_mtime for path in origins)
 
 
 ALL_REDUCE = Extension("deepspeed_shm_comm", "ShareMemCommBuilder", "DeepSpeed's shared-memory all-reduce")

@@ -88,6 +88,9 @@ def test_a_start_that_has_to_compile_says_so_once(tmp_path: Path, monkeypatch: p
             deepspeed, deepspeed_comm.ALL_REDUCE, lambda _, phase="load": phases.append(phase)
         )
     assert phases == ["compile", "load", "load"]
+    [built] = tmp_path.glob("**/*.so")
+    os.utime(built, (0, 0))  # the packages have been installed anew
+    assert not deepspeed_comm.ALL_REDUCE.is_compiled
 
 
 def test_two_ranks_give_the_tokens_of_generate(
