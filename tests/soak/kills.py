@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
 import math
+import operator
 import os
 import random
 import signal
@@ -21,7 +23,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +39,7 @@ from tests.e2e.server import FAKE_SERVE, MODEL, Server, serving
 from tests.fake_group.spec import FakeSpec, Fault
 
 HUNG_SECONDS = 240.0
+BEDS = 4
 Content = dict[int, tuple[str, str | None, list[str], list[float]]]  # text, finish reason, tokens, logprobs
 
 
@@ -116,7 +120,7 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
 
 @dataclass
 class Figures:
-    """Counts and seconds of one bed."""
+    """Counts and seconds of a bed, or of several."""
 
     kills: Counter[str] = field(default_factory=Counter)
     answers: Counter[str] = field(default_factory=Counter)
@@ -127,6 +131,9 @@ class Figures:
     ready: list[float] = field(default_factory=list)  # from a death to ready
     starts: list[float] = field(default_factory=list)  # from the spawn to ready, as the gateway's log has it
     wrong: list[str] = field(default_factory=list)
+
+    def __add__(self, other: Figures) -> Figures:
+        return Figures(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
 
     def summary(self) -> dict[str, Any]:
         start = statistics.median(self.starts)
@@ -379,13 +386,30 @@ async def kill_many(bed: Bed, num_kills: int, max_seconds: float) -> Figures:
     return bed.figures
 
 
-def fake_kills(num_kills: int, seed: int = 0, max_seconds: float = math.inf) -> Figures:
-    """Over groups without torch."""
+def fake_kills(num_kills: int, seed: int = 0, max_seconds: float = math.inf, num_beds: int = 1) -> Figures:
+    """Over groups without torch: `num_beds` servers at the same time, each with its share of the kills. From
+    one death to the next they wait more than they compute."""
+
+    async def kill_all(beds: list[tuple[Server, Path]]) -> list[Figures]:
+        share = -(-num_kills // num_beds)
+        seeds = range(seed * num_beds, (seed + 1) * num_beds)
+        return await asyncio.gather(
+            *(_kill(*bed, share, own, max_seconds) for bed, own in zip(beds, seeds, strict=True))
+        )
+
+    with contextlib.ExitStack() as stack:
+        beds = [stack.enter_context(_fake_server()) for _ in range(num_beds)]
+        return functools.reduce(operator.add, asyncio.run(kill_all(beds)))
+
+
+@contextlib.contextmanager
+def _fake_server() -> Iterator[tuple[Server, Path]]:
+    """And the file that says what its next group is."""
     with tempfile.TemporaryDirectory() as directory:
         spec_file = Path(directory) / "spec.json"
         spec_file.write_bytes(msgspec.json.encode(FakeSpec(step_seconds=0.002)))
         with serving(program=(*FAKE_SERVE, "--spec", str(spec_file))) as server:
-            return asyncio.run(_kill(server, spec_file, num_kills, seed, max_seconds))
+            yield server, spec_file
 
 
 def real_kills(num_kills: int, seed: int = 0, max_seconds: float = math.inf) -> Figures:
@@ -411,17 +435,21 @@ def main() -> None:
     parser.add_argument("--fake", type=int, default=3_000, help="kills of fake groups")
     parser.add_argument("--real", type=int, default=300, help="kills of real groups")
     parser.add_argument("--minutes", type=float, default=math.inf, help="for each of the two, at most")
+    parser.add_argument("--beds", type=int, default=BEDS, help="servers over fake groups at the same time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    beds = {"fake": (fake_kills, given.fake), "real": (real_kills, given.real)}
+    runs = {
+        "fake": (functools.partial(fake_kills, num_beds=given.beds), given.fake),
+        "real": (real_kills, given.real),
+    }
     results = {
         name: run(count, given.seed, 60 * given.minutes).summary()
-        for name, (run, count) in beds.items()
+        for name, (run, count) in runs.items()
         if count
     }
     command = f"python -m tests.soak.kills --fake {given.fake} --real {given.real} --minutes {given.minutes}"
-    report = {"command": command, "machine": machine(), **results}
+    report = {"command": f"{command} --beds {given.beds}", "machine": machine(), **results}
     text = json.dumps(report, indent=1)
     print(text)
     if given.json:
