@@ -50,11 +50,12 @@ class CustomToolChoice(RequestPart):
 
 
 class Thinking(RequestPart):
-    """`enabled`: think; `adaptive`: if the model wants to."""
+    """`enabled`: think; `adaptive`: if the model wants to. Thoughts are shown whole, or not at all."""
 
     rules = anthropic_fields.THINKING
 
     type: Literal["enabled", "disabled", "adaptive"]
+    display: Literal["summarized", "omitted"] | None = None
 
 
 class OutputFormat(RequestPart):
@@ -109,6 +110,10 @@ class CountTokensRequest(RequestPart):
     @cached_property
     def messages(self) -> list[ChatMessage]:
         return as_chat(self.system or (), self.turns)
+
+    @property
+    def shows_thoughts(self) -> bool:
+        return self.thinking is None or self.thinking.display != "omitted"
 
     @property
     def continue_final_message(self) -> bool:

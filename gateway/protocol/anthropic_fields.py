@@ -7,10 +7,13 @@ from gateway.protocol.fields import Rule
 _CACHE = Rule("ignored", "a hint; the prefix cache finds every shared prefix itself")
 _TEXT_ONLY = Rule("refused", "the models read text only")
 
+_KEEP_ALL = {"type": "clear_thinking_20251015", "keep": "all"}
+_NO_EDITS = ({"edits": []}, {"edits": [_KEEP_ALL]})
+
 COUNT = {
     "cache_control": _CACHE,
     "speed": Rule("refused", "there is one speed", ("standard",)),
-    "context_management": Rule("refused", "a conversation is served whole or refused", ({"edits": []},)),
+    "context_management": Rule("refused", "a conversation is served whole or refused", _NO_EDITS),
     "mcp_servers": Rule("refused", "the server calls no tools", ([],)),
     "user_profile_id": Rule("ignored", "a label for the caller's own use; the SDK sends it as a header"),
     "workspace_id": Rule("ignored", "a label for the caller's own use; the SDK sends it as a header"),
@@ -54,5 +57,4 @@ TOOL = {
 
 THINKING = {
     "budget_tokens": Rule("ignored", "a model ends its thoughts itself, within 'max_tokens'"),
-    "display": Rule("refused", "thoughts are shown as they are", ("summarized",)),
 }

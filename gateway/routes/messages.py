@@ -74,7 +74,7 @@ def model_of(request: Request, body: CountTokensRequest) -> ServedModel:
 
 async def _message(chat: Chat, body: MessagesRequest) -> Message:
     [answer] = chat.answers
-    writer, reader = BlockWriter(), BlockReader()
+    writer, reader = BlockWriter(shows_thoughts=body.shows_thoughts), BlockReader()
     async with aclosing(chat.generation.events()) as batches:
         async for batch in batches:
             for delta in batch:
@@ -94,7 +94,7 @@ async def _message(chat: Chat, body: MessagesRequest) -> Message:
 async def _chunks(chat: Chat, body: MessagesRequest) -> Chunks:
     """The events of a stream. The first one waits for a token: then it is known what was in the cache."""
     [answer] = chat.answers
-    writer, has_begun = BlockWriter(), False
+    writer, has_begun = BlockWriter(shows_thoughts=body.shows_thoughts), False
     async with aclosing(chat.generation.events()) as batches:
         async for batch in batches:
             events = [_start(chat, body)] if not has_begun else []

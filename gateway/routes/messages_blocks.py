@@ -28,9 +28,10 @@ BlockEvent = BlockStart | BlockDelta | BlockStop
 
 
 class BlockWriter:
-    """The events of a stream's blocks, from those of an answer."""
+    """The events of a stream's blocks, from those of an answer. Thoughts that are not shown are an empty one."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, shows_thoughts: bool = True) -> None:
+        self._shows_thoughts = shows_thoughts
         self._num_blocks = 0
         self._open: type[ContentBlock] | None = None
         self._thoughts = sha256()
@@ -44,7 +45,8 @@ class BlockWriter:
                 case Reasoning(text):
                     yield from self._in(ThinkingBlock)
                     self._thoughts.update(text.encode())
-                    yield self._delta(ThinkingBlockDelta(text))
+                    if self._shows_thoughts:
+                        yield self._delta(ThinkingBlockDelta(text))
                 case CallStart(_, id, name):
                     yield from self.end()
                     yield self._begin(ToolUseBlock(f"toolu_{id.removeprefix('call_')}", name, {}))

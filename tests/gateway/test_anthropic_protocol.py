@@ -196,7 +196,7 @@ def turns(*contents: Any) -> dict[str, Any]:
         ({"tools": [{"name": "f"}]}, "'tools[0].input_schema'"),
         ({"tools": [TOOL | {"name": "a b"}]}, "'tools[0].name'"),
         ({"thinking": {"type": "between_tools"}}, "'thinking.type'"),
-        ({"thinking": {"type": "enabled", "display": "omitted"}}, "'display' is not supported"),
+        ({"thinking": {"type": "enabled", "display": "whole"}}, "'thinking.display'"),
         ({"output_config": {"effort": "minimal"}}, "'output_config.effort'"),
         ({"output_config": {"format": {"type": "json_schema"}}}, "'output_config.format.schema'"),
         (

@@ -334,6 +334,24 @@ def test_thoughts(models: Path) -> None:
     assert group.prompt().endswith("<think>\n\n</think>\n\n"), "the template's way not to think"
 
 
+def test_thoughts_that_are_not_shown(models: Path) -> None:
+    group = scripted(models / "thinking", SAID)
+    asked: dict[str, Any] = {"model": "demo", "max_tokens": 2_000, "messages": HI}
+    thinking: Any = {"type": "adaptive", "display": "omitted"}
+    with listening(make_chat_app(models / "thinking", group)) as url, sdk(url) as client:
+        whole = client.messages.create(**asked, thinking=thinking)
+        with client.messages.stream(**asked, thinking=thinking) as stream:
+            kinds = [event.type for event in stream]
+            streamed = stream.get_final_message()
+    assert "thinking" not in kinds
+    for message in (whole, streamed):
+        thoughts, text = message.content
+        assert thoughts.type == "thinking"
+        assert (thoughts.thinking, len(thoughts.signature)) == ("", 64)
+        assert text.type == "text"
+        assert text.text == "Yes."
+
+
 async def test_a_model_is_asked_for_no_thoughts_that_it_does_not_have(models: Path) -> None:
     enabled = {"type": "enabled", "budget_tokens": 1024}
     answer, _ = await ask(models / "plain", TEXT, thinking=enabled)
