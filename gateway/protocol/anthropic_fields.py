@@ -8,7 +8,7 @@ _CACHE = Rule("ignored", "a hint; the prefix cache finds every shared prefix its
 _TEXT_ONLY = Rule("refused", "the models read text only")
 
 _KEEP_ALL = {"type": "clear_thinking_20251015", "keep": "all"}
-_NO_EDITS = ({"edits": []}, {"edits": [_KEEP_ALL]})
+_NO_EDITS: tuple[object, ...] = ({"edits": []}, {"edits": [_KEEP_ALL]})
 
 COUNT = {
     "cache_control": _CACHE,

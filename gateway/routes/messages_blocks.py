@@ -28,7 +28,7 @@ BlockEvent = BlockStart | BlockDelta | BlockStop
 
 
 class BlockWriter:
-    """The events of a stream's blocks, from those of an answer. Thoughts that are not shown are an empty one."""
+    """The events of a stream's blocks, from those of an answer. Thoughts that are not shown: an empty one."""
 
     def __init__(self, *, shows_thoughts: bool = True) -> None:
         self._shows_thoughts = shows_thoughts
