@@ -141,7 +141,7 @@ def running(config: ModelConfig, *, injecting: bool = False) -> Iterator[Group]:
 
     `injecting`: its ranks have the sites of tests/engines/injected.py, for requests whose seed names one."""
     if config.engine == "deepspeed_tp":
-        _compile_all_reduce()
+        compile_all_reduce()
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -169,7 +169,7 @@ def running(config: ModelConfig, *, injecting: bool = False) -> Iterator[Group]:
 
 
 @cache
-def _compile_all_reduce() -> None:
+def compile_all_reduce() -> None:
     """DeepSpeed's, once an environment: it would take most of the time that a group has to start."""
     subprocess.run([sys.executable, "-m", "engines.models.deepspeed_comm"], cwd=ROOT, check=True, timeout=900)
 

@@ -21,6 +21,7 @@ from typing import Any
 from gateway.bench import machine
 from tests.engines import faults
 from tests.engines.faults import LAYOUTS, SHAPE, Fault
+from tests.engines.harness import compile_all_reduce
 from tests.engines.layouts import Layout
 from tests.models import make_llama
 
@@ -60,15 +61,24 @@ def main() -> None:
         model = make_llama(Path(directory) / "model", SHAPE, seed=3)
         for layout in (one for one in LAYOUTS if str(one) in args.layouts):
             wanted = [fault for fault in faults.faults_of(layout) if fault.phase in args.phases]
+            if layout.engine == "deepspeed_tp":
+                compile_all_reduce()
             found += asyncio.run(strike_all(layout, wanted * args.trials, model))
+            write(args.json, found)
     late = [one for one in found if not one["is_in_time"]]
     print(f"{len(found)} faults: 0 without recovery, {len(late)} too late")
-    if args.json:
-        command = "python -m tests.soak.engine_faults " + " ".join(sys.argv[1:])
-        result = {"command": command, "machine": machine(), "num_faults": len(found), "num_late": len(late)}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({**result, "faults": found}, indent=1) + "\n")
     sys.exit(bool(late))
+
+
+def write(file: Path | None, found: list[dict[str, Any]]) -> None:
+    """The figures so far: a soak that is broken off has not been for nothing."""
+    if file is None:
+        return
+    command = "python -m tests.soak.engine_faults " + " ".join(sys.argv[1:])
+    num_late = sum(not one["is_in_time"] for one in found)
+    result = {"command": command, "machine": machine(), "num_faults": len(found), "num_late": num_late}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**result, "faults": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
