@@ -228,7 +228,7 @@ class _AssistantTurn:
             function = FunctionCall(name=item.name or "", arguments=item.arguments or "")
             self.calls.append(ToolCall(id=item.call_id or "", type="function", function=function))
         elif item.kind == "reasoning":
-            self._thoughts.append(item.written)
+            self._thoughts += [item.written] if item.written else []
         else:
             self._texts.append(item.written)
 

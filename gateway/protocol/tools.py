@@ -105,7 +105,7 @@ class ToolUse:
         """Whether the answer needs a grammar: else the model writes calls as it has learned to."""
         is_part = len(self.allowed) < len(self.functions)
         is_strict = any(function.strict for function in self.allowed)
-        return self.is_required or is_part or is_strict or not self.is_parallel
+        return bool(self.allowed) and (self.is_required or is_part or is_strict or not self.is_parallel)
 
 
 def use_of_tools(

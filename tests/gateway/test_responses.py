@@ -275,7 +275,11 @@ def test_thoughts_are_items(models: Path) -> None:
                 {"role": "user", "content": "again"},
             ],
         )
-    assert f"<think>\n{THOUGHT}\n</think>\n\n{SAID}<|end|>" in group.prompt()
+        assert f"<think>\n{THOUGHT}\n</think>\n\n{SAID}<|end|>" in group.prompt()
+        unsaid: Any = [{"type": "reasoning", "id": "rs_1", "summary": []}, {"role": "user", "content": "hi"}]
+        client.responses.create(model="demo", input=unsaid)
+        assert "<think>" not in group.prompt()
+        assert group.prompt().count("<|assistant|>") == 1
     reasoning = [
         "output_item.added",
         "content_part.added",

@@ -147,6 +147,7 @@ ENFORCED: list[tuple[dict[str, Any], bool]] = [
     ({"tool_choice": {"type": "function", "name": "now"}}, True),
     ({"tool_choice": ALLOWED}, True),
     ({"parallel_tool_calls": False}, True),
+    ({"parallel_tool_calls": False, "tools": []}, False),
     ({"tools": [{**WEATHER, "strict": True}]}, True),
 ]
 
@@ -166,7 +167,8 @@ def test_what_is_enforced_has_a_grammar(
     given: Any = {"tools": [WEATHER, NOW]} | fields
     response = client.responses.create(model="demo", input=[QUESTION], **given)  # type: ignore[list-item]
     assert bool(group.requests[-1].grammar) == is_enforced
-    assert ("get_weather" in group.prompt()) == (fields.get("tool_choice") != "none")
+    is_told = fields.get("tool_choice") != "none" and fields.get("tools") != []
+    assert ("get_weather" in group.prompt()) == is_told
     choice: Any = response.tool_choice
     echoed = choice if isinstance(choice, str) else choice.model_dump(exclude_unset=True)
     assert echoed == fields.get("tool_choice", "auto")

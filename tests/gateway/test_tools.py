@@ -241,6 +241,7 @@ ENFORCED: list[tuple[dict[str, Any], bool]] = [
     ({"tool_choice": "required"}, True),
     ({"tool_choice": {"type": "function", "function": {"name": "now"}}}, True),
     ({"parallel_tool_calls": False}, True),
+    ({"parallel_tool_calls": False, "tools": []}, False),
     (
         {
             "tool_choice": {
