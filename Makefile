@@ -6,7 +6,7 @@ MODEL ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: serve test soak check page test-page
+.PHONY: serve test soak check page test-page test-clients
 
 serve: .venv/.installed  ## MODEL= a directory, a hub id or a model-config.yaml; the demo model without
 	@exec $(BIN)/sluice serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
@@ -22,6 +22,9 @@ page: web/node_modules/.installed  ## builds gateway/web from web/; Node 20 or n
 
 test-page: web/node_modules/.installed .venv/.installed-dev  ## the page in Chromium; CHROMIUM= names another
 	@node --test web/test/*.test.mjs tests/page/*.test.mjs
+
+test-clients: tests/clients/node/node_modules/.installed .venv/.installed-dev  ## OpenAI's SDK for Node
+	@node --test tests/clients/node/*.test.mjs
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check .
@@ -45,4 +48,8 @@ check: .venv/.installed-dev
 
 web/node_modules/.installed: web/package-lock.json
 	cd web && npm ci --no-audit --no-fund
+	@touch $@
+
+tests/clients/node/node_modules/.installed: tests/clients/node/package-lock.json
+	cd tests/clients/node && npm ci --no-audit --no-fund
 	@touch $@

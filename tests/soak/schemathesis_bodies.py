@@ -9,6 +9,7 @@ needs a key must be refused without one.
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -138,6 +139,10 @@ class Run:
             self._send(with_few_fields(fine, self._required(operation.path)), operation.label, share)
             wrong = operation.as_strategy(GenerationMode.NEGATIVE, headers=HEADERS)
             self._send(wrong, operation.label, share)
+            found = (
+                f"{in_order(self.seen.by_operation[operation.label])}, problems: {len(self.seen.problems)}"
+            )
+            print(operation.label, found, file=sys.stderr, flush=True)
         return self.seen
 
     def _required(self, path: str) -> frozenset[str]:
