@@ -11,8 +11,8 @@ BIN := .venv/bin
 serve: .venv/.installed  ## MODEL= a directory, a hub id or a model-config.yaml; the demo model without
 	@exec $(BIN)/sluice serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
-test: .venv/.installed-dev  ## ARGS= goes to pytest
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+test: .venv/.installed-dev  ## two halves at once; with ARGS= pytest, which they go to
+	@OMP_NUM_THREADS=1 $(BIN)/python -m $(if $(ARGS),pytest $(ARGS),tests)
 
 soak: .venv/.installed-dev  ## hours; ARGS= names some
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak $(ARGS)
