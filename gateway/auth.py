@@ -59,11 +59,13 @@ class RequestContext:
                 status = message["status"]
                 headers = MutableHeaders(raw=message["headers"])
                 headers["x-request-id"] = request_id
+                headers["openai-processing-ms"] = str(round(1000 * (perf_counter() - started)))
+                tenant = _tenant(state)
+                if tenant is not None:
+                    headers.update(tenant.headers())
                 if is_anthropic(scope["path"]):
                     headers["request-id"] = request_id
-                headers["openai-processing-ms"] = str(round(1000 * (perf_counter() - started)))
-                if (tenant := _tenant(state)) is not None:
-                    headers.update(tenant.headers())
+                    headers.update(tenant.anthropic_headers() if tenant is not None else {})
             await send(message)
 
         try:

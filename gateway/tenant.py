@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 _BUSY_RETRY_SECONDS = 1
 
@@ -78,13 +79,24 @@ class Tenant:
 
     def headers(self) -> dict[str, str]:
         """OpenAI's x-ratelimit-*, for the rates that are limited."""
-        rates = {"requests": self._requests, "tokens": self._tokens}
         return {
             f"x-ratelimit-{field}-{what}": value
-            for what, rate in rates.items()
-            if rate is not None
+            for what, rate in self._rates()
             for field, value in rate.describe().items()
         }
+
+    def anthropic_headers(self) -> dict[str, str]:
+        """The same as anthropic-ratelimit-*, which say when a minute ends, not how soon."""
+        return {
+            f"anthropic-ratelimit-{what}-{field}": value
+            for what, rate in self._rates()
+            for field, value in (rate.describe() | {"reset": rate.reset_at()}).items()
+        }
+
+    def _rates(self) -> Iterator[tuple[str, _Rate]]:
+        for what, rate in (("requests", self._requests), ("tokens", self._tokens)):
+            if rate is not None:
+                yield what, rate
 
 
 class _Rate:
@@ -131,6 +143,12 @@ class _Rate:
             "remaining": str(remaining),
             "reset": "0s" if is_whole else f"{self._seconds_left()}s",
         }
+
+    def reset_at(self) -> str:
+        """As RFC 3339: now, if nothing has been used."""
+        stats = self._limiter.get_window_stats(self._item)
+        at = time.time() if stats.remaining == self.amount else stats.reset_time
+        return datetime.fromtimestamp(math.ceil(at), UTC).isoformat().replace("+00:00", "Z")
 
     def _seconds_left(self) -> int:
         return max(1, math.ceil(self._limiter.get_window_stats(self._item).reset_time - time.time()))

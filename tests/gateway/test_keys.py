@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -218,6 +219,26 @@ async def test_requests_a_minute(model_dir: Path, tmp_path: Path) -> None:
         other = await client.post("/v1/completions", json=RAW, headers=bearer("one-at-a-time-0123"))
         assert other.status_code == 200
         assert "x-ratelimit-limit-requests" not in other.headers
+
+
+@anyio
+async def test_anthropic_s_headers_say_when_the_minute_ends(model_dir: Path, tmp_path: Path) -> None:
+    body = {"model": "demo", "max_tokens": 1, "messages": [{"role": "user", "content": "hi"}]}
+    started = datetime.now(UTC)
+    async with client_of(limited_app(model_dir, tmp_path, make_group(model_dir))) as client:
+        answers = [
+            await client.post("/v1/messages", json=body, headers={"x-api-key": "few-requests-01234"})
+            for _ in range(3)
+        ]
+        other = await client.post("/v1/completions", json=RAW, headers=bearer("few-requests-01234"))
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    prefix = "anthropic-ratelimit-requests"
+    assert [answer.headers[f"{prefix}-remaining"] for answer in answers] == ["1", "0", "0"]
+    assert {answer.headers[f"{prefix}-limit"] for answer in answers} == {"2"}
+    for answer in answers:
+        reset = datetime.fromisoformat(answer.headers[f"{prefix}-reset"])
+        assert started <= reset <= datetime.now(UTC) + timedelta(seconds=61)
+    assert f"{prefix}-limit" not in other.headers
 
 
 @anyio
