@@ -26,7 +26,7 @@ from tests.gateway.chat_models import make_chat_model
 from tests.gateway.serving import client_of, make_app, make_group
 from tests.soak import _figures
 
-PATHS = ("/v1/chat/completions", "/v1/completions")
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 OVER_A_SOCKET = 10  # one in so many
 SECRETS = re.compile(r"0x[0-9a-f]{6,}|Traceback|/home/|/root/|/tmp/|\.py\b|site-packages")
 MAX_GROWTH = 32 << 20
@@ -67,6 +67,7 @@ repetition_penalty logit_bias seed logprobs top_logprobs user tools tool_choice 
 chat_template chat_template_kwargs best_of suffix echo audio modalities truncate_prompt_tokens
 parallel_tool_calls functions function_call reasoning_effort continue_final_message
 add_generation_prompt prompt_cache_key tool_calls tool_call_id arguments parameters name strict
+input instructions previous_response_id store include text format schema reasoning effort output call_id
 prompt_logprobs priority api_base user_config resume_token_ids cache_salt __proto__ metadata
 """.split()  # noqa: SIM905  a list of words
 RAW = (
@@ -125,6 +126,32 @@ CHATS: list[dict[str, Any]] = [
 ]
 
 
+_ITEM_CALL = {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"a": 1}'}
+RESPONSES: list[dict[str, Any]] = [
+    {"input": "hi", "instructions": "s"},
+    {
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+            {"type": "reasoning", "id": "r", "summary": [], "content": []},
+            _ITEM_CALL,
+            {"type": "function_call_output", "call_id": "c", "output": "1"},
+        ],
+        "tools": [{"type": "function", **_TOOL}],
+        "tool_choice": {
+            "type": "allowed_tools",
+            "mode": "auto",
+            "tools": [{"type": "function", "name": "f"}],
+        },
+        "include": ["message.output_text.logprobs"],
+    },
+    {
+        "input": [{"type": "item_reference", "id": "x"}],
+        "text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "object"}}},
+        "reasoning": {"effort": "none"},
+    },
+]
+
+
 class Bodies:
     """An endless row of bodies, the same for the same seed."""
 
@@ -145,7 +172,12 @@ class Bodies:
         return path, self._damaged(content) if draw.random() < 0.25 else content
 
     def _valid(self, path: str) -> dict[str, Any]:
-        body: dict[str, Any] = {"model": self._model, "max_tokens": 1, "temperature": 0.0}
+        body: dict[str, Any] = {"model": self._model, "temperature": 0.0}
+        if path == PATHS[2]:  # what is stored is no growth
+            return (
+                body | {"max_output_tokens": 1, "store": False} | copy.deepcopy(self._draw.choice(RESPONSES))
+            )
+        body["max_tokens"] = 1
         if path == PATHS[0]:
             return body | copy.deepcopy(self._draw.choice(CHATS))
         return body | {"prompt": "hi"}
