@@ -108,7 +108,7 @@ def check(figures: kills.Figures, num_kills: int) -> None:
 
 
 def test_forty_kills_of_fake_groups() -> None:
-    check(kills.fake_kills(40), 40)
+    check(kills.fake_kills(40, num_beds=2), 40)
 
 
 def test_six_kills_of_real_groups() -> None:
