@@ -124,9 +124,11 @@ def _check_fields(item: Item, param: str) -> None:
 
 
 def _check_part(part: Part, item: Item, param: str) -> None:
-    field = "refusal" if part.type == "refusal" else "text"
+    field, other = ("refusal", "text") if part.type == "refusal" else ("text", "refusal")
     if getattr(part, field) is None:
         raise InvalidField(f"{param}.{field}", f"Missing required parameter: '{param}.{field}'.")
+    if getattr(part, other) is not None:
+        raise InvalidField(f"{param}.{other}", f"Parts of type '{part.type}' have no '{other}'.")
     is_thought = item.kind == "reasoning"
     if (part.type == "reasoning_text") != is_thought or (part.type == "refusal" and item.role != "assistant"):
         what = f"of role '{item.role}'" if item.role else f"of type '{item.kind}'"

@@ -381,6 +381,11 @@ REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
         "Missing",
     ),
     (
+        {"input": [{"role": "user", "content": [{"type": "input_text", "text": "x", "refusal": "y"}]}]},
+        "input[0].content[0].refusal",
+        "have no 'refusal'",
+    ),
+    (
         {"input": [{"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}]},
         "input[0].content[0].type",
         "Items of role 'user' have no part of type 'refusal'",
