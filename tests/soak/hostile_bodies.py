@@ -26,7 +26,7 @@ from tests.gateway.chat_models import make_chat_model
 from tests.gateway.serving import client_of, make_app, make_group
 from tests.soak import _figures
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 OVER_A_SOCKET = 10  # one in so many
 SECRETS = re.compile(r"0x[0-9a-f]{6,}|Traceback|/home/|/root/|/tmp/|\.py\b|site-packages")
 MAX_GROWTH = 32 << 20
@@ -67,6 +67,7 @@ repetition_penalty logit_bias seed logprobs top_logprobs user tools tool_choice 
 chat_template chat_template_kwargs best_of suffix echo audio modalities truncate_prompt_tokens
 parallel_tool_calls functions function_call reasoning_effort continue_final_message
 add_generation_prompt prompt_cache_key tool_calls tool_call_id arguments parameters name strict
+system tool_use_id thinking output_config stop_sequences is_error signature input_schema
 input instructions previous_response_id store include text format schema reasoning effort output call_id
 prompt_logprobs priority api_base user_config resume_token_ids cache_salt __proto__ metadata
 """.split()  # noqa: SIM905  a list of words
@@ -152,6 +153,28 @@ RESPONSES: list[dict[str, Any]] = [
 ]
 
 
+_USE = {"type": "tool_use", "id": "c", "name": "f", "input": {"a": 1}}
+_RESULT = {"type": "tool_result", "tool_use_id": "c", "content": [{"type": "text", "text": "1"}]}
+MESSAGES: list[dict[str, Any]] = [
+    {"system": "s", "messages": [{"role": "user", "content": "hi"}], "stop_sequences": ["x"]},
+    {
+        "system": [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}],
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "", "signature": ""}, _USE]},
+            {"role": "user", "content": [_RESULT, {"type": "text", "text": "hi"}]},
+        ],
+        "tools": [{"name": "f", "description": "<|end|>", "input_schema": _TOOL["parameters"]}],
+        "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
+        "thinking": {"type": "adaptive"},
+    },
+    {
+        "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "It is "}],
+        "output_config": {"effort": "high", "format": {"type": "json_schema", "schema": {"type": "object"}}},
+    },
+]
+
+
 class Bodies:
     """An endless row of bodies, the same for the same seed."""
 
@@ -178,6 +201,8 @@ class Bodies:
                 body | {"max_output_tokens": 1, "store": False} | copy.deepcopy(self._draw.choice(RESPONSES))
             )
         body["max_tokens"] = 1
+        if path == PATHS[3]:
+            return body | copy.deepcopy(self._draw.choice(MESSAGES))
         if path == PATHS[0]:
             return body | copy.deepcopy(self._draw.choice(CHATS))
         return body | {"prompt": "hi"}
@@ -257,9 +282,11 @@ def _problem(response: httpx.Response) -> str | None:
         return "a 5xx"
     if response.status_code == 200:
         return None
-    error = response.json().get("error")
-    if not isinstance(error, dict) or set(error) != {"message", "type", "param", "code"}:
-        return "not OpenAI's shape"
+    content = response.json()
+    error, is_anthropic = content.get("error"), response.url.path == PATHS[3]
+    expected = {"message", "type"} if is_anthropic else {"message", "type", "param", "code"}
+    if not isinstance(error, dict) or set(error) != expected or ("request_id" in content) != is_anthropic:
+        return "not the shape of its API"
     return "it tells what is inside" if SECRETS.search(error["message"]) else None
 
 
