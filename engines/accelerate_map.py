@@ -126,7 +126,8 @@ def _given(model: PreTrainedModel, device_map: DeviceMap) -> DeviceMap:
     for name, device in device_map.items():
         if name and name not in modules:
             raise UnsupportedModel(
-                f"deviceMap: {name}: the model has no such module; it has {', '.join(_top(modules))}"
+                f"deviceMap: {name}: the model has no such module; it has {', '.join(_top(modules))}: "
+                "correct the name, or remove the entry"
             )
         _check_present("deviceMap", device)
     for name, _ in model.named_parameters():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engines.config import DType
-from engines.config_errors import ConfigError, Problem, nearest
+from engines.config_errors import A_SLIP, ConfigError, Problem, nearest
 from engines.config_read import Settings
 
 _KEY = "deepspeed.config"
@@ -21,8 +21,8 @@ MAX_BYTES = 1 << 20
 GRAIN_SIZE, MAX_OUT_TOKENS = 64, 1024  # DeepSpeed's defaults
 
 _DTYPES: dict[str, DType] = {
-    **dict.fromkeys(("torch.float16", "fp16", "float16", "half"), "float16"),
-    **dict.fromkeys(("torch.float32", "fp32", "float32", "float"), "float32"),
+    **dict.fromkeys(("torch.float16", "torch.half", "fp16", "float16", "half"), "float16"),
+    **dict.fromkeys(("torch.float32", "torch.float", "fp32", "float32", "float"), "float32"),
     **dict.fromkeys(("torch.bfloat16", "bf16", "bfloat16", "bfloat"), "bfloat16"),
 }
 _ALIASES = {
@@ -200,7 +200,7 @@ class _Reading:
     def _check_names(self, given: Mapping[str, object]) -> None:
         for name in given:
             if name not in _KNOWN:
-                remedy = f"write {near!r}" if (near := nearest(name, _KNOWN)) else "remove the key"
+                remedy = f"write {near!r}" if (near := nearest(name, _KNOWN, A_SLIP)) else "remove the key"
                 wrong = f"{name} is not a key of DeepSpeed's inference configuration"
                 self._problem(name, wrong, near=near, remedy=remedy)
             if name in _ALIASES and _ALIASES[name] in given:

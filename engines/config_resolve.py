@@ -48,6 +48,7 @@ def _resolve(s: Settings, base: Path, source: str, num_gpus: int | None) -> Mode
     world = split.tp_size * split.pp_size
     deepspeed, deepspeed_file = _deepspeed(s, base, world)
     engine = _engine(s, split.parallel_type, deepspeed_file)
+    deepspeed_dtype = deepspeed_file.dtype if deepspeed_file and engine.startswith("deepspeed") else None
     _check_device_ids(s, split, replicas)
     _check_stage_split(s, split)
     _warn_without_effect(s, device, engine, split.parallel_type)
@@ -73,7 +74,7 @@ def _resolve(s: Settings, base: Path, source: str, num_gpus: int | None) -> Mode
         omp_threads=s.integer("torchrun.OMP_NUMBER_THREADS") or _cores_each(world * replicas),
         is_omp_stated="torchrun.OMP_NUMBER_THREADS" in s.values,
         monitor_interval=_or(s.number("torchrun.monitor-interval"), 0.1),
-        dtype=cast(DType, s.text("dtype") or (deepspeed_file and deepspeed_file.dtype) or "auto"),
+        dtype=cast(DType, s.text("dtype") or deepspeed_dtype or "auto"),
         max_model_len=cast("int | None", _first(s, "maxModelLen", "handler.max_seq_len")),
         max_num_seqs=cast("int | None", _first(s, "maxNumSeqs", "handler.max_batch_size")) or 256,
         max_num_batched_tokens=s.integer("maxNumBatchedTokens") or _batched_tokens(s, engine, split, device),
@@ -279,6 +280,9 @@ def _warn_without_effect(s: Settings, device: Device, engine: str, kind: Paralle
     if is_ours and engine != "accelerate":
         placing = ("deviceMap", "maxMemory", "handler.device_map", "handler.max_memory")
         idle += [(key, f"engine is {engine}; accelerate places modules") for key in placing]
+    elif isinstance(_first(s, "deviceMap", "handler.device_map"), Section):
+        why = "deviceMap says where each module goes"
+        idle += [("maxMemory", why), ("handler.max_memory", why)]
     if kind == "custom":
         idle += [("torchrun.monitor-interval", "custom is one process, without torchrun")]
         idle += [("tensorParallel", reasons["parallel"]), ("pipelineParallel", reasons["parallel"])]

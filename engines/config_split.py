@@ -28,11 +28,9 @@ class Split:
 def read_split(s: Settings, device: Device, gpus: int, replicas: int) -> Split:
     """How the ranks of a group divide, from parallelType and the sizes."""
     kind = cast("ParallelType | None", s.text("parallelType"))
-    if s.has(_LEVEL) and s.has(_NPROC):
+    if s.has(_LEVEL) and s.has(_NPROC) and s.integer(_LEVEL) != s.integer(_NPROC):
         remedy = f"keep {_NPROC} and remove {_LEVEL}, or the other way round"
-        s.problem(
-            _LEVEL, f"must not stand beside {_NPROC} ({s.where(_NPROC)}): both are the size", remedy=remedy
-        )
+        s.problem(_LEVEL, f"is not {_NPROC} ({s.where(_NPROC)}): both are the size", remedy=remedy)
         return Split(kind or "tp")
     level = s.integer(_LEVEL) or s.integer(_NPROC)
     if kind is None:
@@ -101,5 +99,6 @@ def _split_both(s: Settings, level: int | None, tp: int | None, pp: int | None) 
         return Split("pptp")
     if level and tp * pp != level:
         sums = f"tensorParallel {tp} x pipelineParallel {pp} = {tp * pp}, but the group has {level} ranks"
-        s.problem("parallelType", sums, remedy=f"make the product {level}")
+        key = "tensorParallel" if s.has("tensorParallel") else "parallelType"
+        s.problem(key, sums, remedy=f"make the product {level}")
     return Split("pptp", tp_size=tp, pp_size=pp)

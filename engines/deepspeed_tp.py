@@ -17,6 +17,7 @@ from engines.config_deepspeed import DeepSpeedFile, load_settings
 from engines.models import deepspeed_comm, hf
 from engines.models.checkpoint import Checkpoint
 from engines.models.hf_inspect import inspect_model
+from engines.models.injection import check_dtype
 from engines.models.names import Slice
 from engines.runtime.mesh import Mesh
 
@@ -37,6 +38,7 @@ class DeepSpeedTPEngine(hf.PagedEngine):
         checkpoint = hf.open_checkpoint(self._found)
         self._mesh = mesh
         self._dtype = hf.dtype_of(self._found, checkpoint, settings.dtype or config.dtype)
+        check_dtype(str(self._dtype).removeprefix("torch."), mesh.device.type)
         empty = hf.build_empty(self._found, self._dtype)
         model = shard(empty, settings, mesh, self._found.shape, report)
         fill(model, checkpoint, mesh.device, report)

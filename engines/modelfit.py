@@ -20,6 +20,7 @@ from engines.models.stages import BadSplit, sizes_of, split_layers
 
 _TP_KEYS = ("tensorParallel", "parallelLevel", "torchrun.nproc-per-node", "parallelType")
 _PP_KEYS = ("pipelineParallel", *_TP_KEYS[1:])
+_MODEL_KEYS = ("modelPath", "handler.model_path")
 _ENGINE_KEYS = ("engine", "deepspeed.config", "parallelType", "modelPath", "handler.model_path")
 _MAX_RANKS = 1024  # that a file may ask for
 _MAX_LAYERS = 1024  # config.json may claim any number, and dividing them takes time
@@ -30,7 +31,7 @@ def misfits(config: ModelConfig) -> list[str]:
     """What cannot work, each with place and remedy. Engines of other distributions are left to themselves.
 
     Raises BadModelDir when there is no config.json, or it is none."""
-    config = _with_fallback(config)
+    config = with_fallback(config)
     shape = modeldir.shape(config.model_path)
     checks = (_refusals, _indivisible, _too_many_stages, _too_long)
     return [problem for check in checks for problem in check(config, shape)]
@@ -61,15 +62,19 @@ def _convert(config: ModelConfig) -> str:
     return layout.convert_first(root, "--to", "sluice", *options)
 
 
-def _with_fallback(config: ModelConfig) -> ModelConfig:
-    """As the engine that serves where kernel injection cannot, if that is allowed."""
+def with_fallback(config: ModelConfig) -> ModelConfig:
+    """As the engine that serves where kernel injection cannot, if that is allowed; a warning says why."""
     falls_back = config.engine == "deepspeed_inject" and config.deepspeed and config.deepspeed.fallback
     if not falls_back:
         return config
     try:
         injection.check_support(config, _deepspeed_file(config))
-    except UnsupportedModel:
-        return config.model_copy(update={"engine": "deepspeed_tp"})
+    except modeldir.BadModelDir:
+        return config  # which is said of the model
+    except UnsupportedModel as refusal:
+        reason = str(refusal).removesuffix(f": {injection.AUTOTP}")
+        why = _at(config, ("deepspeed.fallback",), f"AutoTP serves instead of {reason}")
+        return config.model_copy(update={"engine": "deepspeed_tp", "warnings": (*config.warnings, why)})
     return config
 
 
@@ -86,8 +91,10 @@ def _refusals(config: ModelConfig, shape: Shape) -> Iterator[str]:
     for check in _REFUSALS.get(config.engine, ()):
         try:
             check(config)
-        except (UnsupportedModel, BadCheckpoint) as refusal:
+        except UnsupportedModel as refusal:
             yield _at(config, _ENGINE_KEYS, str(refusal))
+        except BadCheckpoint as damage:
+            yield _at(config, _MODEL_KEYS, str(damage))
         except (TypeError, AttributeError) as error:
             wrong = f"{config.model_path}/config.json: a value is not of its type: {error}"
             yield _at(config, _ENGINE_KEYS, f"{wrong}; remedy: fix config.json")
@@ -109,6 +116,12 @@ def _check_stages(config: ModelConfig) -> None:
 
 def _check_decoder(config: ModelConfig) -> None:
     hf_support.read_config(config.model_path)
+
+
+def _check_autotp(config: ModelConfig) -> None:
+    given = hf_support.read_config(config.model_path)
+    stored = given.get("dtype", given.get("torch_dtype"))
+    injection.check_dtype(str(stored) if config.dtype == "auto" else config.dtype, config.device)
 
 
 def _check_injection(config: ModelConfig) -> None:
@@ -144,7 +157,7 @@ _REFUSALS: dict[str, tuple[Callable[[ModelConfig], None], ...]] = {
     "native": (_check_llama, _check_files),
     "pipeline": (_check_stages, _check_files),
     "accelerate": (_check_decoder, _check_whole_files),
-    "deepspeed_tp": (_check_decoder, _check_whole_files),
+    "deepspeed_tp": (_check_autotp, _check_whole_files),
     "deepspeed_inject": (_check_injection, _check_whole_files),
 }
 

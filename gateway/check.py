@@ -30,6 +30,7 @@ def run(files: Sequence[Path], gpus: int | None) -> int:
     is_here = gpus is None
     machine = config_devices.this_machine() if gpus is None else Machine(gpus, config_devices.num_cores())
     configs, errors = _load_all(files, machine.num_gpus)
+    configs = [modelfit.with_fallback(config) for config in configs]
     if errors:
         _print_lines(line for config in configs for line in describe(config))
         wrong = [str(problem) for error in errors for problem in error.problems]

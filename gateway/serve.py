@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines import config_devices
+from engines import config_devices, modelfit
 from engines.config import ConfigError, ModelConfig
 from gateway import check, console, handover, logs, model_source
 from gateway.listener import from_systemd, listen, notify_systemd, url_of
@@ -47,6 +47,7 @@ def run(configs: Sequence[ModelConfig], options: Options) -> None:
     import uvloop
 
     logs.set_up(options.log_level, options.log_format)
+    configs = [modelfit.with_fallback(config) for config in configs]
     if clashes := check.name_clashes(configs):
         raise ConfigError(clashes)
     placement = check.fit(configs, config_devices.this_machine())

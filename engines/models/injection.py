@@ -1,4 +1,4 @@
-"""What DeepSpeed's injected kernels can serve, told from the configuration and config.json. Torch-free."""
+"""What DeepSpeed and its injected kernels can serve, told from configuration and config.json. Torch-free."""
 
 from __future__ import annotations
 
@@ -24,6 +24,15 @@ def settings_of(config: ModelConfig) -> DeepSpeedFile:
     if config.deepspeed is None:
         return DeepSpeedFile(kernel_inject=True)
     return load_settings(config.deepspeed.config, config.world_size, config.dtype)
+
+
+def check_dtype(dtype: str, device: str) -> None:
+    """Raises UnsupportedModel where DeepSpeed does not serve the type."""
+    if (dtype, device) == ("float16", "cpu"):
+        raise UnsupportedModel(
+            "DeepSpeed does not serve float16 on CPUs: set dtype to bfloat16 or float32, in the file of "
+            "deepspeed.config where it names one and else in the YAML"
+        )
 
 
 def check_support(config: ModelConfig, settings: DeepSpeedFile) -> None:

@@ -172,7 +172,8 @@ def _warn_of_cores(configs: Sequence[ModelConfig], num_cores: int) -> list[str]:
         for c in configs
         if c.device == "cpu"
     )
+    fewer = "" if all(c.omp_threads == 1 for c in configs) else "torchrun.OMP_NUMBER_THREADS, "
     return [
         f"{threads} threads on {num_cores} cores ({sums}): they will slow each other down; "
-        "lower torchrun.OMP_NUMBER_THREADS, minWorkers or the ranks"
+        f"lower {fewer}minWorkers or the ranks"
     ]

@@ -226,6 +226,7 @@ def test_the_yaml_of_custom_drives_it(tmp_path: Path) -> None:
     assert config.max_memory == (("cpu", 8 << 30), ("cuda:1", 3_000_000_000))
     assert ModelConfig.model_validate_json(config.model_dump_json()) == config
     assert [warning.split(": ")[1] for warning in config.warnings] == [
+        "maxMemory",  # beside a map that says all
         "handler.low_cpu_mem_usage",
         "handler.max_length",
     ]

@@ -298,3 +298,17 @@ def test_a_pipeline_divides_its_layers_as_told_and_takes_prompts_in_smaller_piec
     assert many.max_num_batched_tokens == 628
     (warning,) = loaded(tmp_path, "parallelType: tp\nparallelLevel: 2\nstageSplit: work\n").warnings
     assert "stageSplit: has no effect" in warning
+
+
+def test_a_deepspeed_section_without_effect_has_none_on_the_type(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"dtype": "fp16"}')
+    file = tmp_path / "model-config.yaml"
+    file.write_text("parallelType: pp\nparallelLevel: 2\ndeepspeed: {config: ds.json}\n")
+    config = load(file, num_gpus=0)
+    assert (config.engine, config.dtype) == ("pipeline", "auto")
+
+
+def test_a_size_may_be_said_twice(tmp_path: Path) -> None:
+    file = tmp_path / "model-config.yaml"
+    file.write_text("parallelType: tp\nparallelLevel: 4\ntorchrun: {nproc-per-node: 4}\n")
+    assert load(file, num_gpus=0).tp_size == 4

@@ -38,7 +38,7 @@ FOOTGUNS = {
         ["model-config.yaml:1: parallelLevel", "pp, tp, pptp, custom", "add parallelType: tp"],
     ),
     "parallelLevel and nproc": (
-        "parallelType: tp\nparallelLevel: 4\ntorchrun:\n  nproc-per-node: 4\n",
+        "parallelType: tp\nparallelLevel: 2\ntorchrun:\n  nproc-per-node: 4\n",
         [":2: parallelLevel", "torchrun.nproc-per-node", ":4", "remedy: keep"],
     ),
     "parallelType without a size": ("parallelType: pp\n", [":1: parallelType", "add parallelLevel: 2"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +166,48 @@ def test_what_the_engine_would_refuse_is_refused_by_check_and_serve(
     with pytest.raises(DoesNotFit) as refused:
         serve.run([load(file)], Options(port=0))
     assert str(refused.value) == words.strip()
+
+
+def test_the_engine_that_serves_in_the_place_of_another_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "find_spec", lambda name: name)
+    make_model(tmp_path)
+    (tmp_path / "ds.json").write_text('{"replace_with_kernel_inject": true}')
+    file = write(tmp_path, "deviceType: cpu\ndeepspeed:\n  config: ds.json\n  fallback: autotp\n")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert check.run([file], gpus=None) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"engine +deepspeed_tp\n", out)
+    assert "batchSize" not in out
+    assert (
+        f"warning: {file}:4: AutoTP serves instead of kernel injection ({tmp_path / 'ds.json'}): dev" in out
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "content"),
+    [
+        ("dtype: float16\n", "{}"),
+        ("", '{"dtype": "torch.half"}'),
+        ("", '{"dtype": "fp16", "replace_with_kernel_inject": true}'),
+    ],
+    ids=["yaml", "json", "fallback"],
+)
+def test_a_type_that_deepspeed_does_not_serve_on_cpus_is_refused(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    settings: str,
+    content: str,
+) -> None:
+    monkeypatch.setattr(check, "find_spec", lambda name: name)
+    make_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "ds.json").write_text(content)
+    file = write(tmp_path, f"{settings}deviceType: cpu\ndeepspeed: {{config: ds.json, fallback: autotp}}\n")
+    assert check.run([file], gpus=None) == 2
+    assert re.match(r"\S+:\d: DeepSpeed does not serve float16 on CPUs: set dtype", capsys.readouterr().err)
 
 
 def test_a_missing_deepspeed_file_is_said_to_decide(
