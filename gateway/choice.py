@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from engines.wire import TokenDelta, TokenLogprob
 from gateway.prompt.detokenize import Detokenizer, StopStrings
@@ -13,9 +14,9 @@ from gateway.protocol.common import LOWEST_LOGPROB, GenerationParams, PromptRepo
 Decode = Callable[[list[int]], str]
 
 
-@dataclass(frozen=True, slots=True)
-class ChoiceDelta:
-    """What is new of one choice. The last one has a finish reason."""
+class ChoiceDelta(msgspec.Struct, frozen=True):
+    """What is new of one choice. The last one has a finish reason. (Made for each token: a msgspec.Struct is
+    made five times as fast as a frozen dataclass.)"""
 
     index: int
     text: str

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import replace
+
+import msgspec
 
 from engines.wire import Generate, RequestError
 from gateway.choice import ChoiceAssembler, ChoiceDelta
@@ -82,7 +83,8 @@ class SequenceStream:
                         self._require_scores()
                     new = self._assembler.feed(delta)
                     if self._scoring is not None and not has_report:
-                        new, has_report = replace(new, prompt=await self._scoring.report()), True
+                        report, has_report = await self._scoring.report(), True
+                        new = msgspec.structs.replace(new, prompt=report)
                     if new.text or new.logprobs or new.finish_reason or new.prompt:
                         if new.finish_reason:
                             reason = new.finish_reason

@@ -50,6 +50,8 @@ class Output:
     def take(self) -> list[Event]:
         """What is new, in as few events as say it."""
         events, self._events = self._events, []
+        if len(events) == 1 and not isinstance(events[0], CallStart):  # as nearly always
+            return events if events[0].text else []
         joined = [_joined(list(group)) for _, group in groupby(events, _kind)]
         return [event for event in joined if isinstance(event, CallStart) or event.text]
 

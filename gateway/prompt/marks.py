@@ -8,6 +8,7 @@ model writes itself become U+FFFD. Where the mark is ordinary text to the tokeni
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable
 
@@ -15,6 +16,7 @@ from gateway.prompt.tokenizer import Tokenizer
 
 _FIRST = 0xFDD0
 MAX_MARKS = 32
+MAX_KEPT = 8192  # texts of single tokens
 _FORGED = dict.fromkeys(range(_FIRST, _FIRST + MAX_MARKS), "\ufffd")
 _HIDDEN = dict.fromkeys(range(_FIRST, _FIRST + MAX_MARKS))
 
@@ -30,6 +32,7 @@ class Marks:
         self._ids = control
         self._char_of_text = {text: chr(_FIRST + place) for place, text in enumerate(control)}
         self._char_of_id = {id: self._char_of_text[text] for text, id in control.items()}
+        self._decode_one = functools.lru_cache(MAX_KEPT)(lambda id: self._decode([id]))
 
     def spell(self, text: str) -> str:
         """What to look for in the decoded text."""
@@ -41,7 +44,11 @@ class Marks:
         return json.dumps(text, ensure_ascii=False) if id is None else f"<[{id}]>"
 
     def decode(self, ids: list[int]) -> str:
-        """As Tokenizer.decode, and the marks."""
+        """As Tokenizer.decode, and the marks. (Each token is decoded alone once more, as the next one's
+        context.)"""
+        return self._decode_one(ids[0]) if len(ids) == 1 else self._decode(ids)
+
+    def _decode(self, ids: list[int]) -> str:
         if self._char_of_id.keys().isdisjoint(ids):
             return _without_forged(self._tokenizer.decode(ids))
         parts: list[str] = []

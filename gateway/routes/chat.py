@@ -19,6 +19,10 @@ from gateway.sse import DONE, Chunks, event, open_stream, unless_gone
 
 router = APIRouter()
 
+_NO_CHOICES = b'"choices":[]'
+"""In a chunk without any, where a choice goes: the rest of a chunk is the same for all of an answer. No text
+within can look so, for its quotes are escaped."""
+
 
 @router.post("/v1/chat/completions")
 async def create_chat_completion(request: Request) -> Response:
@@ -64,13 +68,19 @@ async def _chunks(
         usage=None if body.include_usage else msgspec.UNSET,
     )
 
-    def chunk(*choices: ChatChunkChoice, has_usage: bool = body.continuous_usage) -> bytes:
-        usage = chat.usage() if has_usage else template.usage
-        return event(encoder.encode(msgspec.structs.replace(template, choices=choices, usage=usage)))
+    before, after = encoder.encode(template).split(_NO_CHOICES)
+
+    def chunk(choice: ChatChunkChoice) -> bytes:
+        if body.continuous_usage:
+            return with_usage(choice)
+        return event(b'%b"choices":[%b]%b' % (before, encoder.encode(choice), after))
+
+    def with_usage(*choices: ChatChunkChoice) -> bytes:
+        return event(encoder.encode(msgspec.structs.replace(template, choices=choices, usage=chat.usage())))
 
     async with aclosing(chat.generation.events()) as batches:
         async for batch in batches:
             choices = [choice for delta in batch for choice in readers[delta.index].chunks(delta)]
             if choices:
                 yield b"".join(chunk(choice) for choice in choices)
-    yield (chunk(has_usage=True) if body.include_usage else b"") + DONE
+    yield (with_usage() if body.include_usage else b"") + DONE
