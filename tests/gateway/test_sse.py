@@ -40,8 +40,8 @@ async def served(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def until(condition: Any) -> None:
-    """Waits, ten seconds at most, until it is true."""
-    async with asyncio.timeout(10):
+    """Waits, half a minute at most, until it is true."""
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -117,7 +117,7 @@ async def test_headers_do_not_wait_for_ever_for_the_first_token(model_dir: Path)
 
 async def test_a_client_that_does_not_read_is_given_up(model_dir: Path) -> None:
     group = make_group(model_dir, info=ready(400, max_model_len=10**7))
-    group.says = group.says * 20_000
+    group.says = group.says * 6_000  # more than the kernel holds
     settings = Settings(send_timeout=0.2)
     body = json.dumps(CHAT | {"stream": True}).encode()
     head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
