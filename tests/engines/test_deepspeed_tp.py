@@ -64,6 +64,12 @@ def on_two_ranks(models: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", sorted({*EXACT_TYPES, *SPECIAL} - set(REFUSED)))
+def test_two_ranks_give_the_tokens_of_generate(
+    name: str, on_two_ranks: dict[str, Any], expected: dict[str, list[list[int]]]
+) -> None:
+    assert on_two_ranks[name] == expected[name]
+
+
 class FakeBuilder:
     """In the place of DeepSpeed's: it compiles nothing, but leaves what a compiler would."""
 
@@ -91,12 +97,6 @@ def test_a_start_that_has_to_compile_says_so_once(tmp_path: Path, monkeypatch: p
     [built] = tmp_path.glob("**/*.so")
     os.utime(built, (0, 0))  # the packages have been installed anew
     assert not deepspeed_comm.ALL_REDUCE.is_compiled
-
-
-def test_two_ranks_give_the_tokens_of_generate(
-    name: str, on_two_ranks: dict[str, Any], expected: dict[str, list[list[int]]]
-) -> None:
-    assert on_two_ranks[name] == expected[name]
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
