@@ -29,16 +29,16 @@ class TextPart(RequestPart):
         return self.text or self.refusal or ""
 
 
-def _as_parts(value: object) -> object:
-    """A string is one part. Parts of other kinds are refused with a message of their own."""
+def as_parts(value: object, kinds: Sequence[str] = ("text", "refusal")) -> object:
+    """A string is one part of the first kind. Parts of others are refused with a message of their own."""
     if isinstance(value, str):
-        return [{"type": "text", "text": value}]
+        return [{"type": kinds[0], "text": value}]
     if value is None:
         return None
     if not isinstance(value, list):
         raise ValueError("expected a string or a list of text parts")
-    kinds = [part.get("type") for part in value if isinstance(part, dict)]
-    if other := [kind for kind in kinds if kind not in ("text", "refusal")]:
+    given = [part.get("type") for part in value if isinstance(part, dict)]
+    if other := [kind for kind in given if kind not in kinds]:
         raise ValueError(
             f"this model reads text only; a content part of type {str(other[0])[:40]!r} is not allowed"
         )
@@ -68,7 +68,7 @@ class ChatMessage(RequestPart):
 
     role: Role
     content: Annotated[
-        _Parts | None, BeforeValidator(_as_parts, json_schema_input_type=str | _Parts | None)
+        _Parts | None, BeforeValidator(as_parts, json_schema_input_type=str | _Parts | None)
     ] = None
     name: Annotated[str, Field(max_length=1_000)] | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=bounds.MAX_TOOLS, fail_fast=True)] | None = None

@@ -4,16 +4,17 @@ chat that they are."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from gateway.protocol import bounds, responses_fields
 from gateway.protocol.common import InvalidField, RequestPart
-from gateway.protocol.messages import ChatMessage, FunctionCall, TextPart, ToolCall
+from gateway.protocol.messages import ChatMessage, FunctionCall, TextPart, ToolCall, as_parts
 
 Kind = Literal["message", "function_call", "function_call_output", "reasoning", "item_reference"]
-_PARTS = ("input_text", "output_text", "refusal", "reasoning_text")
+_as_parts = partial(as_parts, kinds=("input_text", "output_text", "refusal", "reasoning_text"))
 _Label = Annotated[str, Field(max_length=bounds.MAX_LABEL_CHARS)]
 
 
@@ -29,22 +30,6 @@ class Part(RequestPart):
     @property
     def written(self) -> str:
         return self.text or self.refusal or ""
-
-
-def _as_parts(value: object) -> object:
-    """A string is one part. Parts of other kinds are refused with a message of their own."""
-    if isinstance(value, str):
-        return [{"type": "input_text", "text": value}]
-    if value is None:
-        return None
-    if not isinstance(value, list):
-        raise ValueError("expected a string or a list of text parts")
-    kinds = [part.get("type") for part in value if isinstance(part, dict)]
-    if other := [kind for kind in kinds if kind not in _PARTS]:
-        raise ValueError(
-            f"this model reads text only; a content part of type {str(other[0])[:40]!r} is not allowed"
-        )
-    return value
 
 
 _Parts = Annotated[list[Part], Field(max_length=bounds.MAX_CONTENT_PARTS, fail_fast=True)]
