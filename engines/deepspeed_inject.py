@@ -27,7 +27,7 @@ from engines.config_deepspeed import DeepSpeedFile
 from engines.models import deepspeed_comm, hf
 from engines.models.checkpoint import Checkpoint
 from engines.models.hf_inspect import inspect_model
-from engines.models.injection import AUTOTP, check_support, settings_of
+from engines.models.injection import AUTOTP, check_support, settings_of, why_autotp
 from engines.runtime.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -71,14 +71,11 @@ class DeepSpeedInjectEngine:
     @classmethod
     def instead(cls, config: ModelConfig) -> str | None:
         """The engine that serves where this one cannot and the user allowed it (`deepspeed.fallback`)."""
-        if config.deepspeed is None or config.deepspeed.fallback != "autotp":
+        refusal = why_autotp(config, settings_of(config))
+        if refusal is None:
             return None
-        try:
-            check_support(config, settings_of(config))
-        except UnsupportedModel as refusal:
-            log.warning("AutoTP serves instead of kernel injection: %s", refusal)
-            return "deepspeed_tp"
-        return None
+        log.warning("AutoTP serves instead of kernel injection: %s", refusal)
+        return "deepspeed_tp"
 
     @property
     def kv_spec(self) -> None:

@@ -20,8 +20,8 @@ from engines.models.stages import BadSplit, sizes_of, split_layers
 
 _TP_KEYS = ("tensorParallel", "parallelLevel", "torchrun.nproc-per-node", "parallelType")
 _PP_KEYS = ("pipelineParallel", *_TP_KEYS[1:])
-_MODEL_KEYS = ("modelPath", "handler.model_path")
-_ENGINE_KEYS = ("engine", "deepspeed.config", "parallelType", "modelPath", "handler.model_path")
+MODEL_KEYS = ("modelPath", "handler.model_path")
+_ENGINE_KEYS = ("engine", "deepspeed.config", "parallelType", *MODEL_KEYS)
 _MAX_RANKS = 1024  # that a file may ask for
 _MAX_LAYERS = 1024  # config.json may claim any number, and dividing them takes time
 _FEW = 8  # sizes that are named one by one
@@ -64,18 +64,17 @@ def _convert(config: ModelConfig) -> str:
 
 def with_fallback(config: ModelConfig) -> ModelConfig:
     """As the engine that serves where kernel injection cannot, if that is allowed; a warning says why."""
-    falls_back = config.engine == "deepspeed_inject" and config.deepspeed and config.deepspeed.fallback
-    if not falls_back:
+    if config.engine != "deepspeed_inject":
         return config
     try:
-        injection.check_support(config, _deepspeed_file(config))
+        refusal = injection.why_autotp(config, _deepspeed_file(config))
     except modeldir.BadModelDir:
         return config  # which is said of the model
-    except UnsupportedModel as refusal:
-        reason = str(refusal).removesuffix(f": {injection.AUTOTP}")
-        why = _at(config, ("deepspeed.fallback",), f"AutoTP serves instead of {reason}")
-        return config.model_copy(update={"engine": "deepspeed_tp", "warnings": (*config.warnings, why)})
-    return config
+    if refusal is None:
+        return config
+    reason = str(refusal).removesuffix(f": {injection.AUTOTP}")
+    why = _at(config, ("deepspeed.fallback",), f"AutoTP serves instead of {reason}")
+    return config.model_copy(update={"engine": "deepspeed_tp", "warnings": (*config.warnings, why)})
 
 
 def _deepspeed_file(config: ModelConfig) -> DeepSpeedFile:
@@ -94,7 +93,7 @@ def _refusals(config: ModelConfig, shape: Shape) -> Iterator[str]:
         except UnsupportedModel as refusal:
             yield _at(config, _ENGINE_KEYS, str(refusal))
         except BadCheckpoint as damage:
-            yield _at(config, _MODEL_KEYS, str(damage))
+            yield _at(config, MODEL_KEYS, str(damage))
         except (TypeError, AttributeError) as error:
             wrong = f"{config.model_path}/config.json: a value is not of its type: {error}"
             yield _at(config, _ENGINE_KEYS, f"{wrong}; remedy: fix config.json")

@@ -126,7 +126,6 @@ def _missing(config: ModelConfig, here: bool) -> Iterator[str]:
             yield f"{_where(config)}: {error}"
 
 
-_MODEL_KEYS = ("modelPath", "handler.model_path")
 _ENGINE_KEYS = ("engine", "deepspeed", "parallelType")
 
 
@@ -138,7 +137,7 @@ def _missing_here(config: ModelConfig) -> Iterator[tuple[tuple[str, ...], str]]:
         wrong = f"engine {config.engine} needs the package {package}, which is not installed"
         yield _ENGINE_KEYS, f"{wrong}; remedy: {remedy}"
     if not Path(config.model_path, "config.json").is_file():
-        yield _MODEL_KEYS, modelfit.no_model(config)
+        yield modelfit.MODEL_KEYS, modelfit.no_model(config)
     files = (
         (("chatTemplate", "handler.chat_template"), config.chat_template, ""),
         (("deepspeed.config",), config.deepspeed.config if config.deepspeed else None, _DEEPSPEED_FILE),

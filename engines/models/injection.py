@@ -48,6 +48,18 @@ def check_support(config: ModelConfig, settings: DeepSpeedFile) -> None:
             )
 
 
+def why_autotp(config: ModelConfig, settings: DeepSpeedFile) -> UnsupportedModel | None:
+    """Why AutoTP serves instead: the kernels cannot, and the user allowed it (`deepspeed.fallback`). Raises
+    BadModelDir."""
+    if config.deepspeed is None or config.deepspeed.fallback != "autotp":
+        return None
+    try:
+        check_support(config, settings)
+    except UnsupportedModel as refusal:
+        return refusal
+    return None
+
+
 def check_kernels(config: ModelConfig, settings: DeepSpeedFile) -> None:
     """The same, whatever the number of ranks."""
     if config.device != "cuda":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +172,14 @@ def running(config: ModelConfig, *, injecting: bool = False) -> Iterator[Group]:
 
 @cache
 def compile_all_reduce() -> None:
-    """DeepSpeed's, once an environment: it would take most of the time that a group has to start."""
-    subprocess.run([sys.executable, "-m", "engines.models.deepspeed_comm"], cwd=ROOT, check=True, timeout=900)
+    """DeepSpeed's, once an environment, where it can be: it would take most of the time that a group has to
+    start."""
+    from engines.models.deepspeed_comm import ALL_REDUCE
+
+    has_tools = find_spec("deepspeed") is not None and shutil.which("g++") and shutil.which("ninja")
+    if has_tools and not ALL_REDUCE.is_compiled:
+        command = [sys.executable, "-m", "engines.models.deepspeed_comm"]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=900)
 
 
 @asynccontextmanager
