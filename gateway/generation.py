@@ -103,31 +103,25 @@ class Generation:
             shown += [drawn[index] for index in ranked[:num_shown]]
         return shown
 
-    async def events(self) -> AsyncGenerator[list[ChoiceDelta], None]:
+    def events(self) -> AsyncGenerator[list[ChoiceDelta], None]:
         """What is new, as soon as there is something; several at once when they are ready together.
 
         Raises QueueFull, QueueTimeout, SequenceRefused, SequenceFailed, ContextLengthExceeded,
         WorkerUnavailable, WorkerLost and TimeoutError. When one choice fails, the others are aborted.
         """
         self._metrics.num_prompt_tokens += self._prompt_tokens
-        if len(self._sequences) == 1:
-            async with aclosing(self._deltas(self._sequences[0])) as deltas:
-                async for delta in deltas:
-                    yield [delta]
-        else:
-            async with aclosing(merge([self._deltas(sequence) for sequence in self._sequences])) as batches:
-                async for batch in batches:
-                    yield batch
+        sources = [self._deltas(sequence) for sequence in self._sequences]
+        return sources[0] if len(sources) == 1 else merge(sources)
 
-    async def _deltas(self, sequence: SequenceStream) -> AsyncGenerator[ChoiceDelta, None]:
+    async def _deltas(self, sequence: SequenceStream) -> AsyncGenerator[list[ChoiceDelta], None]:
         """One sequence: its wait, its group, its text; and its tokens on its key's account."""
         wire, key = sequence.wire, self._tenant.name
         num_prompt = len(wire.prompt_ids) if wire.choice == 0 else 0  # the others share it
         async with self._admission.slot(key, num_prompt):
             try:
-                async with aclosing(sequence.deltas(self._metrics)) as deltas:
-                    async for delta in deltas:
-                        yield delta
+                async with aclosing(sequence.deltas(self._metrics)) as batches:
+                    async for batch in batches:
+                        yield batch
             finally:
                 self._admission.charge(key, sequence.num_tokens)
                 self._tenant.count_answer(sequence.num_tokens)

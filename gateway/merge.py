@@ -10,13 +10,13 @@ from gateway.choice import ChoiceDelta
 
 
 async def merge(
-    sources: Sequence[AsyncGenerator[ChoiceDelta, None]],
+    sources: Sequence[AsyncGenerator[list[ChoiceDelta], None]],
 ) -> AsyncGenerator[list[ChoiceDelta], None]:
     """All of the sources' deltas, those that are ready together in one list.
 
     The first failure of a source is raised; leaving early, for whatever reason, closes all sources.
     """
-    queue: asyncio.Queue[ChoiceDelta | Exception | None] = asyncio.Queue()
+    queue: asyncio.Queue[list[ChoiceDelta] | Exception | None] = asyncio.Queue()
     tasks = [asyncio.create_task(_drain(source, queue)) for source in sources]
     try:
         num_open = len(tasks)
@@ -25,7 +25,7 @@ async def merge(
             while not queue.empty():
                 items.append(queue.get_nowait())
             num_open -= items.count(None)
-            if batch := [item for item in items if isinstance(item, ChoiceDelta)]:
+            if batch := [delta for item in items if isinstance(item, list) for delta in item]:
                 yield batch
             for item in items:
                 if isinstance(item, Exception):
@@ -37,13 +37,14 @@ async def merge(
 
 
 async def _drain(
-    source: AsyncGenerator[ChoiceDelta, None], queue: asyncio.Queue[ChoiceDelta | Exception | None]
+    source: AsyncGenerator[list[ChoiceDelta], None],
+    queue: asyncio.Queue[list[ChoiceDelta] | Exception | None],
 ) -> None:
     """One source into the queue, then None, or the exception that ended it."""
     try:
         async with aclosing(source):
-            async for delta in source:
-                queue.put_nowait(delta)
+            async for batch in source:
+                queue.put_nowait(batch)
         queue.put_nowait(None)
     except Exception as error:
         queue.put_nowait(error)

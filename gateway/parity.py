@@ -95,7 +95,7 @@ class _Served:
 
     async def deltas(self, request: Generate) -> list[TokenDelta]:
         async with self._places:
-            deltas = [delta async for delta in self._group.generate(request)]
+            deltas = [delta async for batch in self._group.generate(request) for delta in batch]
         for delta in deltas:
             if delta.error is not None:
                 raise _NotServed(Verdict.FAILED, f"a request failed: {delta.error.message}")

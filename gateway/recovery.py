@@ -54,7 +54,7 @@ class Recovery:
         self._num_repeated = 0  # of those, how many the group will send again
         self._num_deaths = 0
 
-    async def deltas(self) -> AsyncGenerator[TokenDelta, None]:
+    async def deltas(self) -> AsyncGenerator[list[TokenDelta], None]:
         """As WorkerGroup.generate gives them. Iterate once; closing it aborts the sequence.
 
         Raises PoisonedRequest, TimeoutError (the group's), and when there is no group to go on in WorkerLost;
@@ -66,12 +66,9 @@ class Recovery:
             if lost is not None:
                 self._metrics.resumed["restarted" if group is self._group else "replica"] += 1
             try:
-                async with aclosing(self._send(group)) as deltas:
-                    async for delta in deltas:
-                        if delta.prompt_logprobs:
-                            delta = self._without_repeated(delta)
-                        self._delivered += delta.token_ids
-                        yield delta
+                async with aclosing(self._send(group)) as batches:
+                    async for batch in batches:
+                        yield [self._deliver(delta) for delta in batch]
                 return
             except WorkerLost as error:
                 self._count_death(error)
@@ -96,13 +93,17 @@ class Recovery:
             self._metrics.recovery_failed[reason] += 1
             raise lost from why
 
-    def _send(self, group: WorkerGroup) -> AsyncGenerator[TokenDelta, None]:
+    def _send(self, group: WorkerGroup) -> AsyncGenerator[list[TokenDelta], None]:
         assert group.info is not None, "a ready group has said what it is"
         self._group, self._fingerprint = group, group.info.fingerprint
         self._num_repeated = self._num_prompt_logprobs
         request = msgspec.structs.replace(self._request, resume_token_ids=[*self._delivered])
         # The protocol says that it can be closed; an AsyncIterator's type does not.
-        return cast("AsyncGenerator[TokenDelta, None]", group.generate(request))
+        return cast("AsyncGenerator[list[TokenDelta], None]", group.generate(request))
+
+    def _deliver(self, delta: TokenDelta) -> TokenDelta:
+        self._delivered += delta.token_ids
+        return self._without_repeated(delta) if delta.prompt_logprobs else delta
 
     def _without_repeated(self, delta: TokenDelta) -> TokenDelta:
         """A group that died while it scored the prompt had sent a part of that; the next one begins anew."""

@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 import msgspec
 
-from engines.wire import Generate, RequestError
+from engines.wire import Generate, RequestError, TokenDelta
 from gateway.choice import ChoiceAssembler, ChoiceDelta
 from gateway.metrics import ModelMetrics, SequenceTimer
 from gateway.recovery import Recovery
@@ -61,42 +61,56 @@ class SequenceStream:
     def mean_logprob(self) -> float:
         return self._assembler.mean_logprob
 
-    async def deltas(self, metrics: ModelMetrics) -> AsyncGenerator[ChoiceDelta, None]:
-        """Ends after the delta with the finish reason, and aborts what is left of the sequence."""
+    async def deltas(self, metrics: ModelMetrics) -> AsyncGenerator[list[ChoiceDelta], None]:
+        """What is new, in one list what is ready together. Ends after the delta with the finish reason, and
+        aborts what is left of the sequence."""
         timer = SequenceTimer(metrics)
         reason, has_report = "abort", False
         recovery = Recovery(self._model, self.wire, metrics, self._cache_key)
         try:
-            async with aclosing(recovery.deltas()) as source:
-                async for delta in source:
-                    if delta.error is not None:
-                        raise _request_error(delta.error)
-                    if delta.num_cached_tokens is not None:
-                        self.num_cached_tokens = delta.num_cached_tokens
-                    if delta.prompt_logprobs and self._scoring is not None:
-                        self._scoring.take(delta.prompt_logprobs)
-                    if delta.token_ids:
-                        timer.on_tokens(len(delta.token_ids))
-                    elif delta.finish_reason is None:
-                        continue
-                    if self.wire.prompt_logprobs is not None:
-                        self._require_scores()
-                    new = self._assembler.feed(delta)
-                    if self._scoring is not None and not has_report:
+            async with aclosing(recovery.deltas()) as batches:
+                async for batch in batches:
+                    num_before = self.num_tokens
+                    new, failure = self._read(batch)
+                    if count := self.num_tokens - num_before:
+                        timer.on_tokens(count)
+                    if new and self._scoring is not None and not has_report:
                         report, has_report = await self._scoring.report(), True
-                        new = msgspec.structs.replace(new, prompt=report)
-                    if new.text or new.logprobs or new.finish_reason or new.prompt:
-                        if new.finish_reason:
-                            reason = new.finish_reason
+                        new[0] = msgspec.structs.replace(new[0], prompt=report)
+                    if new:
+                        reason = new[-1].finish_reason or reason
                         yield new
-                        if new.finish_reason:
+                        if new[-1].finish_reason:
                             return
+                    if failure is not None:
+                        raise failure
             raise SequenceFailed("the group ended the sequence without a finish reason")
         except Exception:
             reason = "error"
             raise
         finally:
             timer.on_end(reason)
+
+    def _read(self, batch: list[TokenDelta]) -> tuple[list[ChoiceDelta], Exception | None]:
+        """What of them is to be shown, up to the end of the text; and what went wrong behind that."""
+        shown: list[ChoiceDelta] = []
+        for delta in batch:
+            if delta.error is not None:
+                return shown, _request_error(delta.error)
+            if delta.num_cached_tokens is not None:
+                self.num_cached_tokens = delta.num_cached_tokens
+            if delta.prompt_logprobs and self._scoring is not None:
+                self._scoring.take(delta.prompt_logprobs)
+            if not delta.token_ids and delta.finish_reason is None:
+                continue
+            if self.wire.prompt_logprobs is not None:
+                self._require_scores()
+            new = self._assembler.feed(delta)
+            if new.text or new.logprobs or new.finish_reason:
+                shown.append(new)
+            if new.finish_reason:
+                break
+        return shown, None
 
     def _require_scores(self) -> None:
         """The prompt's log-probabilities come before any token."""

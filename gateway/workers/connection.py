@@ -11,7 +11,6 @@ import contextlib
 import os
 import socket
 import struct
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -50,7 +49,7 @@ class Inbox:
         self.last_at = now  # when something last came, on the loop's clock
         self.is_ended = False
         self.timer: asyncio.TimerHandle | None = None
-        self._deltas: deque[TokenDelta] = deque()
+        self._deltas: list[TokenDelta] = []
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -68,8 +67,9 @@ class Inbox:
             self.timer = None
         self._wake()
 
-    async def next(self) -> TokenDelta:
-        """Raises StopAsyncIteration after the last delta, or what `end` was given."""
+    async def next(self) -> list[TokenDelta]:
+        """All that has come, at least one. Raises StopAsyncIteration after the last delta, or what `end` was
+        given."""
         while not self._deltas:
             if self._error is not None:
                 raise self._error
@@ -77,7 +77,8 @@ class Inbox:
                 raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        return self._deltas.popleft()
+        deltas, self._deltas = self._deltas, []
+        return deltas
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -14,15 +14,15 @@ from gateway.workers.protocol import GroupState, QueueFull, WorkerUnavailable
 _GUESSED_START_SECONDS = 10.0  # until one start has been measured
 
 
-class TokenStream(AsyncIterator[TokenDelta]):
-    """The deltas of one sequence, as they come. Closed, cancelled or dropped before its end, it aborts the
+class TokenStream(AsyncIterator[list[TokenDelta]]):
+    """The deltas of one sequence, as they come, all at once that are there. Closed, cancelled or dropped before its end, it aborts the
     sequence at once."""
 
     def __init__(self, connection: Connection, inbox: Inbox) -> None:
         self._connection = connection
         self._inbox = inbox
 
-    async def __anext__(self) -> TokenDelta:
+    async def __anext__(self) -> list[TokenDelta]:
         try:
             return await self._inbox.next()
         except BaseException:  # whatever ends the reading ends the sequence; without effect if it has ended

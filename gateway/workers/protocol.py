@@ -37,7 +37,8 @@ class QueueFull(WorkerUnavailable):
 class WorkerGroup(Protocol):
     """One torchrun group, dead or alive.
 
-    generate() yields the deltas of one sequence, the last with `finish_reason` or `error`. Closing the
+    generate() yields the deltas of one sequence, the last with `finish_reason` or `error`; in one list those
+    that came since the last one was taken: a reader that lags catches up in one go. Closing the
     iterator early (aclose, cancellation) aborts the sequence within a step. It raises
     WorkerUnavailable when the group is not READY, QueueFull when enough wait already (both from the call
     itself, before anything is sent), WorkerLost when it dies underway, and TimeoutError
@@ -56,4 +57,4 @@ class WorkerGroup(Protocol):
     def num_outstanding(self) -> int:
         """Sequences sent and not ended: what the router balances by."""
 
-    def generate(self, request: Generate) -> AsyncIterator[TokenDelta]: ...
+    def generate(self, request: Generate) -> AsyncIterator[list[TokenDelta]]: ...

@@ -166,11 +166,11 @@ class Scripted(FakeGroup):
     tokenizer: Tokenizer
     texts: list[str] = field(default_factory=list)
 
-    async def generate(self, request: Generate) -> AsyncIterator[TokenDelta]:
+    async def generate(self, request: Generate) -> AsyncIterator[list[TokenDelta]]:
         text = self.texts[min(len(self.requests), len(self.texts) - 1)]
         self.says = self.tokenizer.encode(text, add_special_tokens=False).ids
-        async for delta in super().generate(request):
-            yield delta
+        async for batch in super().generate(request):
+            yield batch
 
     def prompt(self, number: int = -1) -> str:
         """The text of a prompt that came, control tokens and all."""

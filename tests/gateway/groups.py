@@ -72,9 +72,10 @@ def request(max_tokens: int = 5, prompt_ids: tuple[int, ...] = (1, 2, 3)) -> Gen
     return Generate(id=f"r{next(_numbers)}", prompt_ids=list(prompt_ids), max_tokens=max_tokens)
 
 
-async def read(stream: AsyncIterator[TokenDelta], into: list[int] | None = None) -> list[int]:
+async def read(stream: AsyncIterator[list[TokenDelta]], into: list[int] | None = None) -> list[int]:
     """All tokens; into a list of the caller's, what came before an error is there."""
     tokens = into if into is not None else []
-    async for delta in stream:
-        tokens += delta.token_ids
+    async for batch in stream:
+        for delta in batch:
+            tokens += delta.token_ids
     return tokens

@@ -166,10 +166,12 @@ async def test_batches_and_choices_echo_their_own_prompt(
 
 async def test_logprobs_that_json_cannot_say(model_dir: Path) -> None:
     class Certain(FakeGroup):
-        async def generate(self, request: Generate) -> AsyncIterator[TokenDelta]:
+        async def generate(self, request: Generate) -> AsyncIterator[list[TokenDelta]]:
             never = TokenLogprob(-math.inf, [(7, -math.inf)])
-            yield TokenDelta(id=request.id, prompt_logprobs=[None] + [never] * (len(request.prompt_ids) - 1))
-            yield TokenDelta(id=request.id, token_ids=[7], logprobs=[never], finish_reason="length")
+            yield [
+                TokenDelta(id=request.id, prompt_logprobs=[None] + [never] * (len(request.prompt_ids) - 1))
+            ]
+            yield [TokenDelta(id=request.id, token_ids=[7], logprobs=[never], finish_reason="length")]
 
     [choice] = await choices_of(model_dir, Certain(says=[7], info=ready(400)), echo=True, logprobs=1)
     assert set(choice["logprobs"]["token_logprobs"][1:]) == {-9999.0}
@@ -205,17 +207,16 @@ class Ranked(FakeGroup):
     words: list[list[int]]
     values: list[float]
 
-    async def generate(self, request: Generate) -> AsyncIterator[TokenDelta]:
+    async def generate(self, request: Generate) -> AsyncIterator[list[TokenDelta]]:
         self.requests.append(request)
         assert request.sampling.logprobs is not None, "it cannot be ranked"
         for delta in prompt_deltas(request):
-            yield delta
+            yield [delta]
         word, value = self.words[request.choice], self.values[request.choice]
         for place, id in enumerate(word):
             end = "length" if place == len(word) - 1 else None
-            yield TokenDelta(
-                id=request.id, token_ids=[id], logprobs=[TokenLogprob(value, [])], finish_reason=end
-            )
+            logprobs = [TokenLogprob(value, [])]
+            yield [TokenDelta(id=request.id, token_ids=[id], logprobs=logprobs, finish_reason=end)]
 
 
 @pytest.fixture
@@ -402,8 +403,8 @@ async def test_what_is_told_of_prompts_is_bounded(
 
 async def test_a_group_that_does_not_score_fails_and_does_not_hang(model_dir: Path) -> None:
     class Silent(FakeGroup):
-        async def generate(self, request: Generate) -> AsyncIterator[TokenDelta]:
-            yield TokenDelta(id=request.id, token_ids=[7], finish_reason="length")
+        async def generate(self, request: Generate) -> AsyncIterator[list[TokenDelta]]:
+            yield [TokenDelta(id=request.id, token_ids=[7], finish_reason="length")]
 
     silent = Silent(says=[7], info=ready(400))
     response = await ask(model_dir, silent, echo=True, logprobs=1, n=2, max_tokens=1)

@@ -92,7 +92,8 @@ async def read_all(inbox: Inbox) -> list[int]:
     tokens: list[int] = []
     while True:
         try:
-            tokens += (await inbox.next()).token_ids
+            for delta in await inbox.next():
+                tokens += delta.token_ids
         except StopAsyncIteration:
             return tokens
 
@@ -140,7 +141,7 @@ async def test_outstanding_counts_what_was_sent_and_has_not_ended(peer: Peer) ->
     await peer.send(Tokens([delta("a", 1, finish_reason="stop")]))
     await peer.send(Tokens([delta("b", error=RequestError("internal", "no"))]))
     assert await read_all(a) == [1]
-    assert (await b.next()).error == RequestError("internal", "no")
+    assert [delta.error for delta in await b.next()] == [RequestError("internal", "no")]
     assert peer.connection.num_outstanding == 1
     assert not peer.connection.idle.is_set()
     peer.connection.abort("c")
@@ -187,7 +188,7 @@ async def test_the_end_of_the_stream_fails_every_sequence_after_what_came(peer: 
     peer.socket.close()
     with pytest.raises(WorkerLost):
         await waiting
-    assert (await inboxes[0].next()).token_ids == [1]
+    assert [delta.token_ids for delta in await inboxes[0].next()] == [[1]]
     for inbox in inboxes[:2]:
         with pytest.raises(WorkerLost):
             await read_all(inbox)
@@ -292,7 +293,7 @@ async def test_what_a_slow_reader_leaves_is_kept_as_few_deltas_with_all_tokens()
             )
         )
     inbox.end()
-    deltas = [await inbox.next() for _ in range(64)]
+    deltas = await inbox.next()
     with pytest.raises(StopAsyncIteration):
         await inbox.next()
     assert [id for delta in deltas for id in delta.token_ids] == list(range(10_000))

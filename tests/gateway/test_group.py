@@ -39,7 +39,7 @@ async def test_tokens_come_in_order_and_end(tmp_path: Path) -> None:
         as_seen_by_others: WorkerGroup = group
         assert as_seen_by_others.info is not None
         assert as_seen_by_others.info.engine == "fake"
-        deltas = [delta async for delta in group.generate(request(5))]
+        deltas = [delta async for batch in group.generate(request(5)) for delta in batch]
         assert [delta.token_ids for delta in deltas] == [[1], [2], [3], [1], [2]]
         assert [delta.finish_reason for delta in deltas] == [None] * 4 + ["length"]
         assert group.num_outstanding == 0
@@ -61,7 +61,7 @@ async def test_a_refused_request_ends_alone(tmp_path: Path) -> None:
         (group,) = supervisor.groups
         await until_ready(group)
         other = group.generate(request(20))
-        (refused,) = [delta async for delta in group.generate(request(10**6))]
+        (refused,) = [delta async for batch in group.generate(request(10**6)) for delta in batch]
         assert refused.error is not None
         assert refused.error.code == "too_long"
         assert len(await read(other)) == 20

@@ -113,8 +113,8 @@ async def test_a_mark_that_is_spelled_out_is_text(model_dir: Path) -> None:
 
     async def generate(request: Any) -> Any:
         group.says = quoted
-        async for delta in super(type(group), group).generate(request):
-            yield delta
+        async for batch in super(type(group), group).generate(request):
+            yield batch
 
     group.generate = generate  # type: ignore[method-assign]
     async with client_of(make_chat_app(model_dir, group)) as client:

@@ -80,8 +80,9 @@ class Read:
 async def read(model: ServedModel, wire: Generate, metrics: ModelMetrics, into: Read | None = None) -> Read:
     got = into or Read()
     async with asyncio.timeout(60), aclosing(Recovery(model, wire, metrics).deltas()) as deltas:
-        async for delta in deltas:
-            got.take(delta)
+        async for batch in deltas:
+            for delta in batch:
+                got.take(delta)
     return got
 
 
@@ -138,9 +139,10 @@ async def test_what_was_scored_of_a_prompt_is_not_given_twice(model_dir: Path, m
     model = served(model_dir, dying, other)
     wire = request(prompt=tuple(range(20, 28)), max_tokens=3, prompt_logprobs=1)
     async with aclosing(Recovery(model, wire, metrics).deltas()) as deltas:
-        async for delta in deltas:
-            got += delta.prompt_logprobs
-            tokens += delta.token_ids
+        async for batch in deltas:
+            for delta in batch:
+                got += delta.prompt_logprobs
+                tokens += delta.token_ids
     assert metrics.resumed["replica"] == 1, "the death took effect"
     assert got == [None, *(fake_logprob(id, 1) for id in wire.prompt_ids[1:])]
     assert tokens == [5, 6, 7]
@@ -188,14 +190,15 @@ async def test_a_sequence_that_waits_in_a_dying_gateway_queue_is_sent_to_the_nex
         (group,) = supervisor.groups
         await until_ready(group)
         model, wire = served(model_dir, group), request()
-        deltas = Recovery(model, wire, metrics).deltas()
+        batches = Recovery(model, wire, metrics).deltas()
         group.die("a test")
         group.state = GroupState.RESTARTING
-        first = asyncio.create_task(anext(deltas))
+        first = asyncio.create_task(anext(batches))
         await asyncio.sleep(0.1)
         assert not first.done()
         group.state = GroupState.READY
-        tokens = [*(await first).token_ids, *[t async for delta in deltas for t in delta.token_ids]]
+        got = [await first, *[batch async for batch in batches]]
+        tokens = [token for batch in got for delta in batch for token in delta.token_ids]
     assert tokens == expected(wire, SPEC.vocab_size)
     assert metrics.resumed.total() == 0
 
@@ -284,10 +287,10 @@ class Scripted:
     num_outstanding: int = 0
     sent: list[Generate] = field(default_factory=list)
 
-    async def generate(self, request: Generate) -> AsyncIterator[TokenDelta]:
+    async def generate(self, request: Generate) -> AsyncIterator[list[TokenDelta]]:
         self.sent.append(request)
         for delta in self.lives.pop(0):
-            yield delta
+            yield [delta]
         if self.lives:
             raise WorkerLost("the script says so")
 

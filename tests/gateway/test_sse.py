@@ -72,7 +72,7 @@ async def test_when_one_choice_fails_the_others_are_aborted(model_dir: Path) -> 
     failing = make_group(model_dir, fails_after=2, fails_with=error)
 
     class Mixed(FakeGroup):
-        def generate(self, request: Generate) -> AsyncIterator[TokenDelta]:
+        def generate(self, request: Generate) -> AsyncIterator[list[TokenDelta]]:
             return (failing if request.choice == 1 else waiting).generate(request)
 
     group = Mixed(says=[], info=waiting.info)

@@ -104,8 +104,8 @@ async def _client(group: Group, number: int, until: float, load: Load) -> None:
         prompt = [generator.randrange(2, LARGE.vocab) for _ in range(length)]
         request = request_of(f"{os.getpid()}-{time.monotonic()}-{number}-{turn}", prompt, 40)
         stream = group.generate(request)
-        async for delta in stream:
-            load.num_tokens += len(delta.token_ids)
+        async for batch in stream:
+            load.num_tokens += sum(len(delta.token_ids) for delta in batch)
             if time.monotonic() > until:
                 await stream.aclose()
                 return
