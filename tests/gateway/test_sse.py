@@ -132,3 +132,39 @@ async def test_a_client_that_does_not_read_is_given_up(model_dir: Path) -> None:
         with pytest.raises(ConnectionResetError):  # not left to the kernel with what it has not read
             await reader.read()
         writer.close()
+
+
+class AtOnce(FakeGroup):
+    """All that it says has come before anybody looks."""
+
+    async def generate(self, request: Generate) -> AsyncIterator[list[TokenDelta]]:
+        yield [delta async for batch in super().generate(request) for delta in batch]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_what_came_together_is_told_token_by_token_up_to_the_end_or_the_failure(
+    model_dir: Path, fails: bool
+) -> None:
+    one_by_one = make_group(model_dir)
+    group = AtOnce(
+        says=one_by_one.says,
+        eos_id=one_by_one.eos_id,
+        info=one_by_one.info,
+        fails_after=3 if fails else None,
+        fails_with=RequestError("internal", "it went wrong"),
+    )
+    told = []
+    for answering in (one_by_one, group):
+        async with served(make_app(model_dir, answering)) as client:
+            response = await client.post("/v1/chat/completions", json=CHAT | {"stream": True})
+        told.append(data_of(response.content))
+    deltas = [
+        [json.loads(data)["choices"][0]["delta"] for data in one if data.startswith(b'{"id"')] for one in told
+    ]
+    if fails:
+        assert deltas[1] == deltas[0][:4], "the role and three tokens"
+        assert json.loads(told[1][-1])["error"]["code"] == "generation_failed"
+    else:
+        assert deltas[1] == deltas[0]
+        assert len(deltas[0]) > 5
+        assert told[1][-1] == b"[DONE]"
