@@ -53,6 +53,8 @@ def create_app(
         openapi_url=None,
         redirect_slashes=False,  # it would answer with an address made of the request's Host
         lifespan=lifespan,
+        # An environment variable shall not make it connect to anybody; its records hold messages of errors.
+        telemetry={"auto_configure": False, "logs": False},
     )
     responses_kept = ResponseStore(settings.response_store_bytes)
     metrics = Metrics(served_models, responses_kept)
