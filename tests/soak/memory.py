@@ -3,12 +3,14 @@
 `--trials` are minutes. The first quarter is not counted: caches fill, allocators find their size. Over the
 rest, a line is fitted through the memory that each process has written, and the descriptors it has open at
 first are compared with those at last. A rush of more requests at once than ever come again goes before: an
-allocator keeps what the busiest moment took, and that moment shall not come by chance, hours later.
+allocator keeps what the busiest moment took, and that moment shall not come by chance, hours later. And each
+token of the vocabulary is said once: what the gateway keeps of tokens would else grow while rare ones come.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import statistics
 import time
@@ -20,6 +22,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from gateway.model_source import demo_directory
 from tests.e2e.server import MODEL, Server, serving
 from tests.soak import _figures
 
@@ -29,6 +32,7 @@ THINK_SECONDS = 0.2  # on average, between a client's requests
 SAMPLE_SECONDS = 5.0
 MAX_SLOPE = 1.0  # MiB an hour
 MAX_WORDS = 60
+HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 WORDS = "what is the colour of a duck and how many are three plus four please tell me now".split()  # noqa: SIM905
 
 
@@ -95,6 +99,12 @@ class Client:
                 prompts = [self._text(MAX_WORDS), self._text(MAX_WORDS)]
                 await self._post(client, "completions", 200, prompt=prompts, n=2)
 
+    async def say(self, tokens: Sequence[int]) -> None:
+        async with httpx.AsyncClient(base_url=self._url, timeout=60) as client:
+            for token in tokens:
+                bias = {str(token): 100}
+                await self._post(client, "chat/completions", 200, logprobs=True, logit_bias=bias, **HELLO)
+
     def _text(self, min_words: int = 3) -> str:
         return " ".join(self._draw.choices(WORDS, k=self._draw.randint(min_words, MAX_WORDS)))
 
@@ -133,7 +143,10 @@ class Client:
 
 async def _soak(server: Server, minutes: float) -> tuple[Counter[str], dict[str, Samples]]:
     counts: Counter[str] = Counter()
-    await asyncio.gather(*(Client(server.url, seed, counts).rush() for seed in range(2 * CLIENTS)))
+    early = [Client(server.url, seed, counts) for seed in range(2 * CLIENTS)]
+    vocabulary = range(json.loads((demo_directory() / "config.json").read_text())["vocab_size"])
+    await asyncio.gather(*(client.rush() for client in early))
+    await asyncio.gather(*(client.say(vocabulary[place :: len(early)]) for place, client in enumerate(early)))
     started = time.monotonic()
     until = started + 60 * minutes
     processes = {"gateway": psutil.Process(server.process.pid)}
