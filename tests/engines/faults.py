@@ -109,7 +109,8 @@ async def until_ready(group: Group) -> None:
 
 
 async def answer(group: Group, max_tokens: int = 8) -> list[int]:
-    return [id async for delta in group.generate(_request(SHORT, max_tokens)) for id in delta.token_ids]
+    stream = group.generate(_request(SHORT, max_tokens))
+    return [id async for batch in stream for delta in batch for id in delta.token_ids]
 
 
 async def strike(group: Group, temp_dir: Path, fault: Fault, expected: list[int]) -> Outcome:
@@ -150,8 +151,8 @@ class _Reader:
 
     async def _read(self, group: Group, request: Generate) -> Exception | None:
         try:
-            async for delta in group.generate(request):
-                self.num_tokens += len(delta.token_ids)
+            async for batch in group.generate(request):
+                self.num_tokens += sum(len(delta.token_ids) for delta in batch)
         except Exception as error:
             return error
         return None

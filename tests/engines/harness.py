@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.config import ModelConfig
-from engines.wire import Generate, Ready, RequestError, Stats, TokenLogprob
+from engines.wire import Generate, Ready, RequestError, Stats, TokenDelta, TokenLogprob
 from gateway.workers import group as workers
 from gateway.workers.launcher import environment, guarded_argv
 from gateway.workers.life import GroupSpec
@@ -61,6 +61,15 @@ class Ended:
     @property
     def has_ended(self) -> bool:
         return self.finish_reason is not None or self.error is not None
+
+    def take(self, delta: TokenDelta) -> None:
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs
+        self.finish_reason, self.error = delta.finish_reason, delta.error
+        if delta.prompt_logprobs:
+            self.prompt_logprobs = [*(self.prompt_logprobs or []), *delta.prompt_logprobs]
+        if delta.num_cached_tokens is not None:
+            self.num_cached_tokens = delta.num_cached_tokens
 
 
 class Group:
@@ -115,22 +124,17 @@ def _until(condition: Any, what: str, seconds: float = 10) -> None:
 
 async def _collect(group: workers.Group, request: Generate) -> Ended:
     ended = Ended()
-    async for delta in group.generate(request):
-        ended.token_ids += delta.token_ids
-        ended.logprobs += delta.logprobs
-        ended.finish_reason, ended.error = delta.finish_reason, delta.error
-        if delta.prompt_logprobs:
-            ended.prompt_logprobs = [*(ended.prompt_logprobs or []), *delta.prompt_logprobs]
-        if delta.num_cached_tokens is not None:
-            ended.num_cached_tokens = delta.num_cached_tokens
+    async for batch in group.generate(request):
+        for delta in batch:
+            ended.take(delta)
     return ended
 
 
 async def _collect_some(group: workers.Group, request: Generate, num_tokens: int) -> list[int]:
     token_ids: list[int] = []
     stream = group.generate(request)
-    async for delta in stream:
-        token_ids += delta.token_ids
+    async for batch in stream:
+        token_ids += [id for delta in batch for id in delta.token_ids]
         if len(token_ids) >= num_tokens:
             break
     await stream.aclose()

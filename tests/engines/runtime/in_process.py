@@ -66,13 +66,7 @@ class LocalInbox:
         for delta in message.deltas:
             ended = self.ended.setdefault(delta.id, Ended())
             assert not ended.has_ended, "a delta after the last"
-            ended.token_ids += delta.token_ids
-            ended.logprobs += delta.logprobs
-            ended.finish_reason, ended.error = delta.finish_reason, delta.error
-            if delta.prompt_logprobs:
-                ended.prompt_logprobs = [*(ended.prompt_logprobs or []), *delta.prompt_logprobs]
-            if delta.num_cached_tokens is not None:
-                ended.num_cached_tokens = delta.num_cached_tokens
+            ended.take(delta)
 
 
 class InProcess:
