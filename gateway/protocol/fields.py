@@ -6,7 +6,8 @@ that asks for nothing (`no_op`), because clients send those without meaning it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Literal, NamedTuple
 
 _NOT_YET = "in this version"
@@ -27,11 +28,17 @@ class Rule(NamedTuple):
         return {"description": remark, "enum": [None, *self.no_op]}
 
 
-class UnknownField(ValueError):  # noqa: N818
-    """A field that this endpoint does not know."""
+_MAX_FIELD_NAME = 64
+"""Longer ones are compared with nothing: whoever sends them means none of ours."""
 
-    def __init__(self, field: str) -> None:
-        super().__init__(f"Unrecognized request argument supplied: {field}")
+
+class UnknownField(ValueError):  # noqa: N818
+    """A field that this endpoint does not know; `known`: those that it does."""
+
+    def __init__(self, field: str, known: Iterable[str] = ()) -> None:
+        alike = get_close_matches(field, known, n=1) if len(field) <= _MAX_FIELD_NAME else []
+        hint = f" (did you mean '{alike[0]}'?)" if alike else ""
+        super().__init__(f"Unrecognized request argument supplied: {field}{hint}")
 
 
 class UnsupportedField(ValueError):  # noqa: N818
@@ -144,7 +151,7 @@ def without_unused(
         if name in supported:
             kept[name] = value
         elif (rule := rules.get(name)) is None:
-            raise UnknownField(name)
+            raise UnknownField(name, supported)
         elif rule.status == "refused" and value is not None and not _is_among(value, rule.no_op):
             raise UnsupportedField(name, rule.why)
     return kept

@@ -84,7 +84,7 @@ def test_true_is_not_one() -> None:
 
 @pytest.mark.parametrize(("model", "base"), MODELS)
 def test_unknown_fields_are_refused_as_openai_does(model: Model, base: dict[str, object]) -> None:
-    expected = (None, "Unrecognized request argument supplied: temprature")
+    expected = (None, "Unrecognized request argument supplied: temprature (did you mean 'temperature'?)")
     assert refusal(model, base | {"temprature": 1}) == expected
 
 
