@@ -15,8 +15,8 @@ _GUESSED_START_SECONDS = 10.0  # until one start has been measured
 
 
 class TokenStream(AsyncIterator[list[TokenDelta]]):
-    """The deltas of one sequence, as they come, in one list those that are there. Closed, cancelled or dropped
-    before its end, it aborts the sequence at once."""
+    """The deltas of one sequence, as they come, in one list those that are there. Closed, cancelled or
+    dropped before its end, it aborts the sequence at once."""
 
     def __init__(self, connection: Connection, inbox: Inbox) -> None:
         self._connection = connection
