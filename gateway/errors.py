@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from gateway.admission import QueueTimeout
 from gateway.conversation import NoChatTemplate
+from gateway.helper import HelperUnavailable
 from gateway.prompt.template import TemplateRefused
 from gateway.prompt.tokenizer import ControlTokenInText
 from gateway.protocol.common import InvalidField
@@ -102,6 +103,13 @@ TABLE: dict[type[Exception], Row] = {
     LargerThanLimit: Row(429, "rate_limit_error", "request_over_limit", should_retry=False),
     QueueFull: Row(429, "rate_limit_error", "queue_full", retry_after=1),
     SequenceFailed: Row(500, _SERVER, "generation_failed", "The generation failed.", should_retry=False),
+    HelperUnavailable: Row(
+        503,
+        _SERVER,
+        "helper_unavailable",
+        "The server could not prepare the request: a process that it needs cannot run. Try again.",
+        retry_after=1,
+    ),
     TooManyConnections: Row(503, _SERVER, "too_many_connections", retry_after=1),
     QueueTimeout: Row(503, _SERVER, "queue_timeout", retry_after=1),
     PoisonedRequest: Row(

@@ -23,6 +23,10 @@ class HelperKilled(Exception):  # noqa: N818
     """A question took more time or memory than the helper has."""
 
 
+class HelperUnavailable(Exception):  # noqa: N818
+    """The helper process could not be started, or did not get to run: no fault of the question's."""
+
+
 class Helper:
     """Asks a process that runs `module`, one question at a time. The process starts with the first one, or
     with `start`, and ends with this object; when a question kills it, the next one has another."""
@@ -38,14 +42,17 @@ class Helper:
         self._process = self._process or self._new_process()
 
     async def ask(self, question: object) -> dict[str, Any]:
-        """The answer. Raises HelperKilled."""
+        """The answer. Raises HelperKilled, HelperUnavailable."""
         async with self._lock:
             process = self._process or self._new_process()
             self._process = None  # unless it is fit for another one
             try:
                 async with asyncio.timeout(_STUCK_SECONDS):
                     answer = await process.ask(question)
-            except (OSError, EOFError, TimeoutError, ValueError) as error:
+            except TimeoutError as error:
+                process.end()
+                raise HelperUnavailable(f"{self._module} did not run for {_STUCK_SECONDS:g} s") from error
+            except (OSError, EOFError, ValueError) as error:
                 process.end()
                 raise HelperKilled from error
             except BaseException:
@@ -55,13 +62,16 @@ class Helper:
         return answer
 
     def _new_process(self) -> _Process:
-        return _Process(self._module, self._job)
+        try:
+            return _Process(self._module, self._job)
+        except OSError as error:
+            raise HelperUnavailable(f"{self._module} cannot be started: {error}") from error
 
 
 class _Process:
     def __init__(self, module: str, job: bytes) -> None:
         self._sock, theirs = socket.socketpair()
-        with theirs:
+        try:
             popen = subprocess.Popen(
                 [sys.executable, "-m", module],
                 stdin=theirs.fileno(),
@@ -69,15 +79,32 @@ class _Process:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is the gateway's
             )
+        except OSError:
+            self._sock.close()
+            raise
+        finally:
+            theirs.close()
         self.end = weakref.finalize(self, _end, popen, self._sock)
         self._sock.setblocking(False)
         self._unsent = job  # goes out with the first question: here nobody can wait
 
     async def ask(self, question: object) -> dict[str, Any]:
-        """Raises OSError or EOFError when the process has been killed, ValueError when it babbles."""
-        loop = asyncio.get_running_loop()
-        content, self._unsent = self._unsent + _frame(question), b""
-        await loop.sock_sendall(self._sock, content)
+        """Raises OSError or EOFError when the question has killed the process, ValueError when it babbles,
+        HelperUnavailable when it ended before it was ready for any."""
+        if self._unsent:
+            await self._begin()
+        await asyncio.get_running_loop().sock_sendall(self._sock, _frame(question))
+        return await self._answer()
+
+    async def _begin(self) -> None:
+        try:
+            await asyncio.get_running_loop().sock_sendall(self._sock, self._unsent)
+            await self._answer()
+        except (OSError, EOFError, ValueError) as error:
+            raise HelperUnavailable("the helper process has ended while it started") from error
+        self._unsent = b""
+
+    async def _answer(self) -> dict[str, Any]:
         (length,) = LENGTH.unpack(await self._read(LENGTH.size))
         if length > _MAX_REPLY:
             raise ValueError("an endless reply")

@@ -11,9 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gateway.grammar import Grammars
+from gateway.helper import Helper, HelperUnavailable
 from gateway.prompt.conversation import Conversation
 from gateway.prompt.renderer import Renderer
 from gateway.prompt.template import MAX_ADDED_CHARS, ChatTemplate, TemplateRefused
+from gateway.protocol.common import GenerationParams
+from gateway.protocol.structured import Shape
 
 pytestmark = pytest.mark.anyio
 HELLO = Conversation(messages=[{"role": "user", "content": "hello"}])
@@ -178,3 +182,19 @@ async def test_the_process_ends_with_its_renderer() -> None:
     assert len(_render_processes() - others) == 1
     del renderer
     assert _render_processes() <= others
+
+
+async def test_a_helper_that_cannot_start_is_the_servers_fault() -> None:
+    helper = Helper("gateway.no_such_module", {"seconds": 1})
+    with pytest.raises(HelperUnavailable):
+        await helper.ask({})
+
+
+async def test_a_grammar_that_nobody_could_look_at_is_no_refused_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape("regex", "a+", "structured_outputs")
+    grammars = Grammars()
+    with monkeypatch.context() as patch:
+        patch.setattr("gateway.helper.sys.executable", "/no/such/python")
+        with pytest.raises(HelperUnavailable):
+            await grammars.constrain(GenerationParams(), shape)
+    assert (await grammars.constrain(GenerationParams(), shape)).grammar
