@@ -33,6 +33,7 @@ N = Range(1, 128)
 MAX_TOKENS = Range(1, 10_000_000)  # the model's own length is the bound that counts
 MIN_TOKENS = Range(0, 10_000_000)
 TOP_LOGPROBS = Range(0, 20)
+DIMENSIONS = Range(1, 1 << 20)  # of an embedding; the model's own size is the bound that counts
 TOKEN_ID = Range(0, 2**31 - 1)  # the model's own vocabulary is the bound that counts
 
 MAX_STOP_TOKEN_IDS = 64
@@ -59,6 +60,9 @@ GENERATE = {
     "prompt_logprobs": TOP_LOGPROBS,
 }
 """Fields of Generate that are."""
+
+POOLING = {"dimensions": Range(0, DIMENSIONS.max)}  # 0: all
+"""Fields of Pooling that are."""
 
 MAX_GRAMMAR_CHARS = 2 << 20
 GRAMMAR_LIMITS: dict[str, Any] = {

@@ -37,6 +37,16 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     logprobs: int | None = None  # None: none; k: the sampled token's and those of the k likeliest
 
 
+PoolingMethod = Literal["mean", "last"]
+
+
+class Pooling(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """How the hidden states of a prompt, after the model's last norm, become one vector of length 1."""
+
+    method: PoolingMethod  # over all its tokens, or its last one's
+    dimensions: int = 0  # that many of its first numbers; 0: all
+
+
 class Generate(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, tag="generate"):
     """One sequence to generate. The n choices of a request are n of these with one `group`."""
 
@@ -55,6 +65,7 @@ class Generate(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, ta
     )
     grammar: str = ""  # of llguidance: what may be generated; empty: anything
     cache_salt: bytes = b""  # prefix blocks are shared only between equal salts
+    pooling: Pooling | None = None  # its prompt becomes a vector, and nothing is generated: max_tokens is 0
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -95,6 +106,7 @@ class TokenDelta(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     num_cached_tokens: int | None = None  # on the first delta: prompt tokens read from the prefix cache
     prompt_logprobs: list[TokenLogprob | None] = []  # of the next prompt tokens, the very first's is None;
     # as they are computed, all of them before or with the first generated token
+    embedding: bytes = b""  # what was pooled, with the finish reason: float32, little-endian
     error: RequestError | None = None
 
 
@@ -122,6 +134,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     max_model_len: int  # prompt and generated tokens of one sequence
     max_num_seqs: int
     vocab_size: int  # ids that may be sent or biased: 0 .. vocab_size - 1
+    hidden_size: int  # numbers in an embedding
     num_blocks: int
     block_size: int
     eos_token_ids: list[int]

@@ -102,7 +102,7 @@ def _prepare_leader(config: ModelConfig, run_dir: Path, inbox: Inbox) -> Leader:
         warmup.run_static(runner, config.batch_size, _max_model_len(config, engine))
     else:
         warmup.run(runner, num_blocks, config, lambda fraction: inbox.send(Progress("warmup", fraction)))
-    ready = _ready(config, engine, mesh, num_blocks, time.monotonic() - started, reports)
+    ready = _ready(config, engine, runner, mesh, num_blocks, time.monotonic() - started, reports)
     inbox.send(ready)
     log.info("ready: %s", ready)
     scheduler = _scheduler(config, ready, engine)
@@ -246,6 +246,7 @@ def _runner(
 def _ready(
     config: ModelConfig,
     engine: Engine,
+    runner: ModelRunner,
     mesh: Mesh,
     num_blocks: int,
     seconds: float,
@@ -265,6 +266,7 @@ def _ready(
         max_model_len=min(_max_model_len(config, engine), num_blocks * block_size),
         max_num_seqs=config.max_num_seqs if spec is not None else config.batch_size,
         vocab_size=engine.vocab_size,
+        hidden_size=runner.hidden_size,
         num_blocks=num_blocks,
         block_size=block_size,
         eos_token_ids=sorted(modeldir.eos_token_ids(Path(config.model_path))),

@@ -171,6 +171,7 @@ class FakeWorker:
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=self._behaviour.max_num_seqs,
             vocab_size=VOCAB_SIZE,
+            hidden_size=8,
             num_blocks=1024,
             block_size=16,
             eos_token_ids=[],

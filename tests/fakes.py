@@ -19,6 +19,8 @@ from engines.wire import (
 )
 from gateway.workers.protocol import GroupState, WorkerLost, WorkerUnavailable
 
+HIDDEN_SIZE = 8
+
 
 def ready(vocab_size: int, max_model_len: int = 512, max_num_seqs: int = 64) -> Ready:
     """What a group says when it is ready."""
@@ -31,6 +33,7 @@ def ready(vocab_size: int, max_model_len: int = 512, max_num_seqs: int = 64) -> 
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         vocab_size=vocab_size,
+        hidden_size=HIDDEN_SIZE,
         num_blocks=64,
         block_size=16,
         eos_token_ids=[],

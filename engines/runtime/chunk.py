@@ -37,6 +37,15 @@ class Chunk:
     def num_rows(self) -> int:
         return self.num_prompt_rows + len(self.drafts) + 1
 
+    @property
+    def num_pooled(self) -> int:
+        """Of how many of its tokens, the last ones, the hidden states are pooled."""
+        pooling = self.sequence.request.pooling
+        if pooling is None:
+            return 0
+        is_last = self.end == self.sequence.num_prompt_tokens
+        return self.num_tokens if pooling.method == "mean" else int(is_last)
+
 
 class BlockTables:
     """Block tables of all slots as one array, kept up to date, so that a plan's are one gather away."""
@@ -145,7 +154,9 @@ def _add_last_rows(rows: _Rows, chunk: Chunk, last: int) -> None:
     elif chunk.sequence.is_finished:  # of a static batch, carried on
         return
     else:
-        samplings, uses = [RowSampling(_CHECKING, chunk.end)], [RowUse.CHECK]
+        num_pooled = chunk.num_pooled
+        samplings = [RowSampling(_CHECKING, chunk.end, num_pooled=num_pooled)]
+        uses = [RowUse.POOL if num_pooled else RowUse.CHECK]
     first = last + 1 - len(uses)
     for index, (use, sampling) in enumerate(zip(uses, samplings, strict=True), first):
         rows.add(index, use, sampling)

@@ -53,6 +53,8 @@ class Intake:
             return RequestError("invalid_request", "the prompt is empty; it needs at least one token")
         if (message := next(out_of_bounds(request, self._vocab_size), None)) is not None:
             return RequestError("invalid_request", message)
+        if request.pooling is not None and _asks_for_more(request):
+            return RequestError("invalid_request", "a prompt that is pooled generates and scores nothing")
         if request.grammar and self._grammars is None:
             return RequestError("invalid_request", "this engine follows no grammar")
         num_tokens = len(request.prompt_ids) + len(request.resume_token_ids)
@@ -95,7 +97,8 @@ class Intake:
 
 def out_of_bounds(request: Generate, vocab_size: int) -> Iterator[str]:
     """What in `request` no engine could serve, in sentences. The length is the model's to bound."""
-    for part, ranges in ((request, bounds.GENERATE), (request.sampling, bounds.SAMPLING)):
+    pooling = [(request.pooling, bounds.POOLING)] if request.pooling else []
+    for part, ranges in ((request, bounds.GENERATE), (request.sampling, bounds.SAMPLING), *pooling):
         for name, allowed in ranges.items():
             value = getattr(part, name)
             if value is not None and not allowed.holds(value):
@@ -125,9 +128,16 @@ def out_of_bounds(request: Generate, vocab_size: int) -> Iterator[str]:
             yield f"'{name}' has {len(items)} items; at most {most} are allowed"
 
 
+def _asks_for_more(request: Generate) -> bool:
+    """Than to be pooled."""
+    scores_prompt = request.prompt_logprobs is not None
+    return bool(request.max_tokens or request.resume_token_ids or request.grammar or scores_prompt)
+
+
 def _ended_before(sequence: Sequence) -> FinishReason | None:
     """Why there is nothing left to generate: what was resumed had ended, or no token is wanted."""
     if sequence.request.resume_token_ids and sequence.token_ids[-1] in sequence.stop_ids:
         return "stop"
-    wants_nothing = len(sequence.token_ids) >= sequence.max_len and sequence.num_scored is None
+    wants_prompt = sequence.num_scored is not None or sequence.request.pooling is not None
+    wants_nothing = len(sequence.token_ids) >= sequence.max_len and not wants_prompt
     return "length" if wants_nothing else None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from engines.runtime.chunk import Chunk
 from engines.runtime.faults import failed
 from engines.runtime.plan import StepResult
 from engines.runtime.sequence import Sequence
-from engines.wire import FinishReason, RequestError, TokenDelta, TokenLogprob
+from engines.wire import FinishReason, Pooling, RequestError, TokenDelta, TokenLogprob
 
 
 def take_result(chunk: Chunk, token_ids: list[int], result: StepResult) -> TokenDelta | None:
@@ -33,6 +35,8 @@ def end_with(sequence: Sequence, error: RequestError) -> TokenDelta:
 
 def _take_result(chunk: Chunk, token_ids: list[int], result: StepResult) -> TokenDelta | None:
     sequence = chunk.sequence
+    if sequence.request.pooling is not None:
+        return _take_pooled(chunk, result, sequence.request.pooling)
     if chunk.num_prompt_rows:
         _collect_prompt_logprobs(chunk, result)
     if chunk.samples:
@@ -85,6 +89,31 @@ def _delta(
         is_stop_token=reason == "stop",
         num_cached_tokens=sequence.num_cached_tokens if is_first else None,
         prompt_logprobs=prompt_logprobs,
+    )
+
+
+def _take_pooled(chunk: Chunk, result: StepResult, pooling: Pooling) -> TokenDelta | None:
+    """Of a preempted sequence, the chunk that starts anew replaces what there was."""
+    sequence = chunk.sequence
+    if chunk.num_pooled:
+        part = result.pooled[chunk.first_row]
+        before = sequence.pooled if chunk.start else None
+        sequence.pooled = part if before is None else before + part
+    if chunk.end < sequence.num_prompt_tokens:
+        return None
+    assert sequence.pooled is not None, "the last chunk is pooled"
+    vector = sequence.pooled[: pooling.dimensions or None]
+    if len(vector) < pooling.dimensions:
+        message = f"'dimensions' is {pooling.dimensions}; this model's vectors have {len(vector)}"
+        return end_with(sequence, RequestError("invalid_request", message))
+    length = np.linalg.norm(vector)
+    if not 0 < length < np.inf:
+        return end_with(sequence, RequestError("internal", "the model gave states that are not finite"))
+    return TokenDelta(
+        id=sequence.request.id,
+        finish_reason="stop",
+        num_cached_tokens=sequence.num_cached_tokens,
+        embedding=(vector / length).astype("<f4").tobytes(),  # of a sum and a mean the direction is the same
     )
 
 

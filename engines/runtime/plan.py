@@ -18,6 +18,7 @@ from engines.runtime.grammar import Constraint
 from engines.wire import RequestError, SamplingParams, TokenLogprob
 
 Int32 = NDArray[np.int32]
+Float32 = NDArray[np.float32]
 
 LAST_SAMPLED = -1  # an input id: what this sequence's slot sampled last, known on the device only
 
@@ -34,6 +35,7 @@ class RowUse(IntEnum):
     PROMPT_LOGPROBS = 1
     VERIFY = 2  # score a drafted token
     CHECK = 3  # only that it is finite: the last token of a chunk that samples nothing
+    POOL = 4  # the same, and hidden states are wanted
 
 
 class RowSampling(msgspec.Struct, frozen=True, eq=False):
@@ -43,7 +45,8 @@ class RowSampling(msgspec.Struct, frozen=True, eq=False):
     `position` is that of the token to be drawn, counted from the sequence's first; `banned_ids` may
     not be drawn (end tokens before min_tokens), unless `constraint`, its grammar, leaves nothing else.
     `target_id`: the prompt token whose log-probability is wanted (PROMPT_LOGPROBS), the draft (VERIFY: the
-    row is drawn as if there were none, and the scheduler compares), else -1.
+    row is drawn as if there were none, and the scheduler compares), else -1. `num_pooled`: the hidden states
+    of how many tokens are summed, this row's the last of them (POOL).
     """
 
     params: SamplingParams
@@ -54,6 +57,7 @@ class RowSampling(msgspec.Struct, frozen=True, eq=False):
     banned_ids: tuple[int, ...] = ()
     target_id: int = -1
     constraint: Constraint | None = None
+    num_pooled: int = 0
 
 
 _ARRAYS = (
@@ -134,6 +138,7 @@ class StepResult:
     sequence ends, its batch-mates go on, and its token id is -1.
     """
 
-    token_ids: Int32  # [L]; the drawn token (SAMPLE, VERIFY), the target for PROMPT_LOGPROBS, -1 for CHECK
+    token_ids: Int32  # [L]; the drawn token (SAMPLE, VERIFY), the target for PROMPT_LOGPROBS, else -1
     logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # row -> value, for rows that asked
     errors: dict[int, RequestError] = field(default_factory=dict)
+    pooled: dict[int, Float32] = field(default_factory=dict)  # row -> sum of hidden states [H], for POOL

@@ -20,7 +20,7 @@ from engines.runtime.channel import PlanSender
 from engines.runtime.context import ForwardContext, forward_context
 from engines.runtime.kv_cache import LayerCache
 from engines.runtime.mesh import Mesh
-from engines.runtime.plan import LAST_SAMPLED, RowUse, StepPlan, StepResult
+from engines.runtime.plan import LAST_SAMPLED, Float32, RowUse, StepPlan, StepResult
 
 MAX_LOGIT_ROWS = 256
 """Rows of logits in memory at once: prompt log-probabilities of long chunks come in slices of this."""
@@ -43,6 +43,7 @@ class ModelRunner:
         self._sender = sender
         self._submitted: deque[StepPlan] = deque()
         self._last_sampled = np.full(num_slots, -1, np.int32)
+        self.hidden_size = 0  # of the model, once the last stage has executed a plan
 
     @property
     def num_in_flight(self) -> int:
@@ -73,6 +74,7 @@ class ModelRunner:
             hidden = self._engine.forward(batch)
         if hidden is None:
             return None
+        self.hidden_size = hidden.shape[1]
         results = [
             self._sample(plan, hidden.index_select(0, batch.logit_rows[rows]), rows)
             for rows in _slices(len(plan.logit_rows))
@@ -80,6 +82,7 @@ class ModelRunner:
         if not self._mesh.is_leader:
             return None
         result = _joined([r for r in results if r is not None])
+        result.pooled.update(_pooled(plan, hidden))
         self._remember(plan, result)
         return result
 
@@ -122,6 +125,14 @@ class ModelRunner:
             max_query_len=int(np.diff(plan.query_start).max()),
             max_context_len=max(context_lens),
         )
+
+
+def _pooled(plan: StepPlan, hidden: Tensor) -> Iterator[tuple[int, Float32]]:
+    """For the rows that want it the sum of hidden states ([T, H], of the whole plan), in float32."""
+    for row in np.flatnonzero(plan.row_use == RowUse.POOL).tolist():
+        end = int(plan.logit_rows[row]) + 1
+        states = hidden[end - plan.sampling[row].num_pooled : end]
+        yield row, states.sum(0, dtype=torch.float32).cpu().numpy()
 
 
 def _tensor(array: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:

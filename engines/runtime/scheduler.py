@@ -414,7 +414,7 @@ class ContinuousScheduler:
         num_prompt = sequence.num_prompt_tokens
         sequence.num_cached_tokens = min(sequence.num_computed_tokens, num_prompt)
         self._num_prompt_tokens += num_prompt
-        if self._prefix_cache and sequence.num_scored is None:
+        if self._prefix_cache and sequence.num_scored is None and not sequence.pools_all:
             self._num_prefix_queries += num_prompt
             self._num_prefix_hits += sequence.num_cached_tokens
 

@@ -9,7 +9,7 @@ from hashlib import blake2b
 import numpy as np
 
 from engines.runtime.grammar import Constraint
-from engines.runtime.plan import Int32
+from engines.runtime.plan import Float32, Int32
 from engines.wire import Generate, RequestError, TokenLogprob
 
 _DIGEST_BYTES = 32
@@ -56,6 +56,7 @@ class Sequence:
     error: RequestError | None = None  # its own work failed: it ends with its next result
     num_scored: int | None = None  # prompt tokens whose log-probability it has had; None: not asked for
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # of them, those not sent yet
+    pooled: Float32 | None = None  # [H]: the sum of the hidden states that are pooled, so far
     _history: array[int] = field(default_factory=lambda: array("i"))
 
     @property
@@ -86,9 +87,17 @@ class Sequence:
         return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
 
     @property
+    def pools_all(self) -> bool:
+        """Whether each of its tokens' hidden state is needed, so that the prefix cache saves nothing."""
+        pooling = self.request.pooling
+        return pooling is not None and pooling.method == "mean"
+
+    @property
     def num_shareable_tokens(self) -> int:
         """How many tokens may come from the prefix cache: not the last, whose logits are needed, and
-        none whose prompt log-probability is still to be had."""
+        none whose prompt log-probability, or hidden state, is still to be had."""
+        if self.pools_all:
+            return 0
         last = len(self.token_ids) - 1
         if self.num_scored is None or self.num_scored >= self.num_prompt_tokens:
             return last

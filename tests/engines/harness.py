@@ -55,6 +55,7 @@ class Ended:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] | None = None
     num_cached_tokens: int | None = None
+    embedding: bytes = b""
     finish_reason: str | None = None
     error: RequestError | None = None
 
@@ -68,6 +69,7 @@ class Ended:
         self.finish_reason, self.error = delta.finish_reason, delta.error
         if delta.prompt_logprobs:
             self.prompt_logprobs = [*(self.prompt_logprobs or []), *delta.prompt_logprobs]
+        self.embedding += delta.embedding
         if delta.num_cached_tokens is not None:
             self.num_cached_tokens = delta.num_cached_tokens
 

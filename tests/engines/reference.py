@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from engines.wire import Generate, SamplingParams
+from engines.wire import Generate, Pooling, PoolingMethod, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -23,6 +24,26 @@ def prompts(count: int, vocab: int, seed: int = 0) -> list[list[int]]:
 def request_of(id: str, prompt: list[int], max_tokens: int = 16, **kwargs: object) -> Generate:
     options = {"sampling": GREEDY, "ignore_eos": True, **kwargs}
     return Generate(id=id, prompt_ids=prompt, max_tokens=max_tokens, **options)
+
+
+def pooled_of(id: str, prompt: list[int], method: PoolingMethod, dimensions: int = 0) -> Generate:
+    pooling = Pooling(method=method, dimensions=dimensions)
+    return Generate(id=id, prompt_ids=prompt, max_tokens=0, pooling=pooling)
+
+
+@torch.inference_mode()
+def hf_pooled(
+    reference: torch.nn.Module, prompt: list[int], method: PoolingMethod, dimensions: int | None = None
+) -> Tensor:
+    """[dimensions] of transformers' `last_hidden_state`, in float64 from there on, of length 1."""
+    out = reference.base_model(torch.tensor([prompt]), use_cache=False)
+    states = out.last_hidden_state[0].double()  # [T, H]
+    vector = (states.mean(0) if method == "mean" else states[-1])[:dimensions]
+    return vector / vector.norm()
+
+
+def vector_of(embedding: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(embedding), dtype=torch.float32).double()
 
 
 @torch.inference_mode()

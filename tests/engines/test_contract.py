@@ -31,12 +31,12 @@ from engines.config import ModelConfig
 from engines.runtime import sampler
 from engines.runtime.mesh import Mesh
 from engines.runtime.plan import RowSampling, RowUse
-from engines.wire import SamplingParams, Stats
+from engines.wire import PoolingMethod, SamplingParams, Stats
 from tests.engines.harness import Group, StartFailed, running
 from tests.engines.injected import NAMES, seed_of
 from tests.engines.layouts import FAKE_INJECT, LAYOUTS, TWO_STAGE, Layout
 from tests.engines.models.hf_models import BASE, make_hf
-from tests.engines.reference import hf_greedy, prompts, request_of
+from tests.engines.reference import hf_greedy, hf_pooled, pooled_of, prompts, request_of, vector_of
 from tests.engines.two_stage import TwoStageEngine
 from tests.models import GQA, MHA, make_llama, write_byte_tokenizer
 
@@ -170,6 +170,27 @@ def test_prompt_logprobs_need_several_rows_of_a_sequence(
     values = [value.logprob for value in ended.prompt_logprobs[1:] if value is not None]
     wanted = [expected[i, token].item() for i, token in enumerate(prompt[1:])]
     assert values == pytest.approx(wanted, abs=1e-4)
+
+
+def test_prompts_are_pooled_beside_others_that_generate(
+    case: Case, group: Group, reference: torch.nn.Module
+) -> None:
+    """Each in both ways; the longest takes several chunks."""
+    batch = prompts(6, case.vocab, seed=14)
+    batch.append([id for prompt in batch for id in prompt])
+    assert len(batch[-1]) > 2 * MAX_BATCHED
+    methods: list[PoolingMethod] = ["mean", "last"]
+    wanted = [(prompt, method) for prompt in batch for method in methods]
+    pooled = [pooled_of(f"e{i}", prompt, method) for i, (prompt, method) in enumerate(wanted)]
+    generating = [request_of(f"eg{i}", prompt) for i, prompt in enumerate(batch[:3])]
+    ended = group.run([*pooled, *generating])
+    for one, (prompt, method) in zip(ended, wanted, strict=False):
+        assert (one.error, one.finish_reason, one.token_ids) == (None, "stop", [])
+        expected = hf_pooled(reference, prompt, method)
+        assert group.info.hidden_size == len(expected)
+        assert (vector_of(one.embedding) - expected).abs().max().item() < 1e-5
+    assert [one.token_ids for one in ended[len(pooled) :]] == [hf_greedy(reference, p) for p in batch[:3]]
+    assert_conserved(case, group.idle_stats())
 
 
 @torch.inference_mode()

@@ -17,6 +17,7 @@ from engines.wire import Generate, TokenLogprob
 
 FIRST_TOKEN = 16
 """Smaller ids are never drawn: control tokens have them."""
+HIDDEN_SIZE = 16
 _MASK = (1 << 61) - 1
 _MAX_TOKEN = 1 << 20
 
@@ -48,6 +49,12 @@ def score(state: int, token_id: int, num_top: int) -> TokenLogprob:
     """A log-probability that tells one state from another."""
     value = -((chain(state, token_id) >> 16) % 10_000) / 1_000
     return TokenLogprob(value, [(token_id, value)] * min(num_top, 1))
+
+
+def pooled(states: list[int]) -> np.ndarray:
+    """A sum of vectors that tell one state from another."""
+    vectors = [[(chain(state, place) >> 16) % 1000 + 1 for place in range(HIDDEN_SIZE)] for state in states]
+    return np.array(vectors, np.float32).sum(0)
 
 
 class FakeRunner:
@@ -113,6 +120,8 @@ class FakeRunner:
             if use != RowUse.PROMPT_LOGPROBS:
                 token_id = draw(state, sampling, self._vocab_size)
             result.token_ids[row] = token_id
+            if use == RowUse.POOL:
+                result.pooled[row] = pooled(states[index + 1 - sampling.num_pooled : index + 1])
             if sampling.params.logprobs is not None:
                 result.logprobs[row] = score(state, token_id, sampling.params.logprobs)
         return result

@@ -23,7 +23,7 @@ from engines.runtime.leader import Leader
 from engines.runtime.plan import StepPlan
 from engines.runtime.scheduler import ContinuousScheduler
 from engines.wire import Failed, Progress, Ready
-from tests.fake_group.model import FakeRunner
+from tests.fake_group.model import HIDDEN_SIZE, FakeRunner
 from tests.fake_group.spec import VARIABLE, FakeSpec, Fault
 
 _FOLLOWER = "follower"
@@ -159,6 +159,7 @@ def _ready(spec: FakeSpec) -> Ready:
         max_model_len=min(spec.max_model_len, spec.num_blocks * spec.block_size),
         max_num_seqs=spec.max_num_seqs,
         vocab_size=spec.vocab_size,
+        hidden_size=HIDDEN_SIZE,
         num_blocks=spec.num_blocks,
         block_size=spec.block_size,
         eos_token_ids=list(spec.eos_token_ids),

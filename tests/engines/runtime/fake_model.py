@@ -11,6 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engines.runtime.plan import LAST_SAMPLED, RowSampling, RowUse, StepKind, StepPlan, StepResult
 from engines.runtime.scheduler import Scheduler
@@ -34,6 +35,12 @@ def draw(
 
 def score(state: int, token_id: int) -> TokenLogprob:
     return TokenLogprob(-float(hash((state, token_id)) % 1000))
+
+
+def pooled(states: list[int]) -> NDArray[np.float32]:
+    """Whole numbers, whose sums are exact."""
+    vectors = [[hash((state, place)) % 1000 + 1 for place in range(3)] for state in states]
+    return np.array(vectors, np.float32).sum(0)
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,8 @@ class FakePagedRunner:
         result = StepResult(np.full(len(plan.logit_rows), -1, np.int32))
         for row, (index, use) in enumerate(zip(plan.logit_rows.tolist(), plan.row_use.tolist(), strict=True)):
             self._sample(result, row, states[index], RowUse(use), sampling[row])
+            if use == RowUse.POOL:
+                result.pooled[row] = pooled(states[index + 1 - sampling[row].num_pooled : index + 1])
             assert sampling[row].position == plan.positions[index] + 1
         self._remember(plan, result)
         return result
@@ -129,6 +138,7 @@ class Output:
     is_stop_token: bool = False
     prompt_logprobs: list[TokenLogprob | None] | None = None
     error: RequestError | None = None
+    embedding: bytes = b""
 
     @property
     def has_ended(self) -> bool:
@@ -143,6 +153,9 @@ def expected(request: Generate, max_model_len: int, eos: int = EOS) -> Output:
         state = chain(state, token_id, position)
         states.append(state)
     output = Output([], [])
+    if request.pooling is not None:
+        vector = pooled(states if request.pooling.method == "mean" else states[-1:])
+        return Output([], [], "stop", embedding=(vector / np.linalg.norm(vector)).tobytes())
     if request.prompt_logprobs is not None and not request.resume_token_ids:
         scored = zip(states, request.prompt_ids[1:], strict=False)
         output.prompt_logprobs = [None, *(score(s, target) for s, target in scored)]
@@ -204,6 +217,7 @@ class Outputs:
             if is_first:
                 self.num_cached[delta.id] = delta.num_cached_tokens or 0
             output.token_ids += delta.token_ids
+            output.embedding += delta.embedding
             output.logprobs += delta.logprobs
             output.finish_reason, output.error = delta.finish_reason, delta.error
             output.is_stop_token = delta.is_stop_token

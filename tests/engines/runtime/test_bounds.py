@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from engines import bounds
 from engines.runtime.intake import Intake
 from engines.runtime.sequence import Sequence
-from engines.wire import Generate, SamplingParams
+from engines.wire import Generate, Pooling, SamplingParams
 from gateway.protocol.chat import ChatCompletionRequest
 from gateway.protocol.common import InvalidField, parse_body
 from gateway.protocol.completions import CompletionRequest
@@ -124,18 +124,22 @@ def test_as_many_biases_as_allowed() -> None:
         )
 
 
-@pytest.mark.parametrize("name", [*bounds.SAMPLING, *bounds.GENERATE])
+TABLE = bounds.SAMPLING | bounds.GENERATE | bounds.POOLING
+
+
+@pytest.mark.parametrize("name", TABLE)
 def test_every_number_of_the_wire_has_a_bound(name: str) -> None:
     """NaN, infinities, and what 64 bits hold."""
-    ranges = bounds.SAMPLING if name in bounds.SAMPLING else bounds.GENERATE
-    is_int = isinstance(ranges[name].min, int)
+    is_int = isinstance(TABLE[name].min, int)
     hostile = [-1, 2**63, 2**64 - 1, -(2**63)] if is_int else [math.nan, math.inf, -math.inf, 1e308]
     for value in hostile:
-        if ranges[name].holds(value):
+        if TABLE[name].holds(value):
             continue  # a seed has all 64 bits
         parts: dict[str, Any] = {name: value}
-        if ranges is bounds.SAMPLING:
+        if name in bounds.SAMPLING:
             parts = {"sampling": SamplingParams(**parts)}
+        if name in bounds.POOLING:
+            parts = {"max_tokens": 0, "pooling": Pooling(method="mean", **parts)}
         assert not engine_takes(request_with(**parts)), value
 
 
@@ -143,8 +147,9 @@ def test_the_table_names_every_number_there_is() -> None:
     """A number that is added to the wire without a bound fails here."""
     assert set(SamplingParams.__struct_fields__) - set(bounds.SAMPLING) == {"logit_bias"}
     rest = {"id", "prompt_ids", "stop_token_ids", "ignore_eos", "sampling", "group", "cache_salt"}
-    rest |= {"grammar"}
+    rest |= {"grammar", "pooling"}
     assert set(Generate.__struct_fields__) - set(bounds.GENERATE) == rest | {"resume_token_ids"}
+    assert set(Pooling.__struct_fields__) - set(bounds.POOLING) == {"method"}
 
 
 @pytest.mark.parametrize("name", ["prompt_ids", "resume_token_ids", "stop_token_ids"])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines.runtime.scheduler import ContinuousScheduler
-from engines.wire import Generate, SamplingParams
+from engines.wire import Generate, Pooling, SamplingParams
 from tests.engines.runtime.fake_model import EOS, VOCAB_SIZE, FakeLeader, FakePagedRunner, expected
 
 MAX_MODEL_LEN = 40
@@ -78,6 +78,7 @@ samplings = st.builds(
 )
 # few different tokens, so that prefixes are shared
 prompts = st.lists(st.integers(1, 2), min_size=1, max_size=20)
+aborts = st.sampled_from([None, None, None, 0, 1, 2, 5])
 
 
 @st.composite
@@ -89,6 +90,11 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
         num_choices = draw(st.sampled_from([1, 1, 2, 4]))
         sampling = draw(samplings)
         prompt_logprobs = draw(st.sampled_from([None, None, 1]))
+        pooling = draw(st.sampled_from([None, None, None, Pooling(method="mean"), Pooling(method="last")]))
+        if pooling is not None:
+            request = Generate(id=f"{r}", prompt_ids=prompt, max_tokens=0, pooling=pooling)
+            result.append(Arrival(request, draw(st.integers(0, 8)), draw(aborts)))
+            continue
         for choice in range(num_choices):
             request = Generate(
                 id=f"{r}.{choice}",
@@ -103,8 +109,7 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
                 resume_token_ids=draw(st.sampled_from([[], [], [3, 1, 4]])),
                 prompt_logprobs=prompt_logprobs,
             )
-            abort_after = draw(st.sampled_from([None, None, None, 0, 1, 2, 5]))
-            result.append(Arrival(request, draw(st.integers(0, 8)), abort_after))
+            result.append(Arrival(request, draw(st.integers(0, 8)), draw(aborts)))
     return result
 
 
