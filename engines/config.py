@@ -21,6 +21,7 @@ ParallelType = Literal["tp", "pp", "pptp", "custom"]
 Device = Literal["cpu", "cuda"]
 StageSplit = Literal["work", "layers", "bytes"] | tuple[int, ...]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Pooling = Literal["mean", "last"]
 DeviceMap = str | tuple[tuple[str, str], ...]
 MaxMemory = tuple[tuple[str, int], ...]
 
@@ -81,6 +82,7 @@ class ModelConfig(BaseModel):
     chat_template: str | None = None
     tool_format: str = "auto"  # how the model writes calls of tools; auto: as its chat template shows
     reasoning_format: str = "auto"  # which tags its thoughts are between
+    pooling: Pooling | None = None  # how texts become the vectors of /v1/embeddings; None: not at all
     deepspeed: DeepSpeedSection | None = None
     warnings: tuple[str, ...] = ()  # keys that have no effect here and why, each with file:line
     places: tuple[tuple[str, str], ...] = ()  # (dotted key, file:line) of the keys that the file gives

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from engines import config_devices, registry
-from engines.config import DeepSpeedSection, Device, DType, ModelConfig, ParallelType, StageSplit
+from engines.config import DeepSpeedSection, Device, DType, ModelConfig, ParallelType, Pooling, StageSplit
 from engines.config_accelerate import read_device_map, read_max_memory
 from engines.config_deepspeed import DeepSpeedFile, read_deepspeed_file
 from engines.config_errors import nearest
@@ -96,6 +96,7 @@ def _resolve(s: Settings, base: Path, source: str, num_gpus: int | None) -> Mode
         chat_template=_path(base, cast(str, template)) if template else None,
         tool_format=s.text("toolFormat") or "auto",
         reasoning_format=s.text("reasoningFormat") or "auto",
+        pooling=cast("Pooling | None", s.text("pooling")),
         deepspeed=deepspeed,
         warnings=tuple(sorted(s.warnings, key=warning_line)),
         places=tuple((key, where) for key, where in s.places.items() if where != COMMAND_LINE),

@@ -81,6 +81,7 @@ REASONING_FORMATS = {  # gateway/answer/reasoning.py
     name: name
     for name in ("auto", "none", "think", "thinking", "thought", "reasoning", "seed", "mistral", "cohere")
 }
+POOLINGS = {name: name for name in ("mean", "last")}  # engines.wire.PoolingMethod
 MAX_INT = 2**31 - 1
 DAY = 86400
 
@@ -152,6 +153,7 @@ OURS = {
     "chatTemplate": Key(Kind.TEXT),
     "toolFormat": Key(Kind.TEXT, choices=TOOL_FORMATS),
     "reasoningFormat": Key(Kind.TEXT, choices=REASONING_FORMATS),
+    "pooling": Key(Kind.TEXT, choices=POOLINGS),
     "deviceMap": Key(Kind.ANY),  # read by config_accelerate
     "maxMemory": Key(Kind.ANY),
 }

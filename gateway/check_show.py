@@ -62,6 +62,7 @@ def _fields(config: ModelConfig) -> Iterator[Field]:
     yield "chatTemplate", config.chat_template
     yield "toolFormat", config.tool_format
     yield "reasoningFormat", config.reasoning_format
+    yield "pooling", config.pooling
     yield "engine", config.engine
     yield from _parallel_fields(config)
     yield from _device_fields(config)

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from gateway.admission import QueueTimeout
 from gateway.conversation import NoChatTemplate
+from gateway.embedding import NoEmbeddings
 from gateway.helper import HelperUnavailable
 from gateway.prompt.template import TemplateRefused
 from gateway.prompt.tokenizer import ControlTokenInText
@@ -84,6 +85,7 @@ TABLE: dict[type[Exception], Row] = {
     UnsupportedField: Row(400, _INVALID, "unsupported_parameter"),
     InvalidField: Row(400, _INVALID, "invalid_value"),
     pydantic.ValidationError: Row(400, _INVALID, "invalid_value"),
+    NoEmbeddings: Row(400, _INVALID, "no_embeddings", param="model"),
     NoChatTemplate: Row(400, _INVALID, "no_chat_template", param="model"),
     TemplateRefused: Row(400, _INVALID, "invalid_value", param="messages"),
     ControlTokenInText: Row(400, _INVALID, "invalid_value", param="messages"),

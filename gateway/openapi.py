@@ -24,6 +24,7 @@ from gateway.protocol.chat import ChatCompletionRequest
 from gateway.protocol.chat_response import ChatChunk, ChatCompletion
 from gateway.protocol.common import RequestPart
 from gateway.protocol.completions import Completion, CompletionRequest
+from gateway.protocol.embeddings import Embeddings, EmbeddingsRequest
 from gateway.protocol.json_schema import JsonSchema, reference, schemas_of
 from gateway.protocol.models import Model, ModelList
 from gateway.protocol.responses import ResponseRequest
@@ -164,6 +165,14 @@ OPERATIONS = (
         error=AnthropicError,
         example={"messages": _HELLO["messages"]},
         tag="tokens",
+    ),
+    Operation(
+        path="/v1/embeddings",
+        summary="A vector for each text, of models that are configured to serve them",
+        request=EmbeddingsRequest,
+        response=Embeddings,
+        example={"input": "Hello!"},
+        tag="generation",
     ),
     *(
         Operation(

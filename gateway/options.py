@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from engines.config_schema import DEVICES, DTYPES, REASONING_FORMATS, TOOL_FORMATS
+from engines.config_schema import DEVICES, DTYPES, POOLINGS, REASONING_FORMATS, TOOL_FORMATS
 from gateway.flags import flag
 from gateway.logs import LogFormat
 from gateway.settings import Settings
@@ -38,6 +38,9 @@ class ModelFlags:
         None,
         "The tags of the model's thoughts; auto: those of its chat template.",
         choices=REASONING_FORMATS,
+    )
+    pooling: str | None = flag(
+        None, "Serve embeddings, too: of all tokens the mean, or the last one's.", choices=POOLINGS
     )
 
     def as_config(self) -> dict[str, object]:

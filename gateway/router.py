@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engines.wire import Ready, Stats
+from engines.wire import PoolingMethod, Ready, Stats
 from gateway.answer.answer import AUTO, AnswerFormat, answer_format
 from gateway.prompt.model_files import file_in
 from gateway.prompt.renderer import Renderer
@@ -57,7 +57,8 @@ class ServedModel:
     """A model under its names, with everything the gateway needs of it.
 
     `groups` are its replicas. `max_queued`: sequences that may wait per group, beyond those that run.
-    `recovery_wait`: seconds that a sequence waits for a group to go on in when its own has died.
+    `recovery_wait`: seconds that a sequence waits for a group to go on in when its own has died. `pooling`:
+    how its embeddings are made, if it serves them.
     """
 
     name: str
@@ -71,6 +72,7 @@ class ServedModel:
     recovery_wait: float = RECOVERY_WAIT_SECONDS
     answer: AnswerFormat
     tokenizer_info: Mapping[str, object] = field(default_factory=dict)
+    pooling: PoolingMethod | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -108,6 +110,7 @@ def load_served_model(
     chat_template: Path | None = None,
     tool_format: str = AUTO,
     reasoning_format: str = AUTO,
+    pooling: PoolingMethod | None = None,
 ) -> ServedModel:
     """Reads the model directory's tokenizer.json and chat template (`chat_template` replaces it).
 
@@ -141,6 +144,7 @@ def load_served_model(
         max_queued=max_queued,
         recovery_wait=recovery_wait,
         tokenizer_info=load_tokenizer_info(model_dir, template),
+        pooling=pooling,
     )
 
 

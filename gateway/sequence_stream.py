@@ -96,7 +96,7 @@ class SequenceStream:
         shown: list[ChoiceDelta] = []
         for delta in batch:
             if delta.error is not None:
-                return shown, _request_error(delta.error)
+                return shown, request_error(delta.error)
             if delta.num_cached_tokens is not None:
                 self.num_cached_tokens = delta.num_cached_tokens
             if delta.prompt_logprobs and self._scoring is not None:
@@ -118,7 +118,8 @@ class SequenceStream:
             raise SequenceFailed("the group generates, but has not scored the prompt")
 
 
-def _request_error(error: RequestError) -> Exception:
+def request_error(error: RequestError) -> Exception:
+    """What a sequence that failed in its group raises here."""
     kinds: dict[str, Callable[[str], Exception]] = {
         "invalid_request": SequenceRefused,
         "too_long": ContextLengthExceeded,

@@ -163,7 +163,7 @@ class _Service:
     def _make_server(self) -> Server:
         """Raises CannotServe when a model's tokenizer or template cannot be used."""
         from gateway.app import create_app
-        from gateway.http_server import make_server
+        from gateway.http_server import make_server, settle
 
         try:
             models = [
@@ -173,6 +173,7 @@ class _Service:
         except (OSError, ValueError) as error:
             raise CannotServe(str(error)) from error
         self._gateway = app.state.gateway
+        settle()
         return make_server(app, flush_seconds=_FLUSH_SECONDS)
 
     @contextlib.asynccontextmanager
@@ -298,6 +299,7 @@ def _served_model(config: ModelConfig, groups: Sequence[Group], recovery_wait: f
         chat_template=Path(config.chat_template) if config.chat_template else None,
         tool_format=config.tool_format,
         reasoning_format=config.reasoning_format,
+        pooling=config.pooling,
     )
     if model.template is not None:
         model.template.start()

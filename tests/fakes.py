@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+import struct
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from engines.wire import (
     FinishReason,
     Generate,
+    Pooling,
     Progress,
     Ready,
     RequestError,
@@ -104,6 +106,9 @@ class FakeGroup:
             ids = [*ids, self.eos_id]
         reason: FinishReason = "stop" if is_stop else "length"
         deltas = prompt_deltas(request)
+        if request.pooling is not None:
+            vector = fake_embedding(request.prompt_ids, request.pooling)
+            return [TokenDelta(id=request.id, finish_reason="stop", embedding=vector)]
         if request.max_tokens == 0:
             deltas.append(TokenDelta(id=request.id, finish_reason=reason))
         for start in range(len(request.resume_token_ids), len(ids), self.tokens_per_delta):
@@ -120,6 +125,13 @@ class FakeGroup:
             )
             deltas.append(delta)
         return deltas
+
+
+def fake_embedding(prompt_ids: list[int], pooling: Pooling) -> bytes:
+    """Of the prompt's last ids, or of their sums, in two of the dimensions."""
+    number = sum(prompt_ids) if pooling.method == "mean" else prompt_ids[-1]
+    vector = [math.cos(number), math.sin(number), *[0.0] * (HIDDEN_SIZE - 2)][: pooling.dimensions or None]
+    return struct.pack(f"<{len(vector)}f", *vector)
 
 
 def prompt_deltas(request: Generate) -> list[TokenDelta]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engines.bounds import (
+    DIMENSIONS,
     FREQUENCY_PENALTY,
     LOGIT_BIAS,
     MAX_LOGIT_BIASES,
@@ -23,6 +24,7 @@ from engines.bounds import (
 )
 
 __all__ = [
+    "DIMENSIONS",
     "FREQUENCY_PENALTY",
     "LOGIT_BIAS",
     "MAX_LOGIT_BIASES",
@@ -55,6 +57,8 @@ MAX_SHAPE_CHARS = 262_144
 """Of a schema (as JSON), a regular expression, a grammar, a list of choices (as JSON)."""
 MAX_SHAPE_CHOICES = 10_000
 MAX_PROMPTS = 256
+MAX_INPUTS = 2_048
+"""Of a request for embeddings."""
 MAX_SEQUENCES = 256
 """Prompts times what is drawn for each, of one request."""
 MAX_ECHOED_CHARS = 16 << 20

@@ -17,6 +17,7 @@ from gateway.protocol.anthropic import CountTokensRequest, MessagesRequest
 from gateway.protocol.chat import ChatCompletionRequest
 from gateway.protocol.common import RequestPart
 from gateway.protocol.completions import CompletionRequest
+from gateway.protocol.embeddings import EmbeddingsRequest
 from gateway.protocol.responses import ResponseRequest
 from gateway.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from gateway.protocol.unserved import UNSERVED
@@ -27,6 +28,7 @@ ENDPOINTS: dict[str, type[RequestPart]] = {
     "/v1/responses": ResponseRequest,
     "/v1/messages": MessagesRequest,
     "/v1/messages/count_tokens": CountTokensRequest,
+    "/v1/embeddings": EmbeddingsRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated
 
 import msgspec
@@ -23,10 +24,10 @@ from gateway.protocol.structured import StructuredRequest
 _FORMS = "expected a string, a list of strings, token ids, or a list of lists of token ids"
 
 
-def _as_prompts(value: object) -> list[str] | list[list[int]]:
-    """The four ways to write it, as a list of prompts: a text, token ids, a list of either.
+def as_prompts(value: object, name: str, most: int) -> list[str] | list[list[int]]:
+    """The four ways to write it, as a list of prompts: a text, token ids, a list of either. `name`: of one.
 
-    By hand, not by a type: pydantic would describe every one of a million wrong ids.
+    By hand, not by a type: pydantic would describe every one of a million wrong ids. Raises ValueError.
     """
     if isinstance(value, str):
         return [value]
@@ -34,9 +35,9 @@ def _as_prompts(value: object) -> list[str] | list[list[int]]:
         raise ValueError(_FORMS)
     prompts = [value] if value and type(value[0]) is int else value
     if not prompts:
-        raise ValueError("there is no prompt in it")
-    if len(prompts) > bounds.MAX_PROMPTS:
-        raise ValueError(f"at most {bounds.MAX_PROMPTS} prompts are allowed in a request, not {len(prompts)}")
+        raise ValueError(f"there is no {name} in it")
+    if len(prompts) > most:
+        raise ValueError(f"at most {most} {name}s are allowed in a request, not {len(prompts)}")
     if all(isinstance(prompt, str) for prompt in prompts):
         return prompts
     return [token_ids(ids, _FORMS) for ids in prompts]
@@ -57,7 +58,7 @@ _Several = Field(min_length=1, max_length=bounds.MAX_PROMPTS)
 Prompts = Annotated[
     list[str] | list[list[int]],
     PlainValidator(
-        _as_prompts,
+        partial(as_prompts, name="prompt", most=bounds.MAX_PROMPTS),
         json_schema_input_type=str
         | Annotated[list[str], _Several]
         | Annotated[_TokenIds, Field(min_length=1)]

@@ -92,6 +92,12 @@ CHAT = SHARED | {
 
 COMPLETIONS = SHARED
 
+EMBEDDINGS = {
+    "user": SHARED["user"],
+    "normalize": _refused("every vector has length 1", True),
+    "priority": SHARED["priority"],
+}
+
 TOKENIZE = {
     "chat_template": _refused("only the server chooses the template"),
     "mm_processor_kwargs": _refused(_TEXT_ONLY, {}),

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 _TEXT_ONLY = "the models read and write text only"
 _NOTHING_KEPT = "the server keeps no files, and no work for later"
-_NO_SCORES = (
-    "the engines give the tokens of causal language models, not what embeddings and scores are made of"
-)
+_NO_SCORES = "no model is served that scores pairs of texts; compare the vectors of /v1/embeddings"
 _ASSISTANTS = "use /v1/responses, or send the conversation to /v1/chat/completions"
 
 UNSERVED = {
-    "/v1/embeddings": _NO_SCORES,
     "/v1/rerank": _NO_SCORES,
     "/v1/score": _NO_SCORES,
     "/v1/moderations": "the server does not moderate",

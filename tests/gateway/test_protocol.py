@@ -6,15 +6,16 @@ import json
 from typing import Any, get_type_hints
 
 import pytest
-from openai.types import completion_create_params
+from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from pydantic import ValidationError
 
 from gateway.errors import to_api_error
 from gateway.protocol import bounds, fields
 from gateway.protocol.chat import ChatCompletionRequest
-from gateway.protocol.common import InvalidField, parse_body
+from gateway.protocol.common import InvalidField, RequestPart, parse_body
 from gateway.protocol.completions import CompletionRequest
+from gateway.protocol.embeddings import EmbeddingsRequest
 from gateway.protocol.json_body import MalformedBody
 from gateway.protocol.messages import for_template
 
@@ -44,9 +45,10 @@ def refusal(model: Model, body: bytes | dict[str, object]) -> tuple[str | None, 
     [
         (chat_create_params.CompletionCreateParamsStreaming, ChatCompletionRequest),
         (completion_create_params.CompletionCreateParamsStreaming, CompletionRequest),
+        (embedding_create_params.EmbeddingCreateParams, EmbeddingsRequest),
     ],
 )
-def test_every_field_of_the_sdk_has_a_rule(params: type, model: Model) -> None:
+def test_every_field_of_the_sdk_has_a_rule(params: type, model: type[RequestPart]) -> None:
     known = set(model.model_fields) | set(model.rules)
     assert set(get_type_hints(params)) - known == set()
 
@@ -131,7 +133,7 @@ def test_numbers_are_bounded(model: Model, base: dict[str, object], name: str) -
 
 def test_every_bound_is_tested_and_used() -> None:
     ranges = {name: value for name, value in vars(bounds).items() if isinstance(value, bounds.Range)}
-    elsewhere = {"LOGIT_BIAS", "TOP_LOGPROBS", "TOKEN_ID", "BEST_OF", "TRUNCATE_PROMPT_TOKENS"}
+    elsewhere = {"DIMENSIONS", "LOGIT_BIAS", "TOP_LOGPROBS", "TOKEN_ID", "BEST_OF", "TRUNCATE_PROMPT_TOKENS"}
     assert set(ranges) - {name.upper() for name in NUMBERS} == elsewhere
     assert all(low < high for low, high in ranges.values())
 
