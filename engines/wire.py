@@ -95,7 +95,7 @@ class RequestError(msgspec.Struct, frozen=True):
     message: str
 
 
-class TokenDelta(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+class TokenDelta(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
     """What one step added to one sequence. The last one of a sequence has finish_reason or error."""
 
     id: str

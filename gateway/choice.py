@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
 from engines.wire import TokenDelta, TokenLogprob
-from gateway.prompt.detokenize import Detokenizer, StopStrings
+from gateway.prompt.detokenize import Decoder, Detokenizer, StopStrings
 from gateway.prompt.tokenizer import Tokenizer
 from gateway.protocol.common import LOWEST_LOGPROB, GenerationParams, PromptReport, TokenInfo
 
-Decode = Callable[[list[int]], str]
 
-
-class ChoiceDelta(msgspec.Struct, frozen=True):
+class ChoiceDelta(msgspec.Struct, frozen=True, gc=False):
     """What is new of one choice. The last one has a finish reason. (Made for each token: a msgspec.Struct is
     made five times as fast as a frozen dataclass.)"""
 
@@ -41,17 +39,19 @@ class ChoiceAssembler:
         params: GenerationParams,
         context: Sequence[int],
         text_offset: int = 0,
-        decode: Decode | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         """`context`: the ids before the first one, if the text continues theirs; `text_offset`: how many
-        characters are shown before its own; `decode` in place of the tokenizer's."""
+        characters are shown before its own; `decoder` in place of the tokenizer."""
         self._index = index
         self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(decode or tokenizer.decode, context)
+        self._detokenizer = Detokenizer(decoder or tokenizer, context)
         self._stops = StopStrings(params.stop, include=params.include_stop) if params.stop else None
         self._include_stop = params.include_stop
         self._min_tokens = params.min_tokens
         self._wants_logprobs = params.logprobs is not None
+        # Nothing is looked for in the text, nothing told or ranked of its tokens: as nearly always.
+        self._is_plain = self._stops is None and not self._wants_logprobs and params.best_of is None
         self._has_end_logprob = params.has_end_logprob and params.logprobs is not None
         self._num_top = params.logprobs or 0
         self._num_decoded = self._num_shown = text_offset  # characters
@@ -66,6 +66,10 @@ class ChoiceAssembler:
 
     def feed(self, delta: TokenDelta) -> ChoiceDelta:
         """What can be shown now. After a finish reason nothing more may be fed."""
+        if self._is_plain and delta.finish_reason is None:
+            self.num_tokens += len(delta.token_ids)
+            text = self._detokenizer.push(delta.token_ids)
+            return ChoiceDelta(self._index, text, None, num_tokens=self.num_tokens)
         num_before = self.num_tokens
         new = self._feed(delta)
         for value in delta.logprobs[: self.num_tokens - num_before]:

@@ -14,8 +14,9 @@ from contextlib import aclosing
 from typing import Literal
 
 from gateway.admission import Admission
-from gateway.choice import ChoiceAssembler, ChoiceDelta, CollectedChoice, Decode
+from gateway.choice import ChoiceAssembler, ChoiceDelta, CollectedChoice
 from gateway.merge import merge
+from gateway.prompt.detokenize import Decoder
 from gateway.prompts import require_ready
 from gateway.protocol.common import (
     GenerationParams,
@@ -44,14 +45,14 @@ class Generation:
         prompt_param: Literal["messages", "prompt"],
         scorings: Sequence[PromptScoring] = (),
         goes_on: bool = False,
-        decode: Decode | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         """Checks every limit; sends nothing yet.
 
         `prompt_param` is the field that the prompts come from. The text goes on where a raw `prompt` ends,
         so its first word keeps its space; an answer to `messages` starts afresh, unless it `goes_on` with the
         last of them. `scorings`: one for each prompt, if the choices shall begin with a report on it.
-        `decode`: ids to text, in place of the tokenizer's.
+        `decoder`: in place of the tokenizer.
         Raises InvalidField, ContextLengthExceeded, WorkerUnavailable, ModelFailed, QueueFull, RateLimited,
         LargerThanLimit.
         """
@@ -70,7 +71,7 @@ class Generation:
             text_offset = scoring.num_chars if scoring else 0
             for choice, wire in enumerate(wires):
                 index = number * params.num_drawn + choice
-                assembler = ChoiceAssembler(index, model.tokenizer, params, context, text_offset, decode)
+                assembler = ChoiceAssembler(index, model.tokenizer, params, context, text_offset, decoder)
                 stream = SequenceStream(model, wire, assembler, scoring, cache_key=params.cache_key)
                 self._sequences.append(stream)
         admission.require_room(tenant.name, len(self._sequences))

@@ -77,9 +77,19 @@ def _encode_infill(
     return Prompt(infill.prompt(lead, tokenizer.encode(prefix, add_special_tokens=False), suffix))
 
 
+class _Spelled:
+    """A tokenizer whose control tokens are text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.decode = tokenizer.spell
+
+    def text_of(self, id: int) -> str | None:
+        return None
+
+
 def _with_text(tokenizer: Tokenizer, ids: list[int]) -> Prompt:
     """The text of ids, token by token, control tokens spelled out: the caller has written them."""
-    detokenizer = Detokenizer(tokenizer.spell)
+    detokenizer = Detokenizer(_Spelled(tokenizer))
     pieces: list[str] = []
     offsets, length = [], 0
     for id in ids:

@@ -74,21 +74,17 @@ class AnswerReader:
         self._out = out = Output(names)
         tools, tags = format.tools, format.tags
         self._calls = Reading(lambda reader: tools.read(reader, out)) if tools and names else None
-        self._thoughts: Thoughts | None = None
+        self.thoughts: Thoughts | None = None  # if it may have any
         self._thinking: Reading | None = None
         if tags is not None and is_thinking is not False:
             spelled = Tags(*map(format.marks.spell, tags))
             content = self._calls.feed if self._calls else out.plain
             thoughts = Thoughts(spelled, is_open=bool(is_thinking), reasoning=out.reasoning, content=content)
-            self._thoughts, self._thinking = thoughts, Reading(thoughts.read)
+            self.thoughts, self._thinking = thoughts, Reading(thoughts.read)
 
     @property
     def has_thought(self) -> bool:
-        return self._thoughts is not None and self._thoughts.has_begun
-
-    @property
-    def is_thinking(self) -> bool:
-        return self._thoughts is not None and self._thoughts.is_open
+        return self.thoughts is not None and self.thoughts.has_begun
 
     @property
     def num_calls(self) -> int:
@@ -101,7 +97,7 @@ class AnswerReader:
         elif self._calls is not None:
             self._calls.feed(text)
         else:
-            self._out.plain(text)
+            return self._out.only(text)
         return self._out.take()
 
     def end(self) -> list[Event]:

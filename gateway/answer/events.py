@@ -61,6 +61,11 @@ class Output:
     def reasoning(self, text: str) -> None:
         self._events.append(Reasoning(hide_marks(text)))
 
+    def only(self, text: str) -> list[Event]:
+        """What is new where nothing but content can be."""
+        text = hide_marks(text)
+        return [Content(text)] if text else []
+
     def plain(self, text: str) -> None:
         """Content in which no call can be."""
         self._events.append(Content(hide_marks(text)))

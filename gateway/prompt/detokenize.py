@@ -5,7 +5,8 @@ The pieces of a stream, put together, are the text of the whole answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 REPLACEMENT = "\ufffd"
 MAX_HELD_CHARS = 16
@@ -14,23 +15,37 @@ MAX_SILENT_TOKENS = 64
 """Tokens that show nothing are kept as context for the next one up to here, then forgotten."""
 
 
+class Decoder(Protocol):
+    """What makes text of tokens."""
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def text_of(self, id: int) -> str | None:
+        """The text of one token, if it is the same whatever stands beside it. None: ask `decode`."""
+
+
 class Detokenizer:
     """The text of one sequence.
 
     Decodes a short window again at each step, because a token's text can depend on its neighbours
     (a leading space, the bytes of a character), and shows what the window has grown by. A window
-    starts with the tokens shown last, as context, so its cost does not grow with the answer.
+    starts with the tokens shown last, as context, so its cost does not grow with the answer. A token whose
+    text depends on nothing does without.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], context: Sequence[int] = ()) -> None:
+    def __init__(self, decoder: Decoder, context: Sequence[int] = ()) -> None:
         """`context`: the ids before the first one, if the text continues theirs."""
-        self._decode = decode
+        self._decode, self._text_of = decoder.decode, decoder.text_of
         self._window = list(context)
         self._num_context = len(self._window)
-        self._shown = len(decode(self._window)) if self._window else 0
+        self._shown = len(self._decode(self._window)) if self._window else 0
 
     def push(self, ids: Sequence[int]) -> str:
         """The text that is certain now. Empty while a character is underway."""
+        if len(ids) == 1 and len(self._window) == self._num_context:  # as nearly always
+            text = self._text_of(ids[0])
+            if text is not None:
+                return text
         self._window += ids
         text = self._decode(self._window)
         stable = text.rstrip(REPLACEMENT)

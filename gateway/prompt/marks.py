@@ -8,7 +8,6 @@ model writes itself become U+FFFD. Where the mark is ordinary text to the tokeni
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterable
 
@@ -16,7 +15,6 @@ from gateway.prompt.tokenizer import Tokenizer
 
 _FIRST = 0xFDD0
 MAX_MARKS = 32
-MAX_KEPT = 8192  # texts of single tokens
 _FORGED = dict.fromkeys(range(_FIRST, _FIRST + MAX_MARKS), "\ufffd")
 _HIDDEN = dict.fromkeys(range(_FIRST, _FIRST + MAX_MARKS))
 
@@ -32,7 +30,6 @@ class Marks:
         self._ids = control
         self._char_of_text = {text: chr(_FIRST + place) for place, text in enumerate(control)}
         self._char_of_id = {id: self._char_of_text[text] for text, id in control.items()}
-        self._decode_one = functools.lru_cache(MAX_KEPT)(lambda id: self._decode([id]))
 
     def spell(self, text: str) -> str:
         """What to look for in the decoded text."""
@@ -43,12 +40,15 @@ class Marks:
         id = self._ids.get(text)
         return json.dumps(text, ensure_ascii=False) if id is None else f"<[{id}]>"
 
-    def decode(self, ids: list[int]) -> str:
-        """As Tokenizer.decode, and the marks. (Each token is decoded alone once more, as the next one's
-        context.)"""
-        return self._decode_one(ids[0]) if len(ids) == 1 else self._decode(ids)
+    def text_of(self, id: int) -> str | None:
+        """As Tokenizer.text_of, and the marks."""
+        if id in self._char_of_id:
+            return self._char_of_id[id]
+        text = self._tokenizer.text_of(id)
+        return text if text is None or text.isascii() else _without_forged(text)
 
-    def _decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int]) -> str:
+        """As Tokenizer.decode, and the marks."""
         if self._char_of_id.keys().isdisjoint(ids):
             return _without_forged(self._tokenizer.decode(ids))
         parts: list[str] = []

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import tokenizers
 
+from gateway.prompt.detokenize import REPLACEMENT
 from gateway.prompt.model_files import BadModelFile
 
 LARGE_TEXT_CHARS = 4_096
@@ -25,6 +26,7 @@ LARGE_TEXT_CHARS = 4_096
 _NUM_KNOWN_BYTES = (
     1 << 16
 )  # tokens whose bytes are kept: log-probabilities name the same ones again and again
+_NUM_KNOWN_TEXTS = 8_192  # tokens whose text is kept: answers consist of the same few thousand
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -110,6 +112,8 @@ class Tokenizer:
         )
         self._byte_of_char = _byte_level_alphabet() if self._is_byte_level() else None
         self._bytes_of = lru_cache(_NUM_KNOWN_BYTES)(self._look_up_bytes)
+        self._has_bytes_only = repr(self._tokenizer.decoder).startswith("ByteLevel(")
+        self.text_of = lru_cache(_NUM_KNOWN_TEXTS)(self._look_up_text)
 
     def guard(self) -> Guard:
         """A guard for one conversation."""
@@ -194,6 +198,11 @@ class Tokenizer:
     def token_bytes(self, id: int) -> bytes:
         """The bytes that one token stands for: part of a character, perhaps. Empty for an unknown id."""
         return self._bytes_of(id)
+
+    def _look_up_text(self, id: int) -> str | None:
+        """See detokenize.Decoder: a text of GPT-2's kind is the bytes of its tokens, one after another."""
+        text = self.decode([id]) if self._has_bytes_only else REPLACEMENT
+        return None if REPLACEMENT in text else text
 
     def _look_up_bytes(self, id: int) -> bytes:
         if id in self._added:

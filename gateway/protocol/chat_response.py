@@ -81,7 +81,7 @@ class ToolCallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
     type: str | msgspec.UnsetType = msgspec.UNSET
 
 
-class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
+class Delta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Empty in the chunk that ends a choice."""
 
     role: str | msgspec.UnsetType = msgspec.UNSET
@@ -92,7 +92,7 @@ class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
     function_call: FunctionDelta | msgspec.UnsetType = msgspec.UNSET
 
 
-class ChatChunkChoice(msgspec.Struct, frozen=True):
+class ChatChunkChoice(msgspec.Struct, frozen=True, gc=False):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None = None

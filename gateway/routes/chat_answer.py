@@ -26,12 +26,12 @@ class ChoiceAnswer:
 
     def read(self, delta: ChoiceDelta) -> list[Event]:
         """What is new."""
-        reader = self._reader
-        was_thinking, has_thought = reader.is_thinking, reader.has_thought
+        reader, thoughts = self._reader, self._reader.thoughts
+        before = None if thoughts is None else (thoughts.is_open, thoughts.has_begun)
         events = reader.feed(delta.text)
         if delta.finish_reason is not None:
             events += reader.end()
             self.finish_reason, self.stop_string = delta.finish_reason, delta.stop_string
-        if was_thinking or reader.has_thought != has_thought:
+        if thoughts is not None and before != (False, thoughts.has_begun):
             self.num_reasoning_tokens = delta.num_tokens
         return events

@@ -39,6 +39,8 @@ class ChoiceReader:
         """One for each thing that is new, before the first one the role, and one for the end. A token's
         log-probability is in the next one that there is."""
         events, reason = self._read(delta)
+        if reason is None and self._logprobs is None and self._has_role and len(events) == 1:  # nearly always
+            return [ChatChunkChoice(self._index, self._delta(events[0]))]
         chunks = [ChatChunkChoice(self._index, self._delta(event)) for event in events]
         if reason is not None:
             chunks.append(ChatChunkChoice(self._index, Delta(), None, reason))
@@ -73,9 +75,9 @@ class ChoiceReader:
         return events, reason
 
     def _delta(self, event: Event) -> Delta:
+        if type(event) is Content:  # as nearly always
+            return Delta(content=event.text)
         match event:
-            case Content(text):
-                return Delta(content=text)
             case Reasoning(text):
                 return Delta(reasoning_content=text)
             case CallStart(number, id, name):

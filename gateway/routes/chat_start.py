@@ -83,7 +83,7 @@ async def start_chat(request: Request, body: ChatRequest) -> Chat:
         tenant_of(request),
         prompt_param="messages",
         goes_on=bool(body.continue_final_message),
-        decode=model.answer.marks.decode,
+        decoder=model.answer.marks,
     )
     names = frozenset(function.name for function in use.allowed)
     answers = [

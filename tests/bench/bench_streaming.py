@@ -82,7 +82,7 @@ async def serve_floor() -> None:
 
 async def serve_gateway() -> None:
     from gateway.app import create_app
-    from gateway.http_server import make_server
+    from gateway.http_server import make_server, settle
     from gateway.router import load_served_model
     from gateway.settings import Settings
 
@@ -97,7 +97,9 @@ async def serve_gateway() -> None:
     while group.info is None:
         await asyncio.sleep(0.01)
     served = load_served_model(demo_directory(), name="demo", groups=[group], created=0)
-    await _serve(make_server(create_app(Settings(), [served]), flush_seconds=1))
+    server = make_server(create_app(Settings(), [served]), flush_seconds=1)
+    settle()
+    await _serve(server)
 
 
 async def _serve(server: uvicorn.Server) -> None:
