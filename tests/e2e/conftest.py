@@ -14,7 +14,7 @@ def server() -> Iterator[Server]:
     """`sluice serve` with the demo model, ready; in float32, where batch-mates change no token.
 
     It must end cleanly at SIGTERM."""
-    with serving("--dtype", "float32") as server:
+    with serving("--dtype", "float32", "--pooling", "mean") as server:
         yield server
         assert server.stop() == 0, server.output()
         assert server.run_dirs() == []

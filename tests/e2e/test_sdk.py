@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Literal
 
 import openai
 import pytest
+import torch
 from openai.types.chat import ChatCompletionMessageParam
 from pydantic import BaseModel
+from tokenizers import Tokenizer
+from transformers import AutoModel
 
 from tests.e2e.server import MODEL, Server
 
+DEMO = Path(__file__).parents[2] / "gateway" / "demo_model"
 QUESTIONS = ["What is Sluice?", "What is tensor parallelism?", "What is 3 + 4?", "Hello!"]
 
 
@@ -191,3 +197,47 @@ def test_a_response_is_of_its_schema_at_any_temperature(client: openai.OpenAI) -
         )
         assert response.status == "completed"
         assert isinstance(response.output_parsed, Sum)
+
+
+TEXTS = ["What is Sluice?", "A sum: 3 + 4", "Ein längerer Text, dessen Wörter das Modell nicht kennt. " * 40]
+
+
+@torch.inference_mode()
+def test_embeddings_are_transformers_hidden_states(client: openai.OpenAI) -> None:
+    """The demo model's, in float32, averaged; the SDK asks for base64 by itself."""
+    answer = client.embeddings.create(model=MODEL, input=TEXTS)
+    few = client.embeddings.create(model=MODEL, input=TEXTS[0], dimensions=8, encoding_format="float")
+    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    model = AutoModel.from_pretrained(DEMO, dtype=torch.float32).eval()
+    ids = [tokenizer.encode(text).ids for text in TEXTS]
+    assert answer.usage.prompt_tokens == sum(map(len, ids))
+    for one, prompt in zip(answer.data, ids, strict=True):
+        expected = model(torch.tensor([prompt])).last_hidden_state[0].double().mean(0)
+        found = torch.tensor(one.embedding).double()
+        assert (found - expected / expected.norm()).abs().max().item() < 1e-5
+    start = torch.tensor(answer.data[0].embedding[:8])
+    assert few.data[0].embedding == pytest.approx((start / start.norm()).tolist(), abs=1e-6)
+
+
+def test_embeddings_beside_chats_change_nothing(client: openai.OpenAI) -> None:
+    alone = [answer(client, question) for question in QUESTIONS]
+    vectors = [one.embedding for one in client.embeddings.create(model=MODEL, input=TEXTS).data]
+    with ThreadPoolExecutor() as pool:
+        embedding = [pool.submit(client.embeddings.create, model=MODEL, input=TEXTS * 4) for _ in range(2)]
+        chats = list(pool.map(lambda question: answer(client, question), QUESTIONS))
+    assert chats == alone
+    for future in embedding:
+        found = torch.tensor([one.embedding for one in future.result().data])
+        assert (found - torch.tensor(vectors * 4)).abs().max().item() < 1e-5
+
+
+def test_what_cannot_be_embedded_is_a_400(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as empty:
+        client.embeddings.create(model=MODEL, input=["a", ""])
+    assert empty.value.param == "input[1]"
+    with pytest.raises(openai.BadRequestError) as long:
+        client.embeddings.create(model=MODEL, input=["a", "one two three " * 2_000])
+    assert (long.value.code, long.value.param) == ("context_length_exceeded", "input[1]")
+    with pytest.raises(openai.BadRequestError) as wide:
+        client.embeddings.create(model=MODEL, input="a", dimensions=100_000)
+    assert wide.value.param == "dimensions"

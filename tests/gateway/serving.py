@@ -92,8 +92,10 @@ def make_served(directory: Path, *groups: WorkerGroup, **options: object) -> Ser
     return load_served_model(directory, groups=groups, **named)  # type: ignore[arg-type]
 
 
-def make_app(directory: Path, *groups: WorkerGroup, settings: Settings | None = None) -> FastAPI:
-    return create_app(settings or Settings(), [make_served(directory, *groups)])
+def make_app(
+    directory: Path, *groups: WorkerGroup, settings: Settings | None = None, **options: object
+) -> FastAPI:
+    return create_app(settings or Settings(), [make_served(directory, *groups, **options)])
 
 
 @asynccontextmanager

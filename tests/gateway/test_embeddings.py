@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
 from openai import BadRequestError, OpenAI
 
 from engines.wire import Generate, Pooling, RequestError, TokenDelta
@@ -22,7 +21,7 @@ from gateway.keys import file_line
 from gateway.settings import Settings
 from gateway.workers.protocol import GroupState, WorkerLost
 from tests.fakes import HIDDEN_SIZE, FakeGroup, fake_embedding
-from tests.gateway.serving import client_of, ids_of, listening, make_group, make_served
+from tests.gateway.serving import client_of, ids_of, listening, make_app, make_group, make_served
 
 pytestmark = pytest.mark.anyio
 BEGIN = 0
@@ -30,15 +29,9 @@ BEGIN = 0
 MEAN = Pooling(method="mean")
 
 
-def make_app(
-    model_dir: Path, *groups: FakeGroup, pooling: str | None = "mean", settings: Settings | None = None
-) -> FastAPI:
-    return create_app(settings or Settings(), [make_served(model_dir, *groups, pooling=pooling)])
-
-
 @asynccontextmanager
 async def client_for(model_dir: Path, *groups: FakeGroup, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(make_app(model_dir, *groups, **options)) as client:
+    async with client_of(make_app(model_dir, *groups, **{"pooling": "mean", **options})) as client:
         yield client
 
 
@@ -256,7 +249,7 @@ async def test_one_failure_ends_the_request_and_its_mates(model_dir: Path) -> No
 
 async def test_a_client_that_leaves_takes_its_sequences_along(model_dir: Path) -> None:
     group = make_group(model_dir, waits_after=0)
-    app = make_app(model_dir, group)
+    app = make_app(model_dir, group, pooling="mean")
     async with client_of(app) as client:
         asking = asyncio.create_task(ask(client, [[5], [6], [7]]))
         while len(group.requests) < 3:
@@ -303,7 +296,7 @@ async def test_no_group_is_ready(model_dir: Path, group: FakeGroup) -> None:
 
 
 def test_openais_sdk_asks_for_base64_by_itself(model_dir: Path, group: FakeGroup) -> None:
-    with listening(make_app(model_dir, group)) as url:
+    with listening(make_app(model_dir, group, pooling="mean")) as url:
         sdk = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         answer = sdk.embeddings.create(model="demo", input=["Hello", "world"])
         raw = sdk.embeddings.with_raw_response.create(model="demo", input="Hello", encoding_format="base64")

@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 
 from engines.wire import Generate, Ready, SamplingParams, TokenDelta, TokenLogprob
+from gateway.admission import Admission
+from gateway.embedding import Embedding
 from gateway.metrics import ModelMetrics
 from gateway.recovery import PoisonedRequest, Recovery
 from gateway.router import ServedModel
+from gateway.tenant import Tenant
 from gateway.workers.group import Group
 from gateway.workers.protocol import GroupState, WorkerGroup, WorkerLost
 from gateway.workers.supervisor import Supervisor
-from tests.fake_group.model import expected
+from tests.fake_group.model import expected, expected_embedding
 from tests.fake_group.spec import FakeSpec, Fault, fake_config, fake_group
 from tests.fakes import FakeGroup, fake_logprob, ready
 from tests.gateway.groups import supervised, until, until_ready
@@ -126,6 +129,24 @@ async def test_every_kind_of_sampling_goes_on_exactly(
         assert one.num_logprobs == (len(one.token_ids) if wire.sampling.logprobs is not None else 0)
     assert 0 < metrics.resumed["restarted"] <= len(KINDS)
     assert metrics.resumed["replica"] == metrics.num_poisoned == metrics.recovery_failed.total() == 0
+
+
+async def test_what_was_pooled_when_its_group_died_is_pooled_anew(
+    tmp_path: Path, model_dir: Path, metrics: ModelMetrics
+) -> None:
+    """The group dies at the second chunk of three; nothing had been delivered."""
+    spec = FakeSpec(max_num_batched_tokens=16)
+    specs = [FakeSpec(max_num_batched_tokens=16, faults=(Fault(phase="prefill", nth=2),))]
+    async with supervised(tmp_path, fake_group(itertools.chain(specs, itertools.repeat(spec)))) as supervisor:
+        (group,) = supervisor.groups
+        await until_ready(group)
+        model, prompts = served(model_dir, group), [[*range(20, 60)], [*range(30, 70)]]
+        admission = Admission(model, metrics, timeout=60)
+        work = Embedding(admission, prompts, "mean", None, Tenant("anybody", b""))
+        vectors = await asyncio.wait_for(work.vectors(), 60)
+        assert group.num_restarts == 1, "the fault took effect"
+    assert vectors == [expected_embedding(prompt) for prompt in prompts]
+    assert metrics.resumed["restarted"] == 2
 
 
 async def test_what_was_scored_of_a_prompt_is_not_given_twice(model_dir: Path, metrics: ModelMetrics) -> None:

@@ -26,7 +26,7 @@ from tests.gateway.chat_models import make_chat_model
 from tests.gateway.serving import client_of, make_app, make_group
 from tests.soak import _figures
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings")
 OVER_A_SOCKET = 10  # one in so many
 SECRETS = re.compile(r"0x[0-9a-f]{6,}|Traceback|/home/|/root/|/tmp/|\.py\b|site-packages")
 MAX_GROWTH = 32 << 20
@@ -70,6 +70,7 @@ add_generation_prompt prompt_cache_key tool_calls tool_call_id arguments paramet
 system tool_use_id thinking output_config stop_sequences is_error signature input_schema
 input instructions previous_response_id store include text format schema reasoning effort output call_id
 prompt_logprobs priority api_base user_config resume_token_ids cache_salt __proto__ metadata
+dimensions encoding_format add_special_tokens
 """.split()  # noqa: SIM905  a list of words
 RAW = (
     b"",
@@ -195,6 +196,9 @@ class Bodies:
         return path, self._damaged(content) if draw.random() < 0.25 else content
 
     def _valid(self, path: str) -> dict[str, Any]:
+        if path == PATHS[4]:
+            input = self._draw.choice(("hi", ["hi", "you"], [[5, 6], [7]]))
+            return {"model": self._model, "input": input, "dimensions": 4, "encoding_format": "float"}
         body: dict[str, Any] = {"model": self._model, "temperature": 0.0}
         if path == PATHS[2]:  # what is stored is no growth
             return (
@@ -304,7 +308,7 @@ async def in_process(num: int, seed: int) -> tuple[Seen, int]:
     with tempfile.TemporaryDirectory() as directory:
         model_dir = make_chat_model(Path(directory), "hermes")  # whose template knows tools
         group = make_group(model_dir)
-        async with client_of(make_app(model_dir, group)) as client:
+        async with client_of(make_app(model_dir, group, pooling="last")) as client:
             bodies = Bodies("demo", seed)
             await send(client, bodies, num // 10, seen)
             before = psutil.Process().memory_info().rss
@@ -325,7 +329,7 @@ async def _over_a_socket(url: str, num: int, seed: int) -> Seen:
 
 def over_a_socket(num: int, seed: int) -> tuple[Seen, int, int]:
     """To a real server. Returns what it grew by after the first tenth, and how many workers died."""
-    with serving(program=FAKE_SERVE) as server:
+    with serving("--pooling", "mean", program=FAKE_SERVE) as server:
         workers = {process.pid for process in server.workers().values()}
         gateway = psutil.Process(server.process.pid)
         first = asyncio.run(_over_a_socket(server.url, num // 10, seed))

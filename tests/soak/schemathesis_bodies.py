@@ -190,7 +190,8 @@ def documented() -> Iterator[tuple[Server, dict[str, Any]]]:
     with tempfile.TemporaryDirectory() as directory:
         spec = Path(directory) / "spec.json"
         spec.write_text(json.dumps({"step_seconds": 0.0, "max_model_len": 128}))  # n=128 is soon answered
-        with serving("--spec", str(spec), "--api-key", KEY, program=FAKE_SERVE) as server:
+        arguments = ("--spec", str(spec), "--api-key", KEY, "--pooling", "mean")
+        with serving(*arguments, program=FAKE_SERVE) as server:
             server.client.headers["authorization"] = f"Bearer {KEY}"
             yield server, server.client.get("/openapi.json").json()
 
