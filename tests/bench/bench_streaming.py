@@ -3,7 +3,7 @@
     python -m tests.bench.bench_streaming [--streams 1,32,256] [--rounds N] [--seconds S] [--json FILE]
 
 The gateway is whole: HTTP, chat template, detokeniser, a chat chunk for each token, and a group on its
-socket. That one is fake, computes nothing, and sends a step whenever its clients have all but 32 tokens a
+socket. That one is fake, computes nothing, and sends a step whenever its clients have all but 64 tokens a
 stream. The floor writes bytes that were built before, as long as such a chunk, under uvicorn too. A server
 has a core, clients and fake group the other. Whole events within a round's seconds count; sides take turns.
 """
@@ -41,8 +41,9 @@ from tests import fakes
 SERVER_CORE, CLIENT_CORE = 0, 1
 QUESTION = "Which of the ways to split a model over several processes is the best one for me? " * 8
 NUM_TOKENS = 3000  # of an answer; then the stream asks again
-NUM_AHEAD = 32  # tokens a stream
+NUM_AHEAD = 64  # tokens a stream: as many as are kept apart for a reader that lags
 WARM_SECONDS = 1.0
+START_SECONDS = 60.0
 
 
 # -- the servers, each a process of its own --------------------------------------------------------
@@ -219,6 +220,9 @@ async def rate(
     """Events a second of all streams together, and the server's processor time for one, in microseconds."""
     connect = asyncio.get_running_loop().create_connection
     made = [await connect(lambda: Stream(on_received), "127.0.0.1", server.port) for _ in range(num_streams)]
+    async with asyncio.timeout(START_SECONDS):  # each has its prompt, and an answer underway
+        while not all(stream.num_events for _, stream in made):
+            await asyncio.sleep(0.02)
     await asyncio.sleep(WARM_SECONDS)
     before, started, busy = sum(stream.num_events for _, stream in made), time.monotonic(), server.busy
     await asyncio.sleep(seconds)
