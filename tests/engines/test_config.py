@@ -308,6 +308,12 @@ def test_a_deepspeed_section_without_effect_has_none_on_the_type(tmp_path: Path)
     assert (config.engine, config.dtype) == ("pipeline", "auto")
 
 
+def test_embeddings_are_served_where_a_pooling_is_named(tmp_path: Path) -> None:
+    assert loaded(tmp_path, "modelName: a\n").pooling is None
+    assert loaded(tmp_path, "pooling: Mean\n").pooling == "mean"
+    assert ModelConfig.for_directory(tmp_path / "no-file", num_gpus=0, pooling="last").pooling == "last"
+
+
 def test_a_size_may_be_said_twice(tmp_path: Path) -> None:
     file = tmp_path / "model-config.yaml"
     file.write_text("parallelType: tp\nparallelLevel: 4\ntorchrun: {nproc-per-node: 4}\n")

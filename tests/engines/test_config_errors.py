@@ -33,6 +33,10 @@ FOOTGUNS = {
         "minWorkers: 1\ntorchrun:\n  nproc-per-node: 4\n",
         ["model-config.yaml:3: torchrun.nproc-per-node", "without parallelType", "add parallelType: tp"],
     ),
+    "a pooling that there is not": (
+        "modelName: a\npooling: first\n",
+        ["model-config.yaml:2: pooling", "'first'", "mean, last"],
+    ),
     "parallelLevel without parallelType": (
         "parallelLevel: 4\n",
         ["model-config.yaml:1: parallelLevel", "pp, tp, pptp, custom", "add parallelType: tp"],

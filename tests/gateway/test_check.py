@@ -51,6 +51,7 @@ def test_prints_configuration_devices_and_command(tmp_path: Path, capsys: pytest
         "torchrun.OMP_NUMBER_THREADS 2",
         "engine native",
         "chatTemplate -",
+        "pooling -",
         "deviceIds -",
         "gpuMemoryShare 0.9",
         "big/0 0, 1, 2, 3",
