@@ -106,5 +106,5 @@ def _entry(path: Path, name: str, value: object) -> tuple[StoredTensor, Bytes]:
         raise BadCheckpoint(f"{wrong}: {COPY_AGAIN}")
     rows = value.shape[0] if value.dim() else 1
     data: Bytes = value.reshape(rows, -1 if value.numel() else 0).view(torch.uint8).numpy()
-    stored = StoredTensor(path, DTYPE_NAMES[value.dtype], tuple(value.shape), 0, value.nbytes)
+    stored = StoredTensor(path, DTYPE_NAMES[value.dtype], tuple(value.shape), 0, value.nbytes, name)
     return stored, data

@@ -208,7 +208,7 @@ def _on_disk(
             source = model.all_tied_weights_keys.get(name, name)
             index[name] = {
                 "safetensors_file": str(checkpoint.tensors[source].path),
-                "weight_name": source,
+                "weight_name": checkpoint.tensors[source].name,
                 "dtype": str(model.dtype).removeprefix("torch."),
             }
     return index

@@ -38,6 +38,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int  # of its first byte in the file
     num_bytes: int
+    name: str  # in the file
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -116,15 +117,24 @@ def _entry(path: Path, name: str, entry: Any, data_start: int, data_bytes: int) 
             f"{path}: tensor {name}: truncated: it ends at byte {end} of the data, "
             f"the file has {data_bytes}: {COPY_AGAIN}"
         )
-    return StoredTensor(path, dtype, shape, data_start + begin, end - begin)
+    return StoredTensor(path, dtype, shape, data_start + begin, end - begin, name)
+
+
+_BASE = "model."
 
 
 class Checkpoint:
-    """The weights of a model directory. Opening it reads headers; `read_into` reads weights."""
+    """The weights of a model directory. Opening it reads headers; `read_into` reads weights.
+
+    Models that were made for embeddings are often stored without their head, under names of the base model
+    (`layers.0...`): here they have those of the causal language model that it belongs to.
+    """
 
     def __init__(self, model_dir: str | Path) -> None:
         self.root = Path(model_dir)
-        self.tensors = self._locate()
+        located = self._locate()
+        prefix = _BASE if "embed_tokens.weight" in located else ""
+        self.tensors = {prefix + name: stored for name, stored in located.items()}
 
     def _locate(self) -> dict[str, StoredTensor]:
         if (self.root / INDEX_NAME).exists():
@@ -225,7 +235,7 @@ class Checkpoint:
         stored = self.tensors[name]
         try:
             with safe_open(str(stored.path), framework="pt") as file:
-                view = file.get_slice(name)
+                view = file.get_slice(stored.name)
                 if part.dim == 1:
                     out.copy_(view[:, part.start : part.stop])
                 else:

@@ -143,6 +143,8 @@ def _refuse_what_differs(keys: _Keys) -> None:
         keys.refuse("model_type", "is not llama, all that engine native runs", other)
     if "LlamaForCausalLM" not in keys.get("architectures", ["LlamaForCausalLM"]):
         keys.refuse("architectures", "does not have LlamaForCausalLM", other)
+    if keys.get("is_causal") is False:
+        keys.refuse("is_causal", "lets tokens attend to later ones", "serve a model without it")
     if keys.get("hidden_act", "silu") != "silu":
         keys.refuse("hidden_act", "is not silu", other)
     if keys.get("quantization_config") is not None:

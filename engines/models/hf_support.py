@@ -157,6 +157,9 @@ def _refuse_layers(path: Path, data: dict[str, Any]) -> None:
     for kind in kinds:
         if kind not in _EXACT_LAYERS:
             raise refuse(path, "layer_types", kind, "is attention that paging would get wrong", _REMEDY)
+    if data.get("is_causal") is False:
+        why = "lets tokens attend to later ones, which paging does not"
+        raise refuse(path, "is_causal", False, why, _REMEDY)
     for key in ("attn_logit_softcapping", "attention_chunk_size"):
         if data.get(key) is not None:
             raise refuse(path, key, data[key], "changes attention in a way that paging does not", _REMEDY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -161,7 +162,7 @@ class ReshardingCheckpoint(Checkpoint):
         for name, stored in self._ranks[0].items():
             spec = self._specs.get(name)
             shape = spec.shape if spec is not None else stored.shape
-            tensors[name] = StoredTensor(stored.path, stored.dtype, shape, stored.offset, stored.num_bytes)
+            tensors[name] = replace(stored, shape=shape)
         return tensors
 
     def check(self, expected: Iterable[TensorSpec], optional: frozenset[str] = frozenset()) -> None:

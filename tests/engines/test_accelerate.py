@@ -15,12 +15,15 @@ from engines.accelerate_map import AccelerateEngine
 from engines.base import UnsupportedModel
 from engines.config import ConfigError, ModelConfig, load
 from engines.models import hf
+from engines.models.checkpoint import read_header
 from engines.models.hf_inspect import inspect_model
 from engines.runtime.mesh import Mesh
 from engines.wire import Generate, SamplingParams
 from tests.engines.driver import generate
 from tests.engines.harness import Group, StartFailed, running
 from tests.engines.models.hf_models import make_hf
+from tests.engines.reference import hf_pooled, pooled_of, vector_of
+from tests.engines.runtime.in_process import InProcess
 
 CPU = torch.device("cpu")
 NUM_LAYERS, NUM_TOKENS = 4, 8
@@ -88,6 +91,22 @@ def test_what_is_on_disk_is_read_each_step(
     assert engine.kv_spec.devices == (CPU,) * NUM_LAYERS
     assert offloaded(engine)
     assert sorted(path.name for path in model.iterdir()) == before
+
+
+@pytest.mark.parametrize("changes", [{}, *MAPS.values()], ids=["in memory", *MAPS])
+def test_a_model_stored_without_its_head_is_pooled(
+    changes: dict[str, object], model: Path, tmp_path: Path
+) -> None:
+    """As Qwen3-Embedding is: under the base model's names, the head being the embedding."""
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    reference.base_model.save_pretrained(tmp_path, max_shard_size="200KB")
+    names = [name for file in tmp_path.glob("*.safetensors") for name in read_header(file)]
+    assert "layers.0.self_attn.q_proj.weight" in names
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    prompt = prompts(4)[3]
+    (ended,) = InProcess(engine_of(tmp_path, **changes)).run([pooled_of("a", prompt, "last")])
+    found = vector_of(ended.embedding)
+    assert (found - hf_pooled(reference, prompt, "last")).abs().max().item() < 1e-5
 
 
 def test_only_the_named_layer_is_offloaded(model: Path) -> None:

@@ -49,6 +49,7 @@ def test_what_is_absent_has_hugging_faces_default() -> None:
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quantization_config": {"bits": 4}}, "quantization_config.*bf16"),
         ({"sliding_window": 4096}, "sliding_window"),
+        ({"is_causal": False}, "is_causal"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling: rope_type 'dynamic' is not"),

@@ -130,6 +130,7 @@ def test_what_paging_would_get_wrong_is_refused_by_name(kind: str, tmp_path: Pat
         {"attn_implementation": "someone/kernel"},
         {"_experts_implementation_internal": "someone/kernel"},
         {"is_encoder_decoder": True},
+        {"is_causal": False},
     ],
     ids=lambda key: next(iter(key)),
 )
