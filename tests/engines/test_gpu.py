@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from engines.config import ModelConfig
 from tests.engines.harness import running
-from tests.engines.reference import hf_greedy, prompts, request_of
+from tests.engines.reference import hf_greedy, hf_pooled, pooled_of, prompts, request_of, vector_of
 from tests.models import GQA, MHA, Shape, make_llama
 
 pytestmark = [
@@ -42,4 +42,7 @@ def test_greedy_tokens_are_hugging_faces(shape: Shape, tp: int, tmp_path: Path) 
     batch = prompts(16, shape.vocab, seed=6)
     with running(config_for(model, tp)) as group:
         ended = group.run([request_of(f"{i}", prompt, 32) for i, prompt in enumerate(batch)])
+        pooled = group.run([pooled_of(f"e{i}", prompt, "mean") for i, prompt in enumerate(batch)])
+    for one, prompt in zip(pooled, batch, strict=True):
+        assert (vector_of(one.embedding) - hf_pooled(reference, prompt, "mean")).abs().max().item() < 1e-4
     assert [e.token_ids for e in ended] == [hf_greedy(reference, prompt, 32) for prompt in batch]
