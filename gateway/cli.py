@@ -59,7 +59,8 @@ def serve(models: list[str] | None = None, **given: Any) -> None:
     of_models = ModelFlags(**flags.given_to(ModelFlags, given))
     if of_models.served_names and models and len(models) > 1:
         fail("--served-name names one model; with several, write servedModelNames into their YAML files")
-    options = Options(**flags.given_to(Options, given))
+    with clear_errors(ValueError):
+        options = Options(**flags.given_to(Options, given))
     sources: list[str | None] = [*models] if models else [None]
     wrong = (ConfigError, serving.CannotServe, CannotListen, CannotReplace)
     with clear_errors(*wrong, cannot=DoesNotFit):

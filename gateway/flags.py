@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 _META = "flag"
+_SEVERAL = " In the variable: with spaces between."
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +19,7 @@ class _Flag:
     high: float | None
     choices: tuple[str, ...]
     name: str
+    if_blank: str
 
 
 def flag(
@@ -27,10 +30,12 @@ def flag(
     high: float | None = None,
     choices: Iterable[str] = (),
     name: str = "",
+    if_blank: str = "",
 ) -> Any:
     """A field that is an option of the command line, and a variable of the environment: SLUICE_ and its name.
-    `low` and `high` are allowed. A tuple may be given piece by piece: `name` says what one is called."""
-    told = _Flag(help=help, low=low, high=high, choices=tuple(choices), name=name)
+    `low` and `high` are allowed. A tuple may be given piece by piece: `name` says what one is called.
+    A variable that is set to nothing counts as not set, unless `if_blank` says what to do about it."""
+    told = _Flag(help=help, low=low, high=high, choices=tuple(choices), name=name, if_blank=if_blank)
     return dataclasses.field(default=default, metadata={_META: told})
 
 
@@ -40,7 +45,13 @@ def parameters(*classes: type) -> list[inspect.Parameter]:
 
 
 def given_to(cls: type, given: dict[str, Any]) -> dict[str, Any]:
-    """What was given of a dataclass's flags, its bases' among them, as its constructor takes it."""
+    """What was given of a dataclass's flags, its bases' among them, as its constructor takes it.
+
+    Raises ValueError where a variable is blank that must not be."""
+    for field in dataclasses.fields(cls):
+        told: _Flag | None = field.metadata.get(_META)
+        if told is not None and told.if_blank and not given[field.name]:
+            _check_not_blank(_variable(field), told.if_blank)
     chosen = {each.name: given[each.name] for each in dataclasses.fields(cls) if _META in each.metadata}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}
 
@@ -62,8 +73,8 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
         _spelling(name, field.default),
         min=told.low,
         max=told.high,
-        envvar=f"SLUICE_{name.upper()}",
-        help=told.help or None,
+        envvar=_variable(field),
+        help=(told.help + _SEVERAL if isinstance(field.default, tuple) else told.help) or None,
     )
     if isinstance(field.default, tuple):
         asked = list[asked]
@@ -72,6 +83,15 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     default = list(field.default) if isinstance(field.default, tuple) else field.default
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(field.name, keyword, default=default, annotation=Annotated[asked, option])
+
+
+def _variable(field: dataclasses.Field[Any]) -> str:
+    return f"SLUICE_{(field.metadata[_META].name or field.name).upper()}"
+
+
+def _check_not_blank(variable: str, remedy: str) -> None:
+    if variable in os.environ and not os.environ[variable].strip():
+        raise ValueError(f"{variable}: is set, but to nothing, as a secret that was not found is: {remedy}")
 
 
 def _piece(hint: Any) -> Any:

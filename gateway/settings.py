@@ -22,10 +22,15 @@ _ABOVE_ZERO = (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     api_keys: tuple[str, ...] = flag(
-        (), "A key that clients must send; may be repeated. Without any, everybody may ask.", name="api_key"
+        (),
+        "A key that clients must send; may be repeated. Without any, everybody may ask.",
+        name="api_key",
+        if_blank="give a key, or unset it to serve without keys",
     )
     api_key_file: Path | None = flag(
-        None, "Keys that clients must send, with names and limits; `sluice key`."
+        None,
+        "Keys that clients must send, with names and limits; `sluice key`.",
+        if_blank="name a file, or unset it to serve without one",
     )
     cors_origins: tuple[str, ...] = flag(
         (), 'Web pages of this origin may ask ("*": of any); may be repeated.', name="cors_origin"
@@ -50,5 +55,5 @@ class Settings:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.response_store_bytes < 0:
             raise ValueError(f"response_store_bytes must be 0 or more, not {self.response_store_bytes}")
-        if any(not key for key in self.api_keys):
-            raise ValueError("an API key must not be empty")
+        if any(not key.strip() for key in self.api_keys):
+            raise ValueError("--api-key: is empty: give a key, or leave it out to serve without keys")

@@ -97,6 +97,45 @@ def test_the_environment_counts_and_a_flag_counts_more(
     assert [configs[0].tp_size for configs, _ in served] == [2, 2]
 
 
+@pytest.mark.parametrize(
+    ("name", "blank"),
+    [
+        ("SLUICE_API_KEY", ""),
+        ("SLUICE_API_KEY", "   "),
+        ("SLUICE_API_KEY", "\n"),
+        ("SLUICE_API_KEY_FILE", ""),
+    ],
+)
+def test_a_secret_that_came_out_empty_opens_nothing(
+    served: list[tuple[Sequence[ModelConfig], Options]], name: str, blank: str
+) -> None:
+    result = sluice("serve", env={name: blank})
+    assert_one_clear_error(result, 1, f"{name}: is set, but to nothing", "unset it to serve without")
+    assert served == []
+
+
+def test_a_key_that_is_given_counts_more_than_a_blank_variable(
+    served: list[tuple[Sequence[ModelConfig], Options]],
+) -> None:
+    assert sluice("serve", "--api-key", "k", env={"SLUICE_API_KEY": ""}).exit_code == 0
+    assert [options.api_keys for _, options in served] == [("k",)]
+
+
+@pytest.mark.parametrize("blank", ["", "  "])
+def test_an_empty_key_is_an_error_of_the_command_line(
+    served: list[tuple[Sequence[ModelConfig], Options]], blank: str
+) -> None:
+    assert_one_clear_error(sluice("serve", "--api-key", blank), 1, "--api-key: is empty", "leave it out")
+    assert served == []
+
+
+def test_a_variable_holds_several_with_spaces_between(
+    served: list[tuple[Sequence[ModelConfig], Options]],
+) -> None:
+    assert sluice("serve", env={"SLUICE_API_KEY": " first second\n"}).exit_code == 0
+    assert [options.api_keys for _, options in served] == [("first", "second")]
+
+
 def test_without_a_model_the_demo_is_served(
     served: list[tuple[Sequence[ModelConfig], Options]],
 ) -> None:
