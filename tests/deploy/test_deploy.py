@@ -109,6 +109,12 @@ def test_kubernetes_manifest_passes_its_schema() -> None:
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
 
 
+def test_kubernetes_sets_no_variable_that_is_an_option_of_ours() -> None:
+    """A link to a Service named sluice would set SLUICE_PORT."""
+    deployment, _ = yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())
+    assert deployment["spec"]["template"]["spec"]["enableServiceLinks"] is False
+
+
 @pytest.fixture(scope="module")
 def exposed() -> dict[str, set[str]]:
     """Label names by series name, as a server over a group really exposes them."""
