@@ -134,6 +134,9 @@ TABLE: dict[type[Exception], Row] = {
 
 _UNEXPECTED = Row(500, _SERVER, "internal_error", "The server had an error.", should_retry=False)
 
+ROWS = (*TABLE.values(), _UNEXPECTED)
+"""What a route can answer with."""
+
 _HTTP = {
     404: Row(404, _INVALID, None),
     405: Row(405, _INVALID, "method_not_supported"),

@@ -186,6 +186,11 @@ class Metrics(Collector):
 
     def _group_metrics(self) -> Iterator[Metric]:
         up = GaugeMetricFamily("sluice:group_ready", "1 when the group is ready.", labels=_GROUP_LABELS)
+        first_start = GaugeMetricFamily(
+            "sluice:group_first_start",
+            "1 while the group starts for the first time and has not failed yet.",
+            labels=_GROUP_LABELS,
+        )
         restarts = CounterMetricFamily(
             "sluice:group_restarts", "Restarts of the group.", labels=_GROUP_LABELS
         )
@@ -194,11 +199,12 @@ class Metrics(Collector):
             for (engine, stats, num_restarts, _), status in zip(model.stats(), model.statuses(), strict=True):
                 labels = (model.name, engine)
                 up.add_metric(labels, float(status.state == "ready"))
+                first_start.add_metric(labels, float(status.state == "starting" and num_restarts == 0))
                 restarts.add_metric(labels, num_restarts)
                 for family, (*_, read) in zip(families, _STATS, strict=True):
                     if stats is not None:
                         family.add_metric(labels, read(stats))
-        yield from (up, restarts, *families)
+        yield from (up, first_start, restarts, *families)
 
     def _pipeline_metrics(self) -> Iterator[Metric]:
         """Of groups with stages on CPUs: a host clock says nothing of GPUs. For the shares of a window,

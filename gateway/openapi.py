@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from gateway.anthropic_errors import AnthropicError
-from gateway.errors import TABLE, Error
+from gateway.errors import ROWS, Error
 from gateway.protocol.anthropic import CountTokensRequest, MessagesRequest
 from gateway.protocol.anthropic_response import Message, MessageEvent, TokensCount
 from gateway.protocol.capabilities import Capabilities
@@ -33,12 +33,11 @@ from gateway.protocol.responses_object import ItemList, ResponseDeleted, Respons
 from gateway.protocol.tokenize import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from gateway.routes.ops import Health
 
-_OF_ANY = (400, 408, 431, 500, 503)
-"""What can be wrong with any request: it is no HTTP, it comes too slowly or has too large headers, or the
-server has an error or too many connections."""
+_OF_ANY = (400, 403, 408, 431, 500, 503)
+"""What can be wrong with any request: it is no HTTP, it comes from another's web page, too slowly or with too
+large headers, or the server has an error or too many connections."""
 _OF_KEYS = (401,)
 _OF_BODIES = (404, 413, 429, 504)
-_NEVER_READ = 499  # who would read it has gone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -385,7 +384,7 @@ def _error(status: int, kind: type[msgspec.Struct] = Error) -> JsonSchema:
     has looked at its path then."""
     kinds: dict[type[msgspec.Struct], None] = dict.fromkeys((kind, Error) if status in _OF_ANY else (kind,))
     schemas = [reference(one.__name__) for one in kinds]
-    rows = [row for row in TABLE.values() if row.status == status]
+    rows = [row for row in ROWS if row.status == status]
     codes = ", ".join(sorted({row.code for row in rows if row.code is not None}))
     phrase = HTTPStatus(status).phrase
     headers = ["retry-after"] if any(row.retry_after for row in rows) else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import httpx
 import pytest
 import yaml
 
+from gateway import errors
 from tests.e2e.server import FAKE_SERVE, serving, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +80,7 @@ def test_compose_mounts_exist_and_nothing_is_published_off_this_machine() -> Non
 
 def test_prometheus_files_pass_promtool() -> None:
     promtool = tool("promtool")
-    assert "7 rules found" in passes(promtool, "check", "config", DEPLOY / "prometheus" / "prometheus.yml")
+    assert "8 rules found" in passes(promtool, "check", "config", DEPLOY / "prometheus" / "prometheus.yml")
     passes(promtool, "test", "rules", Path(__file__).with_name("alerts_test.yml"))
 
 
@@ -146,7 +148,7 @@ def queries() -> list[tuple[str, str]]:
     ]
     rules = [(rule["alert"], rule["expr"]) for rule in load("prometheus/alerts.yml")["groups"][0]["rules"]]
     assert len(panels) >= 15
-    assert len(rules) >= 7
+    assert len(rules) >= 8
     return panels + rules
 
 
@@ -179,6 +181,13 @@ def test_every_query_is_over_metrics_and_labels_that_we_expose(
         if selector.name.removeprefix("sluice:") not in OF_PIPELINES:  # these have no series without stages
             labels = {matcher.name for matcher in selector.matchers.matchers}
             assert labels <= exposed[selector.name], f"{where}: {selector.name}"
+
+
+def test_the_alert_on_server_errors_names_codes_that_occur() -> None:
+    rules = {rule["alert"]: rule["expr"] for rule in load("prometheus/alerts.yml")["groups"][0]["rules"]}
+    (codes,) = re.findall(r'code=~"([a-z_|]+)"', rules["SluiceServerErrors"])
+    occurring = {row.code for row in errors.ROWS if row.status >= 500}
+    assert set(codes.split("|")) <= occurring
 
 
 def test_dashboard_asks_the_datasource_that_is_provisioned() -> None:

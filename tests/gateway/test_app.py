@@ -626,6 +626,16 @@ async def test_metrics_count_what_happened(model_dir: Path, group: FakeGroup) ->
     assert "hostile" not in text
 
 
+async def test_metrics_tell_a_first_start_from_the_others(model_dir: Path, group: FakeGroup) -> None:
+    found = []
+    async with client_of(make_app(model_dir, group)) as client:
+        for state, num_restarts in (("starting", 0), ("ready", 0), ("failed", 0), ("starting", 1)):
+            group.state, group.num_restarts = GroupState(state), num_restarts
+            lines = (await client.get("/metrics")).text.splitlines()
+            found += [line[-3:] for line in lines if line.startswith("sluice:group_first_start{")]
+    assert found == ["1.0", "0.0", "0.0", "0.0"]
+
+
 async def test_metrics_show_the_heartbeat(model_dir: Path, group: FakeGroup) -> None:
     from engines.wire import Stats
 
