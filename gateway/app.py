@@ -18,6 +18,7 @@ from gateway.errors import to_api_error
 from gateway.grammar import Grammars
 from gateway.keys import KeyRing
 from gateway.metrics import Metrics
+from gateway.origins import Origins
 from gateway.response_store import ResponseStore
 from gateway.router import Router, ServedModel
 from gateway.routes import (
@@ -88,6 +89,7 @@ def create_app(
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     open_paths = PROBES | page.PATHS if settings.page else PROBES
     app.add_middleware(ApiKeys, keys=gateway.keys, open_paths=open_paths)
+    app.add_middleware(Origins, keys=gateway.keys, allowed=settings.cors_origins)
     app.add_middleware(RequestContext, metrics=metrics, access_log=settings.access_log)
     if (
         settings.cors_origins

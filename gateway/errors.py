@@ -19,6 +19,7 @@ from gateway.admission import QueueTimeout
 from gateway.conversation import NoChatTemplate
 from gateway.embedding import NoEmbeddings
 from gateway.helper import HelperUnavailable
+from gateway.origins import ForeignPage
 from gateway.prompt.template import TemplateRefused
 from gateway.prompt.tokenizer import ControlTokenInText
 from gateway.protocol.common import InvalidField
@@ -92,6 +93,7 @@ TABLE: dict[type[Exception], Row] = {
     ContextLengthExceeded: Row(400, _INVALID, "context_length_exceeded"),
     SequenceRefused: Row(400, _INVALID, "invalid_value"),
     InvalidKey: Row(401, _INVALID, "invalid_api_key"),
+    ForeignPage: Row(403, _INVALID, "foreign_origin"),
     ResponseNotFound: Row(404, _INVALID, None),
     PreviousResponseNotFound: Row(400, _INVALID, "previous_response_not_found"),
     ModelNotFound: Row(404, _INVALID, "model_not_found"),
