@@ -93,7 +93,9 @@ def create_admin_app(control: Control) -> Starlette:
         try:
             control.gateway.keys.reload()
         except BadKeyFile as error:
+            log.warning("%s; the keys stay as they were", error)
             return _json(Refused(f"{error}; the keys stay as they were"), 422)
+        log.info("keys were read again: %d", len(control.gateway.keys))
         return _json(Done(f"{len(control.gateway.keys)} keys"))
 
     async def restart(request: Request) -> Response:
@@ -103,7 +105,8 @@ def create_admin_app(control: Control) -> Starlette:
             names = ", ".join(group.name for group in control.groups)
             return _json(Refused(f"no group is named {name}; there are: {names}"), 404)
         if not group.restart("restarted by the administrator"):
-            return _json(Refused(f"{name} is {group.state.value}: only one that is ready is restarted"), 409)
+            states = "only one that is ready, or has failed for good, is restarted"
+            return _json(Refused(f"{name} is {group.state.value}: {states}"), 409)
         return _json(Done(f"{name} restarts; its streams go on when it is ready, or elsewhere"))
 
     return Starlette(

@@ -75,7 +75,8 @@ class Recovery:
                 lost = error
 
     async def _find_group(self, lost: WorkerLost | None) -> WorkerGroup:
-        """At once if one is ready. Raises `lost` when there will be none; without a loss, why so."""
+        """At once if one is ready. Raises `lost` when there will be none; without a loss, or at the server's
+        end, why so."""
         give_up_at = asyncio.get_running_loop().time() + self._model.recovery_wait
         why: Exception
         while True:
@@ -88,9 +89,10 @@ class Recovery:
                     await asyncio.sleep(_LOOK_SECONDS)
                     continue
                 why, reason = error, "timeout"
-            if lost is None:
+            if lost is not None:
+                self._metrics.recovery_failed[reason] += 1
+            if lost is None or isinstance(why, ShuttingDown):  # which has ended the group, too
                 raise why
-            self._metrics.recovery_failed[reason] += 1
             raise lost from why
 
     def _send(self, group: WorkerGroup) -> AsyncGenerator[list[TokenDelta], None]:

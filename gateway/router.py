@@ -83,6 +83,11 @@ class ServedModel:
         return any(group.state is GroupState.READY for group in self.groups)
 
     @property
+    def has_failed(self) -> bool:
+        """For good: none of its groups is started again."""
+        return bool(self.groups) and all(group.state is GroupState.FAILED for group in self.groups)
+
+    @property
     def is_draining(self) -> bool:
         return any(group.state in (GroupState.DRAINING, GroupState.STOPPED) for group in self.groups)
 
@@ -187,8 +192,8 @@ def ready_groups(model: ServedModel) -> list[WorkerGroup]:
         return groups
     if model.is_draining:
         raise ShuttingDown("The server is shutting down and takes no new requests.", LOADING_RETRY_SECONDS)
-    if model.groups and all(group.state is GroupState.FAILED for group in model.groups):
-        raise ModelFailed(f"The model '{model.name}' cannot be served: its workers failed to start.")
+    if model.has_failed:
+        raise ModelFailed(f"The model '{model.name}' cannot be served: its workers have failed.")
     raise WorkerUnavailable(f"The model '{model.name}' is not ready.", LOADING_RETRY_SECONDS)
 
 

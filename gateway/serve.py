@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from engines import config_devices, modelfit
 from engines.config import ConfigError, ModelConfig
 from gateway import check, console, handover, logs, model_source
+from gateway.keys import BadKeyFile, KeyRing
 from gateway.listener import from_systemd, listen, notify_systemd, url_of
 from gateway.options import Options
 from gateway.workers.group import Group
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 _FLUSH_SECONDS = 5  # for answers to reach their clients once every sequence has ended
 _LOOK_SECONDS = 0.02
+_FAILURE_LOOK_SECONDS = 1.0  # for as long as we serve
 
 
 class CannotServe(ValueError):  # noqa: N818
@@ -47,6 +49,10 @@ def run(configs: Sequence[ModelConfig], options: Options) -> None:
     import uvloop
 
     logs.set_up(options.log_level, options.log_format)
+    try:
+        KeyRing(options.api_keys, options.api_key_file)  # what is wrong with keys is said before anything starts
+    except BadKeyFile as error:
+        raise CannotServe(str(error)) from None
     configs = [modelfit.with_fallback(config) for config in configs]
     if clashes := check.name_clashes(configs):
         raise ConfigError(clashes)
@@ -191,7 +197,8 @@ class _Service:
             yield
 
     async def _announce(self, server: Server, ending: _Signals) -> None:
-        """Show the groups' progress; say when they are ready. When none can be, there is nothing to serve."""
+        """Show the groups' progress; say when they are ready. When none is or will be, there is nothing to
+        serve."""
         with console.display() as display:
             await console.watch(self._groups, display)
         failed = [group for group in self._groups if group.state is GroupState.FAILED]
@@ -209,6 +216,14 @@ class _Service:
             url = url_of(self._door.listener)
             chat = f"; chat at {url.removesuffix('v1')}" if self._options.page else ""
             print(f"ready on {url} ({names}){chat}", flush=True)
+            self._failures = await self._until_all_failed()
+            ending.end()
+
+    async def _until_all_failed(self) -> list[str]:
+        """Why each of them did. Whoever watches over this process can do what it cannot: start it anew."""
+        while not all(group.state is GroupState.FAILED for group in self._groups):
+            await asyncio.sleep(_FAILURE_LOOK_SECONDS)
+        return [f"{group.name}: {group.failure}" for group in self._groups]
 
     async def _take_over(self, server: Server) -> None:
         """Tell whoever waits for it that we accept."""

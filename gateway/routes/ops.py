@@ -70,7 +70,9 @@ def _health(gateway: Gateway, *, with_failures: bool) -> Response:
     is_ready = all(model.ready for model in models)
     is_draining = any(model.is_draining for model in gateway.router.models)
     is_draining |= any(admission.is_closed for admission in gateway.admissions.values())
-    status = "draining" if is_draining else "ready" if is_ready else "loading"
+    has_failed = any(model.has_failed for model in gateway.router.models)
+    loading = "failed" if has_failed else "loading"
+    status = "draining" if is_draining else "ready" if is_ready else loading
     return json_response(Health(status, models), 200 if status == "ready" else 503)
 
 

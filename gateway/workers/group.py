@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 
@@ -41,7 +42,8 @@ class Group:
     """Implements protocol.WorkerGroup. The supervisor drives the state with the methods below
     `num_outstanding`; everything runs in one event loop.
 
-        STARTING -> READY -> RESTARTING -> STARTING ...; any -> DRAINING -> STOPPED; any -> FAILED
+        STARTING -> READY -> RESTARTING -> STARTING ...; any -> DRAINING -> STOPPED; any -> FAILED, and then
+        STARTING when somebody asks for it
     """
 
     def __init__(self, name: str, config: ModelConfig) -> None:
@@ -53,6 +55,7 @@ class Group:
         self.stats: Stats | None = None
         self.failure: str | None = None
         self.num_restarts = 0
+        self.wanted = asyncio.Event()  # after a failure: somebody wants it to be started again
         self._connection: Connection | None = None
         self._started_at = time.monotonic()
         self._start_seconds = _GUESSED_START_SECONDS
@@ -106,15 +109,20 @@ class Group:
         self._become(GroupState.DRAINING)
 
     def fail(self, reason: str) -> None:
-        """For good: no restart will be tried."""
+        """For good: no restart will be tried, unless somebody asks for it."""
         self.failure = reason
+        self.wanted.clear()
         self._become(GroupState.FAILED)
 
     def stop(self) -> None:
         self.state = GroupState.STOPPED
 
     def restart(self, reason: str) -> bool:
-        """End a ready group as if it had died; it is started again. False: it is not ready."""
+        """End a ready group as if it had died; it is started again, and so is one that has failed. False: it
+        is neither."""
+        if self.state is GroupState.FAILED:
+            self.wanted.set()
+            return True
         if self.state is not GroupState.READY or self._connection is None:
             return False
         self._connection.lose(reason)

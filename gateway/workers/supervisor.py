@@ -21,7 +21,7 @@ from engines.config import ModelConfig
 from gateway.workers import backoff
 from gateway.workers.group import Group
 from gateway.workers.launcher import environment, guarded_argv
-from gateway.workers.life import Death, GroupSpec, Life
+from gateway.workers.life import GroupSpec, Life
 from gateway.workers.process import Command
 from gateway.workers.protocol import GroupState
 from gateway.workers.rundir import remove_stale
@@ -112,7 +112,10 @@ class Supervisor:
 
     async def _keep(self, spec: GroupSpec, group: Group) -> None:
         try:
-            await self._restart_until_failed(spec, group)
+            while group.state is not GroupState.DRAINING:
+                await self._restart_until_failed(spec, group)
+                await group.wanted.wait()
+                group.num_restarts += 1
         except Exception as error:  # a mistake of ours must not look like a group that starts for ever
             log.exception("%s: the supervisor failed", spec.name)
             group.fail(f"internal error: {error}")
@@ -126,7 +129,9 @@ class Supervisor:
             if num_failures == 0 or death.ready_seconds >= backoff.HEALTHY_SECONDS:
                 num_failures, first_failure_at = 0, time.monotonic()
             num_failures += 1
-            reason = _final(death, time.monotonic() - first_failure_at, spec.config.max_retry_timeout)
+            is_hopeless = death.permanent and not has_served  # what could be loaded once may come back
+            failing_seconds = time.monotonic() - first_failure_at
+            reason = _final(death.reason, is_hopeless, failing_seconds, spec.config.max_retry_timeout)
             if reason is not None:
                 if has_served:  # of one that never did, whoever waits for it to be ready tells
                     log.error("%s: failed for good: %s", spec.name, reason)
@@ -142,12 +147,12 @@ class Supervisor:
             group.num_restarts += 1
 
 
-def _final(death: Death, failing_seconds: float, limit: float) -> str | None:
+def _final(reason: str, is_hopeless: bool, failing_seconds: float, limit: float) -> str | None:
     """Why there will be no restart; None when there will."""
-    if death.permanent:
-        return death.reason
+    if is_hopeless:
+        return reason
     if failing_seconds > limit:
-        return f"failing for {failing_seconds:.0f} s (maxRetryTimeoutInSec is {limit:g}): {death.reason}"
+        return f"failing for {failing_seconds:.0f} s (maxRetryTimeoutInSec is {limit:g}): {reason}"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import socket
@@ -15,7 +16,7 @@ import psutil
 import pytest
 
 from gateway.model_source import demo_directory
-from tests.e2e.server import FAKE_SERVE, Server, events, serving, wait_until
+from tests.e2e.server import FAKE_SERVE, MODEL, Server, events, serving, wait_until
 from tests.soak import drain, sigkill
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -105,7 +106,7 @@ def test_a_second_signal_hurries_and_says_so_in_the_stream() -> None:
         wait_until(lambda: server.client.get("/readyz").status_code == 503, "readiness off")
         server.process.send_signal(signal.SIGINT)
         *_, last = stream
-        assert last["error"]["code"] == "worker_lost"  # type: ignore[index]
+        assert last["error"]["code"] == "shutting_down"  # type: ignore[index]
         assert server.process.wait(30) == 0
 
 
@@ -137,6 +138,30 @@ def test_a_checkpoint_that_cannot_be_served_ends_the_server_with_its_name(tmp_pa
         assert last.startswith("sluice: error: broken/0: ")
         assert str(weights) in last
         assert server.output().count(str(weights)) == 1
+        assert server.run_dirs() == []
+
+
+def test_a_server_whose_last_group_has_failed_for_good_ends(tmp_path: Path) -> None:
+    """So that who watches over it starts it anew. Until then the group was tried again: what it had loaded
+    once might have come back."""
+    model = tmp_path / "model"
+    shutil.copytree(demo_directory(), model)
+    file = tmp_path / "model-config.yaml"
+    settings = {
+        "modelName": MODEL,
+        "deviceType": "cpu",
+        "handler": {"model_path": str(model)},
+        "maxRetryTimeoutInSec": 3,
+    }
+    file.write_text(json.dumps(settings))
+    with serving(str(file)) as server:
+        (model / "model.safetensors").unlink()
+        server.workers()[0].kill()
+        assert server.process.wait(120) == 1
+        *_, last = server.output().splitlines()
+        assert last.startswith(f"sluice: error: {MODEL}/0: failing for ")
+        assert "model.safetensors" in last
+        assert server.output().count("starting again") >= 1
         assert server.run_dirs() == []
 
 

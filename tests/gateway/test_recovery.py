@@ -17,7 +17,7 @@ from gateway.admission import Admission
 from gateway.embedding import Embedding
 from gateway.metrics import ModelMetrics
 from gateway.recovery import PoisonedRequest, Recovery
-from gateway.router import ServedModel
+from gateway.router import ServedModel, ShuttingDown
 from gateway.tenant import Tenant
 from gateway.workers.group import Group
 from gateway.workers.protocol import GroupState, WorkerGroup, WorkerLost
@@ -229,7 +229,7 @@ async def lose(
 ) -> tuple[Read, Generate]:
     """A sequence that is lost with its group, for that reason."""
     got, wire = Read(), request(max_tokens=2000)
-    with pytest.raises(WorkerLost):
+    with pytest.raises(ShuttingDown if reason == "stopping" else WorkerLost):
         await read(model, wire, metrics, got)
     assert metrics.recovery_failed == {"timeout": 0, "changed": 0, "failed": 0, "stopping": 0} | {reason: 1}
     assert all(group.num_outstanding == 0 for group in supervisor.groups)

@@ -173,6 +173,33 @@ async def test_a_permanent_failure_never_looks_like_a_restart(tmp_path: Path) ->
     assert states == {(GroupState.STARTING, None)}
 
 
+async def test_what_could_be_loaded_once_is_tried_again(tmp_path: Path) -> None:
+    """A file system that is away for a moment: no start can succeed, and yet the next one does."""
+    away = Behaviour(fail="holds no model", fail_permanently=True)
+    starts = chain([Behaviour(die_at_step=1), away, away], repeat(Behaviour()))
+    async with supervised(tmp_path, changing_group(starts)) as supervisor:
+        (group,) = supervisor.groups
+        await until_ready(group)
+        with pytest.raises(WorkerLost):
+            await read(group.generate(request()))
+        await until(lambda: group.failure == "holds no model")
+        await until_ready(group)
+        assert group.num_restarts == 3
+
+
+async def test_a_failed_group_is_started_when_somebody_asks(tmp_path: Path) -> None:
+    starts = chain([Behaviour(fail="no such model", fail_permanently=True)] * 2, repeat(Behaviour()))
+    async with supervised(tmp_path, changing_group(starts)) as supervisor:
+        (group,) = supervisor.groups
+        for num_restarts in range(2):
+            await until(lambda: group.state is GroupState.FAILED)
+            assert group.num_restarts == num_restarts
+            assert group.restart("a test")
+            await until(lambda: group.state is not GroupState.FAILED)
+        await until_ready(group)
+        assert await read(group.generate(request(2))) == [1, 2]
+
+
 async def test_a_rank_that_misses_another_does_not_say_why(tmp_path: Path) -> None:
     starts = chain([Behaviour(fail="gloo: Connection closed by peer")], repeat(Behaviour()))
     async with supervised(tmp_path, changing_group(starts)) as supervisor:
