@@ -41,7 +41,7 @@ _ALIASES = {
 _WEIGHTS = "weights are read from the model's directory, on each rank only its own"
 _NO_MOE = "mixtures of experts are not served through DeepSpeed"
 _OBJECT = "it names objects of a Python program, which a JSON file cannot"
-_IGNORED = {
+IGNORED = {
     "checkpoint": _WEIGHTS,
     "base_dir": _WEIGHTS,
     "checkpoint_config": _WEIGHTS,
@@ -55,14 +55,14 @@ _IGNORED = {
     "moe_type": _NO_MOE,
     "triton_autotune": "use_triton is not on",
 }
-_REFUSED = {
+REFUSED = {
     "injection_policy": _OBJECT,
     "injection_policy_tuple": _OBJECT,
     "mpu": _OBJECT,
     "ep_group": _OBJECT,
     "ep_mp_group": _OBJECT,
 }
-_FIXED: dict[str, tuple[object, ...]] = {
+FIXED: dict[str, tuple[object, ...]] = {
     "use_triton": (False,),
     "zero": ({},),
     "triangular_masking": (True,),
@@ -73,7 +73,7 @@ _FIXED: dict[str, tuple[object, ...]] = {
     "transposed_mode": (False,),
     "ep_size": (1,),
 }
-_READ = (
+READ = (
     "replace_with_kernel_inject",
     "dtype",
     "tensor_parallel",
@@ -81,7 +81,7 @@ _READ = (
     "enable_cuda_graph",
     "max_out_tokens",
 )
-_KNOWN = (*_READ, *_IGNORED, *_REFUSED, *_FIXED, *_ALIASES)
+_KNOWN = (*READ, *IGNORED, *REFUSED, *FIXED, *_ALIASES)
 _PARALLEL = ("enabled", "tp_size", "tp_grain_size")
 
 
@@ -208,12 +208,12 @@ class _Reading:
 
     def _check_keys(self) -> None:
         for name, value in self.content.items():
-            if name in _IGNORED:
-                self._warn(name, _IGNORED[name])
-            elif name in _REFUSED:
-                self._problem(name, f"{name} cannot be used: {_REFUSED[name]}", remedy="remove the key")
-            elif name in _FIXED and value not in _FIXED[name]:
-                allowed = " or ".join(json.dumps(one) for one in _FIXED[name])
+            if name in IGNORED:
+                self._warn(name, IGNORED[name])
+            elif name in REFUSED:
+                self._problem(name, f"{name} cannot be used: {REFUSED[name]}", remedy="remove the key")
+            elif name in FIXED and value not in FIXED[name]:
+                allowed = " or ".join(json.dumps(one) for one in FIXED[name])
                 wrong = f"{name} is {json.dumps(value)}, which would change what is served"
                 self._problem(name, wrong, allowed=allowed, remedy="remove the key")
 

@@ -86,7 +86,7 @@ MAX_INT = 2**31 - 1
 DAY = 86400
 
 _STATEFUL = "requests are stateless here; a sequence's earlier turns come with each request"
-_TEMPLATE = "requests state it, and the model's generation_config.json holds the defaults"
+_SAMPLING = "requests state it; without, it is 1"
 
 FRONTEND = {
     "minWorkers": Key(Kind.INT, 1, 1024),
@@ -103,7 +103,10 @@ FRONTEND = {
     "jobQueueSize": Key(Kind.INT, 0, 1_000_000),
     "useJobTicket": Key(Kind.BOOL),
     "clientTimeoutInMills": Key(
-        Kind.INT, 0, MAX_INT, ignored="a request never expires in the queue; responseTimeout bounds its wait"
+        Kind.INT,
+        0,
+        MAX_INT,
+        ignored="--queue-timeout bounds a request's wait, responseTimeout each silence, no key the whole",
     ),
     "asyncCommunication": Key(
         Kind.BOOL, ignored="every group is talked to asynchronously, whatever the parallelType"
@@ -226,8 +229,8 @@ HANDLER = {
         ignored="prompts are neither cut nor padded; maxModelLen bounds prompt plus answer",
     ),
     "max_new_tokens": Key(Kind.INT, 1, MAX_INT, ignored="requests state max_tokens"),
-    "temperature": Key(Kind.NUMBER, 0, 100, ignored=_TEMPLATE),
-    "top_p": Key(Kind.NUMBER, 0, 1, ignored=_TEMPLATE),
+    "temperature": Key(Kind.NUMBER, 0, 100, ignored=_SAMPLING),
+    "top_p": Key(Kind.NUMBER, 0, 1, ignored=_SAMPLING),
     "manual_seed": Key(Kind.INT, 0, 2**63, ignored="requests state a seed"),
     "mode": Key(Kind.TEXT, ignored="completions and chat are both served"),
     "model_name": Key(
@@ -244,8 +247,8 @@ HANDLER = {
     "quantization": Key(
         Kind.ANY,
         harmless=(False, None, "none"),
-        refused="quantised loading is not in this version",
-        remedy="remove the key; dtype: bfloat16 halves the memory of float32",
+        refused="weights are not quantised while they are read",
+        remedy="remove the key, and serve what `sluice convert --quantize int8` writes",
     ),
     "adapters": Key(
         Kind.ANY,

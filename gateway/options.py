@@ -22,7 +22,7 @@ class ModelFlags:
     dtype: str | None = flag(
         None, "Of the weights; auto: as they are stored.", choices=dict.fromkeys(DTYPES.values())
     )
-    device: str | None = flag(None, choices=dict.fromkeys(DEVICES.values()))
+    device: str | None = flag(None, "Where the ranks compute.", choices=dict.fromkeys(DEVICES.values()))
     max_model_len: int | None = flag(None, "Tokens of prompt and answer together.", low=1)
     max_num_seqs: int | None = flag(None, "Sequences that run at once.", low=1)
     kv_cache_memory: str | None = flag(None, 'K/V memory of each rank on CPU, such as "2GiB".')
@@ -69,9 +69,12 @@ class Options(Settings):
     recovery_wait: float = flag(
         60.0, "Seconds that a stream waits to go on when its workers have died.", low=0
     )
-    log_level: Literal["debug", "info", "warning", "error"] = flag("info")
-    log_format: LogFormat = flag("text")
-    log_dir: Path | None = flag(None, "Where the ranks' logs go.")
+    log_level: Literal["debug", "info", "warning", "error"] = flag("info", "What is logged, at least.")
+    log_format: LogFormat = flag("text", "json: an object a line.")
+    log_dir: Path | None = flag(
+        None,
+        "Where the ranks' logs and the socket of `sluice admin` go; without, ~/.local/state/sluice/PORT.",
+    )
     replace: bool = flag(
         False,
         "Once ready, take the port over from the sluice that listens there, which ends what it has.",

@@ -106,7 +106,10 @@ FOOTGUNS = {
     "sequences": ("sequenceBatching: true\n", ["stateless", "remove the key"]),
     "sequence timeout": ("sequenceMaxIdleMSec: 5\n", ["stateless"]),
     "own environment": ("useVenv: true\n", ["environment of sluice", "remove the key"]),
-    "quantised": ("handler: {quantization: int8}\n", ["handler.quantization", "not in this version"]),
+    "quantised": (
+        "handler: {quantization: int8}\n",
+        ["handler.quantization", "sluice convert --quantize int8"],
+    ),
     "adapters": ("handler:\n  adapters: {a: /x}\n", [":2: handler.adapters", "not in this version"]),
     "unknown engine": ("engine: nativ\n", ["unknown", "did you mean 'native'?", "pipeline"]),
     "engine that cannot": (
