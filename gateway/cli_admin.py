@@ -26,7 +26,10 @@ def register(app: typer.Typer) -> None:
 
 def key(
     name: Annotated[
-        str, typer.Argument(help="What logs and metrics call the key: 1 to 64 of A-Z a-z 0-9 . _ @ -")
+        str,
+        typer.Argument(
+            help="What the access log and `sluice admin status` call the key: 1 to 64 of A-Z a-z 0-9 . _ @ -"
+        ),
     ],
 ) -> None:
     """Make an API key: the key on stderr, once; its line for --api-key-file on stdout.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 import secrets
 import stat
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,26 +97,27 @@ def new_key() -> str:
 
 def file_line(name: str, key: str) -> str:
     """The line of a key file for `key`, without the key. Raises BadKeyFile at a name that is none."""
-    entry = _entry({"name": name, "sha256": digest_of(key.encode()).hex()}, "the new key")
+    entry = _entry({"name": name, "sha256": digest_of(key.encode()).hex()}, _Where("the new key"))
     return f'- {{name: "{entry.name}", sha256: "{entry.digest.hex()}"}}'
 
 
 def read_key_file(path: Path) -> list[ApiKey]:
-    """YAML, a list of entries (README.md, "API keys"); or one key or sha256:DIGEST a line.
+    """YAML, a list of entries (README.md, "Keys"); or one key or sha256:DIGEST a line.
 
     Raises BadKeyFile."""
     text, mode = _read(path)
-    lines = [line.strip() for line in text.splitlines()]
-    lines = [line for line in lines if line and not line.startswith("#")]
+    numbered = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
+    lines = {number: line for number, line in numbered if line and not line.startswith("#")}
     if not lines:
         raise BadKeyFile(f"{path}: has no keys; make one with `sluice key NAME >> {path}`")
-    if lines[0] in ("-", "---") or lines[0].startswith(("- ", "[")):
+    first = next(iter(lines.values()))
+    if first in ("-", "---") or first.startswith(("- ", "[")):
         entries = _yaml_list(text, path)
-        keys = [_entry(entry, f"{path}: entry {number}") for number, entry in enumerate(entries, 1)]
-        has_plain_key = any("key" in entry for entry in entries)
+        keys = [_entry(entry, where) for entry, where in entries]
+        has_plain_key = any("key" in entry for entry, _ in entries)
     else:
-        keys = [_line(line, f"{path}: key {number}") for number, line in enumerate(lines, 1)]
-        has_plain_key = any(not line.startswith(_DIGEST) for line in lines)
+        keys = [_line(line, _Where(f"{path}:{number}")) for number, line in lines.items()]
+        has_plain_key = any(not line.startswith(_DIGEST) for line in lines.values())
     if has_plain_key and mode & (stat.S_IRGRP | stat.S_IROTH):
         raise BadKeyFile(
             f"{path}: has keys in plain text and can be read by other users (mode {mode:04o}):"
@@ -160,30 +162,53 @@ class _Entry(pydantic.BaseModel):
     tokens_per_minute: pydantic.PositiveInt | None = None
 
 
-_ALLOWED = ", ".join(field.alias or "" for field in _Entry.model_fields.values())
+_ALLOWED = ", ".join(each.alias or "" for each in _Entry.model_fields.values())
+_UNKNOWN = ("extra_forbidden", "invalid_key")
+_SHOWN = re.compile(r"[A-Za-z_-]{1,32}")  # of unknown fields; what has digits or is longer may be a key
 
 
-def _yaml_list(text: str, path: Path) -> list[Any]:
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """An entry's place, for messages, and that of each of its fields."""
+
+    entry: str
+    fields: Mapping[object, str] = field(default_factory=dict)
+
+    def of(self, name: object) -> str:
+        return self.fields.get(name, self.entry)
+
+
+def _yaml_list(text: str, path: Path) -> list[tuple[Any, _Where]]:
+    loader = yaml.SafeLoader(text)
     try:
-        entries = yaml.safe_load(text)
+        node = loader.get_single_node()
+        entries = loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         raise BadKeyFile(f"{path}{where}: is not valid YAML") from None  # its own message would show a key
+    finally:
+        loader.dispose()
     if not isinstance(entries, list):
         raise BadKeyFile(f"{path}: is not a list of keys, as `sluice key` prints them")
-    return entries
+    return [(entry, _where(part, path)) for entry, part in zip(entries, node.value, strict=True)]
 
 
-def _entry(content: object, where: str) -> ApiKey:
+def _where(node: yaml.Node, path: Path) -> _Where:
+    pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+    fields = {key.value: f"{path}:{key.start_mark.line + 1}" for key, _ in pairs}
+    return _Where(f"{path}:{node.start_mark.line + 1}", fields)
+
+
+def _entry(content: object, where: _Where) -> ApiKey:
     if not isinstance(content, dict):
-        raise BadKeyFile(f"{where}: is not a mapping; allowed: {_ALLOWED}")
+        raise BadKeyFile(f"{where.entry}: is not a mapping; allowed: {_ALLOWED}")
     try:
         entry = _Entry.model_validate(content)
     except pydantic.ValidationError as error:
-        raise BadKeyFile(f"{where}: {_problem(error)}") from None
+        raise BadKeyFile(_problem(error, where)) from None
     if (entry.sha256 is None) == (entry.key is None):
-        raise BadKeyFile(f"{where}: needs either sha256 (`sluice key` prints it) or key, and not both")
+        raise BadKeyFile(f"{where.entry}: needs either sha256 (`sluice key` prints it) or key, and not both")
     digest = (
         bytes.fromhex(entry.sha256) if entry.sha256 is not None else digest_of((entry.key or "").encode())
     )
@@ -195,22 +220,30 @@ def _entry(content: object, where: str) -> ApiKey:
     return ApiKey(entry.name, digest, limits)
 
 
-def _problem(error: pydantic.ValidationError) -> str:
-    """The first one, without what was found: it may be a key."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    field = ".".join(str(step) for step in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"has an unknown field; allowed: {_ALLOWED}"
+def _problem(error: pydantic.ValidationError, where: _Where) -> str:
+    """The first one, without what was found: it may be a key. An unknown field explains a missing one."""
+    problems = error.errors(include_url=False, include_input=False, include_context=False)
+    first = min(problems, key=lambda problem: problem["type"] not in _UNKNOWN)
+    name = str(first["loc"][0])
+    if first["type"] in _UNKNOWN:
+        shown = f" {name}" if _SHOWN.fullmatch(name) else ""
+        return f"{where.of(name)}: unknown field{shown}; allowed: {_ALLOWED}"
+    if first["type"] == "missing":
+        return f"{where.entry}: {name} is missing"
     words = {
         "name": "1 to 64 of A-Z a-z 0-9 . _ @ -",
         "sha256": "64 hexadecimal digits in lower case, as `sluice key` prints them",
         "key": "16 characters or more",
     }
-    return f"{field}: must be {words.get(field, 'a whole number above 0')}"
+    return f"{where.of(name)}: {name}: must be {words.get(name, 'a whole number above 0')}"
 
 
-def _line(line: str, where: str) -> ApiKey:
+def _line(line: str, where: _Where) -> ApiKey:
     if not line.startswith(_DIGEST):
+        if len(line.split()) > 1:
+            raise BadKeyFile(
+                f"{where.entry}: is not a key, for it holds spaces; a named one begins with '- '"
+            )
         return _unnamed(digest_of(line.encode()))
     key = _entry({"name": "unnamed", "sha256": line.removeprefix(_DIGEST)}, where)
     return _unnamed(key.digest)

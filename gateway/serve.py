@@ -50,7 +50,7 @@ def run(configs: Sequence[ModelConfig], options: Options) -> None:
 
     logs.set_up(options.log_level, options.log_format)
     try:
-        KeyRing(options.api_keys, options.api_key_file)  # what is wrong with keys is said before anything starts
+        KeyRing(options.api_keys, options.api_key_file)  # errors in it are said before anything starts
     except BadKeyFile as error:
         raise CannotServe(str(error)) from None
     configs = [modelfit.with_fallback(config) for config in configs]

@@ -49,6 +49,7 @@ def test_a_gateway_is_steered_over_its_socket(tmp_path: Path) -> None:
 
         file.write_text(keys.file_line("bob", "key-of-bob-012345678") + "\n")
         assert json.loads(ask(server, "reload-keys").stdout) == {"done": "1 keys"}
+        assert server.output().count("INFO keys were read again: 1\n") == 1
         assert server.complete().status_code == 401
         server.client.headers["authorization"] = "Bearer key-of-bob-012345678"
         assert server.complete().status_code == 200
@@ -56,6 +57,8 @@ def test_a_gateway_is_steered_over_its_socket(tmp_path: Path) -> None:
         refused = ask(server, "reload-keys")
         assert (refused.returncode, refused.stdout) == (1, "")
         assert "the keys stay as they were" in refused.stderr
+        assert f"WARNING {file}:1: is not a mapping" in server.output()
+        assert "key-of-" not in server.output()
         assert server.complete().status_code == 200
 
         expected = server.complete(max_tokens=300).json()["choices"][0]["text"]

@@ -121,6 +121,14 @@ def test_a_key_that_is_given_counts_more_than_a_blank_variable(
     assert [options.api_keys for _, options in served] == [("k",)]
 
 
+def test_a_wrong_key_file_is_said_before_anything_starts(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(f"- {{name: a, sha256: {'a' * 64}}}\n- {{name: b, rpm: 3}}\n")
+    result = sluice("serve", "--api-key-file", str(keys), "--port", "0", "--log-dir", str(tmp_path / "logs"))
+    assert_one_clear_error(result, 1, f"{keys}:2: unknown field rpm; allowed: name, sha256, key")
+    assert not (tmp_path / "logs").exists()
+
+
 @pytest.mark.parametrize("blank", ["", "  "])
 def test_an_empty_key_is_an_error_of_the_command_line(
     served: list[tuple[Sequence[ModelConfig], Options]], blank: str
