@@ -1,20 +1,40 @@
-"""What `sluice serve` shows while the groups load: a bar on a terminal, plain lines elsewhere."""
+"""What `sluice serve` tells on standard output: lines, and on a terminal a bar while the groups load.
+
+With a log in JSON they are records of that instead, so that both streams together are JSON."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from gateway.logs import LogFormat
 from gateway.workers.progress import COMPILE, overall_percent, phase
 from gateway.workers.protocol import GroupState, WorkerGroup
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+log = logging.getLogger(__name__)
+
 _LOOK_SECONDS = 0.05
+
+Tell = Callable[[str], None]
+
+
+def teller(log_format: LogFormat) -> Tell:
+    """What tells users a line."""
+
+    def tell(line: str) -> None:
+        if log_format == "json":
+            log.info(line.strip())
+        else:
+            print(line, flush=True)
+
+    return tell
 
 
 class Display(Protocol):
@@ -47,13 +67,14 @@ def note(group: WorkerGroup) -> str:
 class PlainDisplay:
     """A line whenever what a group is doing changes."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Tell) -> None:
+        self._tell = tell
         self._last: dict[str, str] = {}
 
     def show(self, group: WorkerGroup, percent: int, note: str) -> None:
         if self._last.get(group.name) != note:
             self._last[group.name] = note
-            print(f"{group.name}: {note} ({percent} %)", flush=True)
+            self._tell(f"{group.name}: {note} ({percent} %)")
 
 
 class BarDisplay:
@@ -79,10 +100,10 @@ class BarDisplay:
 
 
 @contextmanager
-def display() -> Iterator[Display]:
-    """The display that fits standard output."""
-    if not sys.stdout.isatty():
-        yield PlainDisplay()
+def display(log_format: LogFormat) -> Iterator[Display]:
+    """The display that fits standard output, and the log."""
+    if log_format == "json" or not sys.stdout.isatty():
+        yield PlainDisplay(teller(log_format))
         return
     bars = BarDisplay()
     with bars.progress:

@@ -8,9 +8,8 @@ import logging
 import os
 import signal
 import socket
-import sys
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -116,12 +115,14 @@ class _Service:
         self._gateway: Gateway | None = None  # until it has been made
         self._groups = supervisor.groups
         self._failures: list[str] = []
+        self._say = console.teller(options.log_format)
         self._settled = asyncio.Event()  # every group is ready, or failed for good
 
     async def run(self) -> None:
         """Raises CannotServe when a model cannot be served here, or none of the groups can start."""
         ending = _Signals()
-        _print_banner(self._configs)
+        for line in _banner(self._configs):
+            self._say(line)
         self._start_groups()
         try:
             # The web framework is imported while the groups' processes start.
@@ -145,7 +146,7 @@ class _Service:
             raise
         if self._failures:
             raise CannotServe("\n".join(self._failures))
-        print("stopped", flush=True)
+        self._say("stopped")
 
     async def _serve(self, server: Server) -> None:
         """Answer, from the start on if nobody else can: a probe shall see how far the loading is."""
@@ -199,7 +200,7 @@ class _Service:
     async def _announce(self, server: Server, ending: _Signals) -> None:
         """Show the groups' progress; say when they are ready. When none is or will be, there is nothing to
         serve."""
-        with console.display() as display:
+        with console.display(self._options.log_format) as display:
             await console.watch(self._groups, display)
         failed = [group for group in self._groups if group.state is GroupState.FAILED]
         failures = [f"{group.name}: {group.failure}" for group in failed]
@@ -215,7 +216,7 @@ class _Service:
             names = ", ".join(_describe(config) for config in self._configs)
             url = url_of(self._door.listener)
             chat = f"; chat at {url.removesuffix('v1')}" if self._options.page else ""
-            print(f"ready on {url} ({names}){chat}", flush=True)
+            self._say(f"ready on {url} ({names}){chat}")
             self._failures = await self._until_all_failed()
             ending.end()
 
@@ -321,16 +322,15 @@ def _served_model(config: ModelConfig, groups: Sequence[Group], recovery_wait: f
     return model
 
 
-def _print_banner(configs: Sequence[ModelConfig]) -> None:
-    print(f"Sluice {version('sluice')}")
+def _banner(configs: Sequence[ModelConfig]) -> Iterator[str]:
+    yield f"Sluice {version('sluice')}"
     for config in configs:
         sizes = f"{config.parallel_type}, {config.world_size} rank{'s' if config.world_size > 1 else ''}"
         groups = f"{config.num_replicas} x " if config.num_replicas > 1 else ""
         names = ", ".join(config.served_model_names)
-        print(f"  {names}: {groups}{config.engine} engine, {sizes} on {config.device}")
+        yield f"  {names}: {groups}{config.engine} engine, {sizes} on {config.device}"
         if model_source.is_demo(config):
-            print("  This is a demo model, made for trying Sluice. A real one: sluice serve MODEL_DIR")
-    sys.stdout.flush()
+            yield "  This is a demo model, made for trying Sluice. A real one: sluice serve MODEL_DIR"
 
 
 def _describe(config: ModelConfig) -> str:
