@@ -179,7 +179,8 @@ _RECOVERY = {
     "maxRetryTimeoutInSec": Help(
         "A group that dies is started again, at once, then after 1, 1, 2, 3, 5, 8, ... at most 30 s. If it "
         "dies more than so many seconds after the first of these deaths, it has failed for good. Ready for "
-        "a minute, it begins anew. 0: it is not started again.",
+        "a minute, it begins anew. 0: it is not started again. Nor is it, whatever is set, if it says at its "
+        "first start that it never can.",
         300,
     ),
     "torchrun.monitor-interval": Help("Seconds between torchrun's looks at its ranks.", 0.1),
