@@ -67,7 +67,7 @@ Its arguments (or `SLUICE_MODELS`) are the models. Each option is a variable of 
 `--max-model-len` is `SLUICE_MAX_MODEL_LEN`.
 """
 _OPTIONS = {
-    "Of every model; they come before its file": ModelFlags,
+    "Of every model, in place of what its file says": ModelFlags,
     "Of the server": Options,
     "Of HTTP": Settings,
 }
