@@ -111,6 +111,7 @@ class Connection(asyncio.Protocol):
         self._inboxes: dict[str, Inbox] = {}
         self._num_steps = -1
         self.num_signs = 0  # messages that told of a step finished since the one before
+        self.num_lost = 0  # sequences that its end has ended
         self.is_connected = False
         self.idle = asyncio.Event()  # nothing outstanding
         self.idle.set()
@@ -141,6 +142,7 @@ class Connection(asyncio.Protocol):
         self.is_connected = False
         if self._transport is not None:
             self._transport.abort()
+        self.num_lost += len(self._inboxes)
         for inbox in list(self._inboxes.values()):
             self._end(inbox, WorkerLost(reason))
 

@@ -189,6 +189,11 @@ class Life:
         if not (permanent and self._group.state is GroupState.STARTING):  # else it will have failed, not died
             self._group.die(reason)
         self._connection.close(reason)
+        if num_lost := self._connection.num_lost:
+            streams = f"{num_lost} sequence{'s' * (num_lost != 1)} in it"
+            log.info(
+                "%s: died with %s; to go on elsewhere, or here once it is back", self._spec.name, streams
+            )
 
     async def _wait_for_words(self, process: GuardedProcess) -> None:
         """Until the launcher has named the rank that died, or has ended, or takes too long to."""

@@ -112,18 +112,23 @@ async def test_a_group_is_private_and_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("victim", [rank_0, rank_1, launcher, guard])
 async def test_any_death_ends_the_streams_and_the_group_serves_again(
-    tmp_path: Path, victim: Callable[[Group], int]
+    tmp_path: Path, victim: Callable[[Group], int], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     async with supervised(tmp_path, fake_group(TWO_RANKS)) as supervisor:
         (group,) = supervisor.groups
         await until_ready(group)
         before = descendants()
-        stream = group.generate(request(ENDLESS))
+        stream, other = group.generate(request(ENDLESS)), group.generate(request(ENDLESS))
         await anext(stream)
         os.kill(victim(group), signal.SIGKILL)
         async with asyncio.timeout(2):
             with pytest.raises(WorkerLost):
                 await read(stream)
+            with pytest.raises(WorkerLost):
+                await read(other)
+        told = [record.message for record in caplog.records if "died with" in record.message]
+        assert [line.split(";")[0] for line in told] == [f"{group.name}: died with 2 sequences in it"]
         with pytest.raises(WorkerUnavailable) as refusal:
             group.generate(request())
         assert refusal.value.retry_after >= 1
