@@ -182,14 +182,14 @@ def _yaml_list(text: str, path: Path) -> list[tuple[Any, _Where]]:
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
-        entries = loader.construct_document(node)
+        entries = loader.construct_document(node) if node is not None else None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         raise BadKeyFile(f"{path}{where}: is not valid YAML") from None  # its own message would show a key
     finally:
         loader.dispose()
-    if not isinstance(entries, list):
+    if not isinstance(node, yaml.SequenceNode) or not isinstance(entries, list):
         raise BadKeyFile(f"{path}: is not a list of keys, as `sluice key` prints them")
     return [(entry, _where(part, path)) for entry, part in zip(entries, node.value, strict=True)]
 

@@ -128,6 +128,7 @@ CANARY = "canary-key-0123456789"
         (f"sha256:{CANARY}\n", 0o600, ":1: sha256: must be 64 hexadecimal digits"),
         (f"- {CANARY}\n", 0o600, ":1: is not a mapping"),
         (f"- {{name: a, key: {CANARY}\n", 0o600, "is not valid YAML"),
+        ("---\n", 0o600, "is not a list of keys"),
         (f"---\n{CANARY}: 1\n", 0o600, "is not a list of keys"),
         (f"- {{name: a, key: {CANARY}1}}\n- {{name: a, key: {CANARY}2}}\n", 0o600, "two keys are named a"),
         (
