@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from engines.wire import Generate, Pooling, PoolingMethod, SamplingParams
+from tests.models import GQA
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -19,6 +20,11 @@ def prompts(count: int, vocab: int, seed: int = 0) -> list[list[int]]:
         ids = torch.randint(2, vocab, (length,), generator=generator).tolist()
         made.append([*made[-1][:48], *ids][:100] if i % 3 == 2 else ids)
     return made
+
+
+def random_prompt(length: int, seed: int, vocab: int = GQA.vocab) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, vocab, (length,), generator=generator).tolist()
 
 
 def request_of(id: str, prompt: list[int], max_tokens: int = 16, **kwargs: object) -> Generate:

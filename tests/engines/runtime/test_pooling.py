@@ -2,46 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from engines.base import Engine
 from engines.runtime.plan import StepPlan
 from engines.runtime.scheduler import ContinuousScheduler
 from engines.wire import Abort, Generate, Pooling, PoolingMethod
 from tests.engines.harness import Ended
-from tests.engines.reference import hf_greedy, hf_pooled, pooled_of, request_of, vector_of
-from tests.engines.runtime.in_process import EOS, InProcess, load
-from tests.models import GQA, make_llama
+from tests.engines.reference import hf_greedy, hf_pooled, pooled_of, random_prompt, request_of, vector_of
+from tests.engines.runtime.in_process import EOS, InProcess
+from tests.models import GQA
 
 BLOCK = 16
 METHODS: tuple[PoolingMethod, ...] = ("mean", "last")
 MOST = 1e-5
 """By which a number of a vector may differ from transformers'."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_llama(tmp_path_factory.mktemp("models") / "gqa", GQA, seed=3)
-
-
-@pytest.fixture(scope="module")
-def engine(model: Path) -> Engine:
-    return load(model)
-
-
-@pytest.fixture(scope="module")
-def reference(model: Path) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-
-
-def prompt_of(length: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, GQA.vocab, (length,), generator=generator).tolist()
 
 
 def assert_pooled(found: Ended, reference: torch.nn.Module, prompt: list[int], method: PoolingMethod) -> None:
@@ -57,7 +35,7 @@ def test_it_is_transformers_whatever_the_chunks(
 ) -> None:
     """Chunks of 32 tokens: prompts of less, of one to the token, of several."""
     group = InProcess(engine, block_size=BLOCK, max_batched=32)
-    prompt = prompt_of(length, seed=length)
+    prompt = random_prompt(length, seed=length)
     (ended,) = group.run([pooled_of("a", prompt, method)])
     assert_pooled(ended, reference, prompt, method)
     group.assert_empty()
@@ -69,7 +47,7 @@ def test_generating_mates_and_pooled_ones_change_nothing_of_each_other(
 ) -> None:
     """In the same steps, with preemptions: the pool of blocks is too small."""
     group = InProcess(engine, num_blocks=20, block_size=BLOCK, max_batched=40)
-    prompts = [prompt_of(40 + 9 * place, seed=place) for place in range(9)]
+    prompts = [random_prompt(40 + 9 * place, seed=place) for place in range(9)]
     methods = [(*METHODS, None)[place % 3] for place in range(9)]
     requests = [
         pooled_of(str(place), prompt, method) if method else request_of(str(place), prompt, 40)
@@ -99,7 +77,7 @@ def test_generating_mates_and_pooled_ones_change_nothing_of_each_other(
 
 def test_what_a_preempted_one_had_summed_is_forgotten(engine: Engine, reference: torch.nn.Module) -> None:
     group = InProcess(engine, block_size=BLOCK, max_batched=24)
-    prompt = prompt_of(85, seed=2)
+    prompt = random_prompt(85, seed=2)
     group.send(pooled_of("a", prompt, "mean"))
     group.step()
     group.step()
@@ -113,7 +91,7 @@ def test_what_a_preempted_one_had_summed_is_forgotten(engine: Engine, reference:
 
 def test_the_prefix_cache_is_read_for_the_last_token_only(engine: Engine, reference: torch.nn.Module) -> None:
     group = InProcess(engine, block_size=BLOCK)
-    prompt = prompt_of(5 * BLOCK + 3, seed=7)
+    prompt = random_prompt(5 * BLOCK + 3, seed=7)
     group.run([request_of("first", prompt)])
     queries = group.scheduler.stats(0).num_prefix_queries
     (mean,) = group.run([pooled_of("mean", prompt, "mean")])
@@ -123,7 +101,7 @@ def test_the_prefix_cache_is_read_for_the_last_token_only(engine: Engine, refere
     assert last.num_cached_tokens == 5 * BLOCK
     assert_pooled(mean, reference, prompt, "mean")
     assert_pooled(last, reference, prompt, "last")
-    other = prompt_of(4 * BLOCK, seed=8)
+    other = random_prompt(4 * BLOCK, seed=8)
     group.run([pooled_of("other", other, "mean")])
     (again,) = group.run([request_of("again", [*other, 5])])
     assert again.num_cached_tokens == 4 * BLOCK, "what was pooled can be read"
@@ -133,7 +111,7 @@ def test_the_prefix_cache_is_read_for_the_last_token_only(engine: Engine, refere
 @pytest.mark.parametrize("run_ahead", [False, True])
 def test_several_plans_in_flight(engine: Engine, reference: torch.nn.Module, run_ahead: bool) -> None:
     group = InProcess(engine, block_size=BLOCK, max_batched=24, plans_in_flight=2, run_ahead=run_ahead)
-    prompts = [prompt_of(70 + place, seed=20 + place) for place in range(4)]
+    prompts = [random_prompt(70 + place, seed=20 + place) for place in range(4)]
     ended = group.run([pooled_of(str(i), prompt, METHODS[i % 2]) for i, prompt in enumerate(prompts)])
     for i, prompt in enumerate(prompts):
         assert_pooled(ended[i], reference, prompt, METHODS[i % 2])
@@ -142,7 +120,7 @@ def test_several_plans_in_flight(engine: Engine, reference: torch.nn.Module, run
 def test_fewer_dimensions_are_the_first_ones_made_long_again(
     engine: Engine, reference: torch.nn.Module
 ) -> None:
-    prompt = prompt_of(20, seed=9)
+    prompt = random_prompt(20, seed=9)
     group = InProcess(engine)
     few, all_of_them, more = group.run(
         [pooled_of(str(count), prompt, "mean", count) for count in (5, GQA.hidden, GQA.hidden + 1)]
@@ -159,7 +137,7 @@ def test_fewer_dimensions_are_the_first_ones_made_long_again(
 
 def test_a_whole_context_can_be_pooled(engine: Engine, reference: torch.nn.Module) -> None:
     group = InProcess(engine, block_size=BLOCK, max_batched=500)
-    prompt = prompt_of(group.scheduler.max_model_len, seed=10)
+    prompt = random_prompt(group.scheduler.max_model_len, seed=10)
     fits, too_long = group.run([pooled_of("fits", prompt, "mean"), pooled_of("long", [*prompt, 5], "mean")])
     assert_pooled(fits, reference, prompt, "mean")
     assert too_long.error is not None
@@ -185,7 +163,7 @@ def test_what_contradicts_it_is_refused(engine: Engine, more: dict[str, Any]) ->
 
 def test_an_aborted_one_leaves_nothing(engine: Engine) -> None:
     group = InProcess(engine, block_size=BLOCK, max_batched=24)
-    group.send(pooled_of("gone", prompt_of(200, seed=11), "mean"))
+    group.send(pooled_of("gone", random_prompt(200, seed=11), "mean"))
     group.step()
     group.step()
     assert group.scheduler.stats(0).num_running == 1

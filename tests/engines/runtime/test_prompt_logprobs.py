@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from engines.base import Engine
 from engines.runtime import runner
 from engines.wire import SamplingParams, TokenLogprob
-from tests.engines.reference import request_of
-from tests.engines.runtime.in_process import InProcess, load
-from tests.models import GQA, make_llama
+from tests.engines.reference import random_prompt, request_of
+from tests.engines.runtime.in_process import InProcess
 
 BLOCK = 16
 NUM_TOP = 3
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_llama(tmp_path_factory.mktemp("models") / "gqa", GQA, seed=3)
-
-
-@pytest.fixture(scope="module")
-def engine(model: Path) -> Engine:
-    return load(model)
-
-
-@pytest.fixture(scope="module")
-def reference(model: Path) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-
-
-def prompt_of(length: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, GQA.vocab, (length,), generator=generator).tolist()
 
 
 @torch.inference_mode()
@@ -61,7 +37,7 @@ def assert_scores(found: list[TokenLogprob | None] | None, prompt: list[int], ex
 def test_every_position_is_scored_though_its_prefix_is_cached(
     engine: Engine, reference: torch.nn.Module
 ) -> None:
-    prompt = prompt_of(5 * BLOCK + 3, seed=1)
+    prompt = random_prompt(5 * BLOCK + 3, seed=1)
     group = InProcess(engine, block_size=BLOCK)
     (first,) = group.run([request_of("first", prompt, 4)])
     (again,) = group.run([request_of("again", prompt, 4)])
@@ -75,7 +51,7 @@ def test_every_position_is_scored_though_its_prefix_is_cached(
 
 
 def test_preempted_prompts_are_scored_once_and_right(engine: Engine, reference: torch.nn.Module) -> None:
-    batch = [prompt_of(70 + place, seed=place) for place in range(6)]
+    batch = [random_prompt(70 + place, seed=place) for place in range(6)]
     group = InProcess(engine, num_blocks=16, block_size=BLOCK, max_batched=32)
     requests = [
         request_of(str(place), prompt, 40, prompt_logprobs=NUM_TOP if place % 2 else None)
@@ -92,7 +68,7 @@ def test_preempted_prompts_are_scored_once_and_right(engine: Engine, reference: 
 
 
 def test_siblings_read_what_the_scored_one_computes(engine: Engine, reference: torch.nn.Module) -> None:
-    prompt = prompt_of(4 * BLOCK + 5, seed=9)
+    prompt = random_prompt(4 * BLOCK + 5, seed=9)
     group = InProcess(engine, block_size=BLOCK, max_batched=32)
     ended = group.run(
         [
@@ -107,7 +83,7 @@ def test_siblings_read_what_the_scored_one_computes(engine: Engine, reference: t
 def test_a_long_prompt_never_has_all_its_logits_in_memory(
     engine: Engine, reference: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompt = prompt_of(1_000, seed=4)
+    prompt = random_prompt(1_000, seed=4)
     shapes = []
     real = runner.sampler.sample
 
@@ -126,7 +102,7 @@ def test_a_long_prompt_never_has_all_its_logits_in_memory(
 
 def test_prompt_and_answer_are_scored_alike(engine: Engine, reference: torch.nn.Module) -> None:
     """What was generated has, as a prompt, the log-probabilities that it was generated with."""
-    prompt = prompt_of(40, seed=5)
+    prompt = random_prompt(40, seed=5)
     group = InProcess(engine, block_size=BLOCK)
     shown = SamplingParams(temperature=0.8, seed=3, repetition_penalty=1.3, logprobs=NUM_TOP)
     (drawn,) = group.run([request_of("drawn", prompt, 24, sampling=shown)])
