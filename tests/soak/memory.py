@@ -67,8 +67,8 @@ class Samples:
 
     @property
     def slope(self) -> float:
-        """MiB an hour. Python takes memory a MiB at a time: one such step tilts the line by 2 MiB an hour if it
-        comes in the middle of 45 minutes, by half of one in three hours. `steps` tells."""
+        """MiB an hour. Python takes memory a MiB at a time: one such step in the middle of 45 minutes tilts
+        the line by 2, of two hours and a quarter by 0.7. `steps` tells."""
         return statistics.linear_regression([second / 3600 for second in self.seconds], self.mebibytes).slope
 
     @property
