@@ -9,6 +9,7 @@ N / 5 real ones.
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from tests.fake_group.spec import FakeSpec
 from tests.soak import _figures
 
 LIMIT_SECONDS = 3.0
+MOST_A_SERVER = 5  # kills of one group: it is not tried for ever
 SHARED_MEMORY = Path("/dev/shm")
 _LISTENING = "0A"
 
@@ -132,12 +134,15 @@ def trials(num_gateway: int, num_launcher: int, *, real: bool) -> dict[str, obje
     """The figures of one bed."""
     gateway = [kill_gateway(real=real) for _ in range(num_gateway)]
     launcher = []
-    if num_launcher:
+    while len(launcher) < num_launcher:
         with server_of_two_ranks(real=real) as server:
-            launcher = [kill_launcher(server) for _ in range(num_launcher)]
+            count = min(MOST_A_SERVER, num_launcher - len(launcher))
+            launcher += [kill_launcher(server) for _ in range(count)]
             wait_until(server.is_ready, "ready again", 120, server.output)
             assert server.stop() == 0
-    return {"gateway": summary(gateway), "launcher": summary(launcher)}
+    figures = {"gateway": summary(gateway), "launcher": summary(launcher)}
+    print("real:" if real else "fake:", figures, file=sys.stderr, flush=True)
+    return figures
 
 
 def summary(outcomes: Sequence[tuple[float, list[str]]]) -> dict[str, object]:
