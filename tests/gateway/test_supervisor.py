@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from engines.guard import SHARED_MEMORY
+from gateway.workers import life
 from gateway.workers.backoff import backoff_seconds, retry_after
 from gateway.workers.group import Group
 from gateway.workers.lastwords import describe_exit, last_words
@@ -112,9 +113,10 @@ async def test_a_group_is_private_and_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("victim", [rank_0, rank_1, launcher, guard])
 async def test_any_death_ends_the_streams_and_the_group_serves_again(
-    tmp_path: Path, victim: Callable[[Group], int], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, victim: Callable[[Group], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caplog.set_level(logging.INFO)
+    said: list[str] = []
+    monkeypatch.setattr(life.log, "info", lambda message, *values: said.append(message % values))
     async with supervised(tmp_path, fake_group(TWO_RANKS)) as supervisor:
         (group,) = supervisor.groups
         await until_ready(group)
@@ -127,7 +129,7 @@ async def test_any_death_ends_the_streams_and_the_group_serves_again(
                 await read(stream)
             with pytest.raises(WorkerLost):
                 await read(other)
-        told = [record.message for record in caplog.records if "died with" in record.message]
+        told = [line for line in said if "died with" in line]
         assert [line.split(";")[0] for line in told] == [f"{group.name}: died with 2 sequences in it"]
         with pytest.raises(WorkerUnavailable) as refusal:
             group.generate(request())
