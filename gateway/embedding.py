@@ -20,6 +20,7 @@ from gateway.protocol.embeddings import name_of
 from gateway.recovery import Recovery
 from gateway.router import Router, ServedModel
 from gateway.sequence_stream import ContextLengthExceeded, SequenceFailed, request_error
+from gateway.sequences import require_known_ids
 from gateway.tenant import Tenant
 
 MAX_TOGETHER = 64
@@ -130,10 +131,7 @@ class Embedding:
 def _check(prompt: list[int], name: str, vocab_size: int, max_model_len: int) -> None:
     if not prompt:
         raise InvalidField(name, f"'{name}' has no tokens: there is nothing to make a vector of")
-    if max(prompt) >= vocab_size:
-        raise InvalidField(
-            name, f"'{name}' has the token id {max(prompt)}; this model's end at {vocab_size - 1}."
-        )
+    require_known_ids(name, prompt, vocab_size)
     if len(prompt) > max_model_len:
         raise ContextLengthExceeded(
             f"This model's maximum context length is {max_model_len} tokens. However, '{name}' has"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Collection
 
 from engines.wire import Generate, Ready, SamplingParams
 from gateway.protocol.common import GenerationParams, InvalidField
@@ -55,10 +56,15 @@ def _check_ids(prompt: list[int], params: GenerationParams, vocab_size: int) -> 
         ("logit_bias", params.logit_bias),
         ("stop_token_ids", params.stop_token_ids),
     ):
-        if ids and max(ids) >= vocab_size:
-            raise InvalidField(
-                param, f"'{param}' has the token id {max(ids)}; this model's end at {vocab_size - 1}."
-            )
+        require_known_ids(param, ids, vocab_size)
+
+
+def require_known_ids(param: str, ids: Collection[int], vocab_size: int) -> None:
+    """That the model has them all. Raises InvalidField, which names `param`."""
+    if ids and max(ids) >= vocab_size:
+        raise InvalidField(
+            param, f"'{param}' has the token id {max(ids)}; this model's end at {vocab_size - 1}."
+        )
 
 
 def _max_tokens(num_prompt: int, prompt_param: str, params: GenerationParams, max_model_len: int) -> int:

@@ -202,9 +202,8 @@ class _Service:
         serve."""
         with console.display(self._options.log_format) as display:
             await console.watch(self._groups, display)
-        failed = [group for group in self._groups if group.state is GroupState.FAILED]
-        failures = [f"{group.name}: {group.failure}" for group in failed]
-        if len(failed) == len(self._groups) or (failed and self._door.predecessor is not None):
+        failures = self._failures_now()
+        if len(failures) == len(self._groups) or (failures and self._door.predecessor is not None):
             self._failures = failures
             ending.end()
             return
@@ -222,9 +221,14 @@ class _Service:
 
     async def _until_all_failed(self) -> list[str]:
         """Why each of them did. Whoever watches over this process can do what it cannot: start it anew."""
-        while not all(group.state is GroupState.FAILED for group in self._groups):
+        while len(failures := self._failures_now()) < len(self._groups):
             await asyncio.sleep(_FAILURE_LOOK_SECONDS)
-        return [f"{group.name}: {group.failure}" for group in self._groups]
+        return failures
+
+    def _failures_now(self) -> list[str]:
+        """Of the groups that have failed for good, why each did."""
+        failed = (group for group in self._groups if group.state is GroupState.FAILED)
+        return [f"{group.name}: {group.failure}" for group in failed]
 
     async def _take_over(self, server: Server) -> None:
         """Tell whoever waits for it that we accept."""

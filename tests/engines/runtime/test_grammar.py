@@ -19,7 +19,7 @@ from engines.runtime.grammar import MAX_CACHED, Constraint, GrammarFailed, Gramm
 from engines.wire import Generate, SamplingParams
 from tests.engines.harness import Ended
 from tests.engines.reference import prompts, request_of
-from tests.engines.runtime.in_process import EOS, InProcess, alone, load
+from tests.engines.runtime.in_process import EOS, InProcess, alone
 from tests.models import MHA, make_llama, write_byte_tokenizer
 from tests.soak import schemas
 
@@ -47,11 +47,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = make_llama(tmp_path_factory.mktemp("models") / "bytes", SHAPE, seed=3)
     write_byte_tokenizer(directory)
     return directory
-
-
-@pytest.fixture(scope="module")
-def engine(model: Path) -> Engine:
-    return load(model)
 
 
 @pytest.fixture(scope="module")

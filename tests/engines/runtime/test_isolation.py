@@ -14,7 +14,7 @@ from engines.base import Engine
 from engines.runtime.blocks import BlockPool, Unaccounted
 from engines.wire import Abort, Generate, SamplingParams
 from tests.engines.reference import prompts, request_of
-from tests.engines.runtime.in_process import Ended, InProcess, alone, load
+from tests.engines.runtime.in_process import Ended, InProcess, alone
 from tests.models import MHA, make_llama
 from tests.soak import injected_exceptions, random_mixes
 from tests.soak.random_mixes import Requests, Seen, run_mix
@@ -27,11 +27,6 @@ SHOWN = SamplingParams(temperature=0.0, logprobs=3)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llama(tmp_path_factory.mktemp("models") / "mha", MHA, seed=3)
-
-
-@pytest.fixture(scope="module")
-def engine(model: Path) -> Engine:
-    return load(model)
 
 
 @pytest.fixture(params=[torch.nan, torch.inf, -torch.inf], ids=str)
