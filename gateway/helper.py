@@ -105,23 +105,21 @@ class _Process:
         self._unsent = b""
 
     async def _answer(self) -> dict[str, Any]:
-        (length,) = LENGTH.unpack(await self._read(LENGTH.size))
-        if length > _MAX_REPLY:
-            raise ValueError("an endless reply")
-        answer = json.loads(await self._read(length))
-        if not isinstance(answer, dict):
-            raise ValueError("no reply of ours")
-        return answer
-
-    async def _read(self, num_bytes: int) -> bytes:
-        loop = asyncio.get_running_loop()
-        content = bytearray()
-        while len(content) < num_bytes:
-            part = await loop.sock_recv(self._sock, min(num_bytes - len(content), 1 << 20))
+        """One reply, which mostly is there in one piece: each read waits for a turn of a busy loop."""
+        loop, content, end = asyncio.get_running_loop(), bytearray(), LENGTH.size
+        while len(content) < end:
+            part = await loop.sock_recv(self._sock, 1 << 20)
             if not part:
                 raise EOFError
             content += part
-        return bytes(content)
+            if len(content) >= LENGTH.size:
+                end = LENGTH.size + LENGTH.unpack_from(content)[0]
+                if end > _MAX_REPLY:
+                    raise ValueError("an endless reply")
+        answer = json.loads(content[LENGTH.size :])
+        if not isinstance(answer, dict):
+            raise ValueError("no reply of ours")
+        return answer
 
 
 def _frame(content: object) -> bytes:

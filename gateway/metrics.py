@@ -1,4 +1,4 @@
-"""Prometheus metrics, named after vLLM's: the same stems behind `sluice:`.
+"""Prometheus metrics, named after vLLM's: the same stems behind `sluice:`; and those of every process.
 
 Counts are kept in plain objects that only the event loop touches, because a token is counted in
 less than a microsecond that way, and are turned into samples when somebody scrapes. Labels take
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -119,6 +119,7 @@ class Metrics(Collector):
         self.errors: Counter[str] = Counter()  # by error code, from the table in errors.py
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
+        ProcessCollector(registry=self._registry)  # process_*: memory, processor time, descriptors, start
 
     def of(self, model: ServedModel) -> ModelMetrics:
         return self._by_model[model.name]

@@ -1,4 +1,4 @@
-"""/livez, /readyz, /health and /metrics: for probes and dashboards."""
+"""/livez, /readyz, /health and /metrics: for probes, of which some ask by HEAD, and for dashboards."""
 
 from __future__ import annotations
 
@@ -35,18 +35,21 @@ class Health(msgspec.Struct, frozen=True):
     models: list[ModelHealth] | msgspec.UnsetType = msgspec.UNSET
 
 
+@router.head("/livez", include_in_schema=False)
 @router.get("/livez")
 async def live() -> Response:
     """The process answers."""
     return json_response(Health("ok"))
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz")
 async def ready(request: Request) -> Response:
     """200 when every model has a ready group, else 503. Open to all, so it does not say why one failed."""
     return _health(gateway_of(request), with_failures=False)
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(request: Request) -> Response:
     """As /readyz; with the reasons where there are no keys. They name paths of the server: they are for who

@@ -121,6 +121,11 @@ class FakeRank(asyncio.Protocol):
         self._frames = wire.FrameBuffer()
         self._left: dict[str, int] = {}  # tokens that each sequence is still to get
         self._num_ahead = 0  # sent, and not with the clients yet
+        self._num_awaited = 0  # sequences without which nothing is sent yet
+
+    def await_sequences(self, count: int) -> None:
+        """The next round begins when so many are there: not to be a measure of how prompts get through."""
+        self._num_awaited = count
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -139,6 +144,9 @@ class FakeRank(asyncio.Protocol):
     def on_received(self, num_events: int) -> None:
         """The clients have so many more."""
         self._num_ahead = max(0, self._num_ahead - num_events)
+        if len(self._left) < self._num_awaited:
+            return
+        self._num_awaited = 0
         while self._left and self._num_ahead < NUM_AHEAD * len(self._left):
             self._num_ahead += len(self._left)
             self._send(wire.Tokens([self._next(id) for id in list(self._left)]))
@@ -267,7 +275,10 @@ async def measure(all_streams: list[int], num_rounds: int, seconds: float) -> li
         )
         results = []
         for num_streams in all_streams:
-            rounds = [[await rate(*side, num_streams, seconds) for side in sides] for _ in range(num_rounds)]
+            rounds = []
+            for _ in range(num_rounds):
+                rank.await_sequences(num_streams)
+                rounds.append([await rate(*side, num_streams, seconds) for side in sides])
             results.append(summary(num_streams, rounds))
             print(results[-1], flush=True)
         return results

@@ -571,6 +571,12 @@ async def test_readiness_shows_how_far_loading_is(model_dir: Path, group: FakeGr
     assert "/secret/path" in health.text
 
 
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/health"])
+async def test_probes_may_ask_for_no_body(path: str, model_dir: Path, group: FakeGroup) -> None:
+    async with client_of(make_app(model_dir, group)) as client:
+        assert (await client.head(path)).status_code == 200
+
+
 async def test_a_start_is_shown_before_anything_has_reported(model_dir: Path, group: FakeGroup) -> None:
     group.state = GroupState.STARTING
     async with client_of(make_app(model_dir, group)) as client:
@@ -634,6 +640,14 @@ async def test_metrics_tell_a_first_start_from_the_others(model_dir: Path, group
             lines = (await client.get("/metrics")).text.splitlines()
             found += [line[-3:] for line in lines if line.startswith("sluice:group_first_start{")]
     assert found == ["1.0", "0.0", "0.0", "0.0"]
+
+
+async def test_metrics_show_the_process(model_dir: Path, group: FakeGroup) -> None:
+    async with client_of(make_app(model_dir, group)) as client:
+        lines = (await client.get("/metrics")).text.splitlines()
+    values = dict(line.split() for line in lines if line.startswith("process_"))
+    assert float(values["process_resident_memory_bytes"]) > 1 << 20
+    assert float(values["process_open_fds"]) > 2
 
 
 async def test_metrics_show_the_heartbeat(model_dir: Path, group: FakeGroup) -> None:

@@ -172,6 +172,7 @@ async def stalled_readers(server: Server, num: int, send_seconds: float) -> dict
         for raw in readers:
             raw.reader._limit = 1  # type: ignore[attr-defined]  the client's own buffer
             raw.writer.write(HEAD + b"content-length: %d\r\n\r\n" % len(content) + content)
+        filling = await others(server, 4, 2, 200)  # they are written to until their buffers are full
         during = await others(server, 4, 2, 200)
         started = time.perf_counter()
         while server.metric(RUNNING) and time.perf_counter() - started < PATIENCE:
@@ -189,6 +190,7 @@ async def stalled_readers(server: Server, num: int, send_seconds: float) -> dict
         "sequences left running": left,
         "growth of the gateway's memory, MiB": round(growth / (1 << 20), 1),
         "others' median time between tokens, ms": [_ms(before.between), _ms(during.between)],
+        "the same while the readers' buffers filled, ms": _ms(filling.between),
         "ratio": round(ratio, 2),
         "ratio is good": ratio <= MAX_ITL_RATIO,
         "failed": left + abs(num - cut) + num - closed,
