@@ -228,7 +228,7 @@ async def rate(
     """Events a second of all streams together, and the server's processor time for one, in microseconds."""
     connect = asyncio.get_running_loop().create_connection
     made = [await connect(lambda: Stream(on_received), "127.0.0.1", server.port) for _ in range(num_streams)]
-    async with asyncio.timeout(START_SECONDS):  # the rank begins when it has all; the floor goes on one by one
+    async with asyncio.timeout(START_SECONDS):  # the rank waits for all; the floor answers in turn
         while not any(stream.num_events for _, stream in made):
             await asyncio.sleep(0.02)
     await asyncio.sleep(WARM_SECONDS)
