@@ -39,11 +39,13 @@ check: .venv/.installed-dev
 .venv/.installed: pyproject.toml | .venv/bin/python
 	@echo "Installing into .venv; the first time takes some minutes, PyTorch is large."
 	$(BIN)/python -m pip install --disable-pip-version-check -e .
+	-@$(BIN)/python -m engines.kernels.build
 	@touch $@
 
 .venv/.installed-dev: pyproject.toml | .venv/bin/python
 	@echo "Installing into .venv; the first time takes some minutes, PyTorch is large."
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	-@$(BIN)/python -m engines.kernels.build
 	@touch .venv/.installed $@
 
 web/node_modules/.installed: web/package-lock.json

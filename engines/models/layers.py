@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engines.kernels import library
 from engines.models.config import Llama3Scaling, Rope
 from engines.runtime import cpu
 
@@ -106,11 +107,50 @@ def _scratch(numel: int) -> Tensor:
     return torch.empty(numel)
 
 
+class FewRowsLinear:
+    """Our own kernel for up to `most_rows` rows, which reads the weight as it lies; `many` for more.
+
+    With AVX2 alone in bfloat16 1.5 to 3 times as fast as torch at 1 row, 5 times at 8, 1.2 times UpcastLinear
+    at 32. A row's result depends on no other row.
+    """
+
+    def __init__(
+        self, kernels: library.Library, weight: Tensor, bias: Tensor | None, many: LinearOp, most_rows: int
+    ) -> None:
+        self.weight, self.bias = weight.contiguous(), bias
+        self._kernels, self._many, self._most_rows = kernels, many, most_rows
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        if rows.shape[0] > self._most_rows:
+            return self._many(x)
+        out = self._kernels.linear(self.weight, self.bias, rows.contiguous())
+        return out.view(*x.shape[:-1], -1)
+
+
+_MOST_ROWS = {torch.bfloat16: 32, torch.float32: 64}
+
+
+def _few_rows(weight: Tensor, bias: Tensor | None) -> FewRowsLinear | None:
+    """None where it cannot be had, or torch's own is as fast: in bfloat16 on CPUs that multiply it."""
+    if weight.device.type != "cpu" or (weight.dtype == torch.bfloat16 and cpu.has_bfloat16()):
+        return None
+    kernels = library.load()
+    if kernels is None or weight.dtype not in kernels.dtypes or weight.shape[1] % kernels.pair_width:
+        return None
+    is_bfloat16 = weight.dtype == torch.bfloat16 and weight.shape[1] <= UpcastLinear._TILE
+    many = (UpcastLinear if is_bfloat16 else PlainLinear)(weight, bias)
+    return FewRowsLinear(kernels, weight, bias, many, _MOST_ROWS[weight.dtype])
+
+
 def make_linear(weight: Tensor, bias: Tensor | None = None) -> LinearOp:
     """The fastest linear for this weight's device and dtype. The caller may let go of `weight`.
 
     float16 stays torch's own: oneDNN has it only on CPUs with AVX512-FP16.
     """
+    few_rows = _few_rows(weight, bias)
+    if few_rows is not None:
+        return few_rows
     if weight.device.type == "cpu" and torch._C._has_mkldnn:
         if weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and cpu.has_bfloat16()):
             return PackedLinear(weight, bias)

@@ -14,6 +14,7 @@ from torch import Tensor
 from engines.base import ReportProgress
 from engines.models.checkpoint import Checkpoint
 from engines.models.config import LlamaConfig
+from engines.models.few_tokens import FewTokens
 from engines.models.layers import LinearOp, RMSNorm, Rotary, embed_share, make_linear, swiglu
 from engines.models.names import Slice, expected_tensors, kv_heads_of, slice_of
 from engines.models.quantized import QuantizedLinear
@@ -177,6 +178,7 @@ class Llama:
             self.norm = loader.norm("model.norm")
             self.head = self._load_head(loader)
         self.rotary = Rotary(config.rope, config.head_dim, max_positions, loader.dtype, mesh.device)
+        self.few_tokens = FewTokens.of(self)
 
     def _load_head(self, loader: WeightLoader) -> LinearOp:
         if not self.config.tie_word_embeddings:
@@ -189,6 +191,8 @@ class Llama:
 
     def run_layers(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """[T, H] to [T, H] through the layers that are here, in place."""
+        if self.few_tokens is not None and self.few_tokens.takes(hidden):
+            return self.few_tokens.run(hidden)
         cos, sin = self.rotary.rows(positions)
         for layer in self.layers:
             layer(hidden, self.rotary, cos, sin)

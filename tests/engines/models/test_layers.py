@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engines.models.layers import PackedLinear, PlainLinear, UpcastLinear, make_linear
+from engines.kernels import library
+from engines.models.layers import FewRowsLinear, PackedLinear, PlainLinear, UpcastLinear, make_linear
 from engines.runtime import cpu
 
 
@@ -37,7 +38,13 @@ def test_upcast_linear_takes_leading_axes(weight: Tensor) -> None:
     assert torch.equal(linear(x), linear(x.flatten(0, 1)).view(3, 5, -1))
 
 
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "load", lambda: None)
+
+
 @pytest.mark.parametrize(("has_bfloat16", "kind"), [(False, UpcastLinear), (True, PackedLinear)])
+@pytest.mark.usefixtures("no_kernels")
 def test_bfloat16_is_packed_only_where_the_processor_multiplies_it(
     weight: Tensor, monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool, kind: type
 ) -> None:
@@ -47,6 +54,18 @@ def test_bfloat16_is_packed_only_where_the_processor_multiplies_it(
     assert isinstance(make_linear(weight.bfloat16()), kind)
 
 
+@pytest.mark.skipif(library.load() is None, reason="no kernels for this machine; the log says why")
+def test_our_kernels_are_used_where_torch_is_slower(weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(make_linear(weight), FewRowsLinear)
+    assert not isinstance(make_linear(weight[:, :37].contiguous()), FewRowsLinear)  # not whole vectors
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: False)
+    assert isinstance(make_linear(weight.bfloat16()), FewRowsLinear)
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: True)
+    monkeypatch.setattr("engines.models.layers.PackedLinear", PlainLinear)  # it may not be so
+    assert not isinstance(make_linear(weight.bfloat16()), FewRowsLinear)
+
+
+@pytest.mark.usefixtures("no_kernels")
 def test_float32_is_packed_and_float16_is_not(weight: Tensor) -> None:
     assert isinstance(make_linear(weight), PackedLinear)
     assert isinstance(make_linear(weight.half()), PlainLinear)

@@ -1,0 +1,292 @@
+// Decoder layers of a Llama for few tokens: everything between two of torch's calls in one parallel region.
+// Between its parts values are rounded to the model's dtype wherever torch's own layers round them.
+// The structs are mirrored in engines/kernels/library.py.
+
+#include <omp.h>
+
+#include <vector>
+
+#include "attention.h"
+#include "linear.h"
+
+namespace sluice {
+
+template <class T> struct Layer {
+    const T *attention_norm, *qkv, *qkv_bias, *output, *output_bias;
+    const T *mlp_norm, *gate_up, *gate_up_bias, *down, *down_bias;
+    T* cache;
+};
+
+template <class T> struct Model {
+    const Layer<T>* layers;
+    const T *cos, *sin;  // [positions, head_dim], the sign of the rotation in sin
+    int32_t hidden, num_heads, num_kv_heads, head_dim, intermediate, block_size;
+    float eps, scale;
+};
+
+struct Step {
+    const int64_t *positions, *slots;  // [num_tokens]
+    const int32_t* sequences;          // [num_tokens], rows of `tables`
+    const int32_t* tables;             // [., table_width]
+    int32_t num_tokens, table_width, max_context, num_threads;
+};
+
+// What the threads hand to each other.
+template <class T> struct Shared {
+    std::vector<T> qkv, attended, gate_up, activated;
+};
+
+// What one thread has for itself.
+struct Scratch {
+    std::vector<float> x, sums, scores;
+
+    void make_room(size_t num_x, size_t num_sums, size_t num_scores) {
+        if (x.size() < num_x) x.resize(num_x);
+        if (sums.size() < num_sums) sums.resize(num_sums);
+        if (scores.size() < num_scores) scores.resize(num_scores);
+    }
+};
+
+template <class T> void resize(std::vector<T>& buffer, size_t size) {
+    if (buffer.size() < size) buffer.resize(size);
+}
+
+// Every row of hidden [rows, size] over its root mean square, times weight, into x as `linear` wants it.
+template <class T> void normed(const T* hidden, const T* weight, int num_rows, int size, float eps, float* x) {
+    for (int row = 0; row < num_rows; row++) {
+        const T* from = hidden + int64_t(row) * size;
+        float* to = x + int64_t(row) * size;
+        take_row(from, size, to);
+        vfloat squares = {};
+        for (int i = 0; i < size; i += W) squares += load(to + i) * load(to + i);
+        vfloat factor = splat(1.0f / std::sqrt(sum(squares) / float(size) + eps));
+        for (int i = 0; i < size; i += 2 * W) {
+            vfloat first = load(to + i) * factor * Pair<T>::first(weight + i);
+            vfloat second = load(to + i + W) * factor * Pair<T>::second(weight + i);
+            store(to + i, rounded<T>(first));
+            store(to + i + W, rounded<T>(second));
+        }
+    }
+}
+
+template <class T> void take_rows(const T* from, int num_rows, int size, float* x) {
+    for (int64_t row = 0; row < num_rows; row++) take_row(from + row * size, size, x + row * size);
+}
+
+// [rows, width] = x w^T + bias, the columns of `part`.
+template <class T>
+void project(const T* w, const T* bias, int num_k, Range part, const float* x, int num_rows, float* sums, T* out,
+             int width) {
+    linear(w, num_k, part, x, num_rows, sums, [=](int m, int n, float value) {
+        out[int64_t(m) * width + n] = from_float<T>(bias ? value + to_float(bias[n]) : value);
+    });
+}
+
+// The same, added to `out`.
+template <class T>
+void project_and_add(const T* w, const T* bias, int num_k, Range part, const float* x, int num_rows, float* sums,
+                     T* out, int width) {
+    linear(w, num_k, part, x, num_rows, sums, [=](int m, int n, float value) {
+        T& into = out[int64_t(m) * width + n];
+        into = from_float<T>(to_float(into) + rounded<T>(bias ? value + to_float(bias[n]) : value));
+    });
+}
+
+// Turns one head by its position, in place; see layers.Rotary.
+template <class T> void turn(T* head, const T* cos, const T* sin, int dim) {
+    T turned[MAX_HEAD_DIM];
+    int half = dim / 2;
+    for (int d = 0; d < dim; d++) {
+        float swapped = to_float(head[d < half ? d + half : d - half]);
+        float scaled = rounded<T>(to_float(head[d]) * to_float(cos[d]));
+        turned[d] = from_float<T>(scaled + swapped * to_float(sin[d]));
+    }
+    std::copy(turned, turned + dim, head);
+}
+
+// Puts a token's key or value into its slot. The first of a block clears what the last owner left behind it.
+template <class T> void keep(const T* from, const Cache<T>& cache, int64_t slot, int kind, int head) {
+    int dim = cache.head_dim;
+    int64_t place = slot % cache.block_size;
+    T* block = cache.at(slot / cache.block_size, kind, head);
+    if (place == 0) std::fill(block + dim, block + int64_t(cache.block_size) * dim, T{});
+    std::copy(from, from + dim, block + place * dim);
+}
+
+// Turns the heads of one token that belong to K/V head `head`, and keeps its key and value.
+template <class T>
+void turn_and_keep(const Model<T>& model, const Cache<T>& cache, int64_t position, int64_t slot, int head, T* row) {
+    int dim = model.head_dim, group = model.num_heads / model.num_kv_heads;
+    const T *cos = model.cos + position * dim, *sin = model.sin + position * dim;
+    for (int g = 0; g < group; g++) turn(row + (head * group + g) * dim, cos, sin, dim);
+    T* key = row + (model.num_heads + head) * dim;
+    turn(key, cos, sin, dim);
+    keep(key, cache, slot, 0, head);
+    keep(key + model.num_kv_heads * dim, cache, slot, 1, head);
+}
+
+// Attention of one token's query heads that share K/V head `head`: q to out, at the same places in their rows.
+template <class T>
+void attend_heads(const Model<T>& model, const Cache<T>& cache, const int32_t* table, int head, int context,
+                  int64_t stride, const T* q, T* out, float* scores) {
+    int dim = model.head_dim, group = model.num_heads / model.num_kv_heads;
+    float scaled[4 * MAX_HEAD_DIM], found[4 * MAX_HEAD_DIM];
+    for (int g = 0; g < group;) {
+        int64_t place = (int64_t(head) * group + g) * dim;
+        int count = group - g >= 4 ? 4 : group - g >= 2 ? 2 : 1;
+        take_row(q + place, count * dim, scaled);
+        for (int i = 0; i < count * dim; i++) scaled[i] *= model.scale;
+        auto run = count == 4 ? attend<T, 4> : count == 2 ? attend<T, 2> : attend<T, 1>;
+        run(cache, table, head, context, scaled, scores, stride, found);
+        for (int i = 0; i < count * dim; i += 2 * W) Pair<T>::put(out + place + i, load(found + i), load(found + i + W));
+        g += count;
+    }
+}
+
+// silu(gate) * up, the columns of `part` [whole pairs].
+template <class T> void activate(const T* gate_up, int num_rows, int inner, Range part, T* out) {
+    auto one = [](vfloat gate, vfloat up) {
+        vfloat power = exp_of_negative(gate < 0.0f ? gate : -gate), one = splat(1.0f);
+        vfloat silu = gate * ((gate < 0.0f ? power : one) / (one + power));
+        return rounded<T>(silu) * up;
+    };
+    for (int64_t m = 0; m < num_rows; m++) {
+        const T *gate = gate_up + m * 2 * inner, *up = gate + inner;
+        for (int n = part.begin; n < part.end; n += 2 * W) {
+            vfloat first = one(Pair<T>::first(gate + n), Pair<T>::first(up + n));
+            Pair<T>::put(out + m * inner + n, first, one(Pair<T>::second(gate + n), Pair<T>::second(up + n)));
+        }
+    }
+}
+
+// One thread's part of a layer's attention. `put` is project or project_and_add, into `out` [num_tokens, hidden].
+template <class T, class Put>
+void attention_of(const Model<T>& model, const Layer<T>& layer, const Step& step, const T* hidden, T* out,
+                  Shared<T>& shared, Scratch& own, int thread, int threads, Put put) {
+    int dim = model.head_dim, rows = step.num_tokens;
+    int width = (model.num_heads + 2 * model.num_kv_heads) * dim, inner = model.num_heads * dim;
+    float *x = own.x.data(), *sums = own.sums.data();
+    normed(hidden, layer.attention_norm, rows, model.hidden, model.eps, x);
+    project(layer.qkv, layer.qkv_bias, model.hidden, part_of(width, thread, threads), x, rows, sums,
+            shared.qkv.data(), width);
+#pragma omp barrier
+    Cache<T> cache{layer.cache, model.num_kv_heads, model.block_size, dim};
+    for (int t = 0; t < rows; t++) {
+        for (int head = 0; head < model.num_kv_heads; head++) {
+            // all of a sequence by one thread: what clears a block comes before what fills it
+            if ((step.sequences[t] + head) % threads != thread) continue;
+            T* row = shared.qkv.data() + int64_t(t) * width;
+            turn_and_keep(model, cache, step.positions[t], step.slots[t], head, row);
+        }
+    }
+#pragma omp barrier
+#pragma omp for schedule(dynamic) collapse(2)
+    for (int t = 0; t < rows; t++) {
+        for (int head = 0; head < model.num_kv_heads; head++) {
+            const int32_t* table = step.tables + int64_t(step.sequences[t]) * step.table_width;
+            attend_heads(model, cache, table, head, int(step.positions[t]) + 1, (step.max_context + W - 1) / W * W,
+                         shared.qkv.data() + int64_t(t) * width, shared.attended.data() + int64_t(t) * inner,
+                         own.scores.data());
+        }
+    }
+    take_rows(shared.attended.data(), rows, inner, x);
+    put(layer.output, layer.output_bias, inner, part_of(model.hidden, thread, threads), x, rows, sums, out,
+        model.hidden);
+#pragma omp barrier
+}
+
+template <class T, class Put>
+void mlp_of(const Model<T>& model, const Layer<T>& layer, const Step& step, const T* hidden, T* out,
+            Shared<T>& shared, Scratch& own, int thread, int threads, Put put) {
+    int rows = step.num_tokens, inner = model.intermediate;
+    float *x = own.x.data(), *sums = own.sums.data();
+    normed(hidden, layer.mlp_norm, rows, model.hidden, model.eps, x);
+    Range part = part_of(inner, thread, threads, 2 * W);
+    T *gate_up = shared.gate_up.data(), *activated = shared.activated.data();
+    for (int half = 0; half < 2; half++) {
+        project(layer.gate_up + int64_t(half) * inner * model.hidden,
+                layer.gate_up_bias ? layer.gate_up_bias + half * inner : nullptr, model.hidden, part, x, rows, sums,
+                gate_up + half * inner, 2 * inner);
+    }
+    activate(gate_up, rows, inner, part, activated);
+#pragma omp barrier
+    take_rows(activated, rows, inner, x);
+    put(layer.down, layer.down_bias, inner, part_of(model.hidden, thread, threads), x, rows, sums, out, model.hidden);
+#pragma omp barrier
+}
+
+enum Parts { ATTENTION = 1, MLP = 2 };
+
+// Layers first .. last, those parts of them. With `out` the sum of what they add goes there, instead of to `hidden`:
+// a share that is still to be summed over the ranks.
+template <class T> void run(const Model<T>& model, const Step& step, int first, int last, int parts, T* hidden, T* out) {
+    static Shared<T> shared;  // one caller at a time: the rank's only thread that computes
+    size_t rows = step.num_tokens, inner = size_t(model.num_heads) * model.head_dim;
+    resize(shared.qkv, rows * (inner + 2 * size_t(model.num_kv_heads) * model.head_dim));
+    resize(shared.attended, rows * inner);
+    resize(shared.gate_up, rows * 2 * model.intermediate);
+    resize(shared.activated, rows * model.intermediate);
+    size_t widest = std::max({size_t(model.hidden), size_t(model.intermediate), inner});
+#pragma omp parallel num_threads(step.num_threads)
+    {
+        static thread_local Scratch own;
+        int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        size_t columns = std::max(widest, inner + 2 * size_t(model.num_kv_heads) * model.head_dim) / threads + 2 * W;
+        own.make_room(rows * widest, rows * columns, 4 * (size_t(step.max_context) + W));
+        for (int i = first; i < last; i++) {
+            const Layer<T>& layer = model.layers[i];
+            if (parts & ATTENTION) {
+                attention_of(model, layer, step, hidden, out ? out : hidden, shared, own, thread, threads,
+                             out ? project<T> : project_and_add<T>);
+            }
+            if (parts & MLP) {
+                mlp_of(model, layer, step, hidden, out ? out : hidden, shared, own, thread, threads,
+                       out ? project<T> : project_and_add<T>);
+            }
+        }
+    }
+}
+
+// y [num_rows, num_n] = x [num_rows, num_k] w^T + bias.
+template <class T>
+void linear_of(const T* w, const T* bias, const T* x, T* y, int num_rows, int num_k, int num_n, int num_threads) {
+#pragma omp parallel num_threads(num_threads)
+    {
+        static thread_local Scratch own;
+        int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        Range part = part_of(num_n, thread, threads);
+        own.make_room(size_t(num_rows) * num_k, size_t(num_rows) * (part.end - part.begin), 0);
+        take_rows(x, num_rows, num_k, own.x.data());
+        project(w, bias, num_k, part, own.x.data(), num_rows, own.sums.data(), y, num_n);
+    }
+}
+
+}  // namespace sluice
+
+using sluice::bfloat16;
+
+extern "C" {
+
+int sluice_pair_width() { return 2 * sluice::W; }
+
+void sluice_run_float32(const sluice::Model<float>* model, const sluice::Step* step, int first, int last, int parts,
+                        float* hidden, float* out) {
+    sluice::run(*model, *step, first, last, parts, hidden, out);
+}
+
+void sluice_run_bfloat16(const sluice::Model<bfloat16>* model, const sluice::Step* step, int first, int last,
+                         int parts, bfloat16* hidden, bfloat16* out) {
+    sluice::run(*model, *step, first, last, parts, hidden, out);
+}
+
+void sluice_linear_float32(const float* w, const float* bias, const float* x, float* y, int num_rows, int num_k,
+                           int num_n, int num_threads) {
+    sluice::linear_of(w, bias, x, y, num_rows, num_k, num_n, num_threads);
+}
+
+void sluice_linear_bfloat16(const bfloat16* w, const bfloat16* bias, const bfloat16* x, bfloat16* y, int num_rows,
+                            int num_k, int num_n, int num_threads) {
+    sluice::linear_of(w, bias, x, y, num_rows, num_k, num_n, num_threads);
+}
+
+}

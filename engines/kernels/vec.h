@@ -1,0 +1,123 @@
+// Vectors of float32 as wide as the processor's, by GCC's and Clang's vector extension, and bfloat16 in memory.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace sluice {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#else
+constexpr int W = 8;
+#endif
+
+typedef float vfloat __attribute__((vector_size(4 * W)));
+typedef int32_t vint __attribute__((vector_size(4 * W)));
+typedef uint32_t vuint __attribute__((vector_size(4 * W)));
+// The same at any address.
+typedef float vfloat_at __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint32_t vuint_at __attribute__((vector_size(4 * W), aligned(2), may_alias));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+
+inline float to_float(bfloat16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+template <class T> T from_float(float x);
+
+template <> inline float from_float<float>(float x) { return x; }
+
+// To the nearest, ties to even, as torch rounds.
+template <> inline bfloat16 from_float<bfloat16>(float x) {
+    if (std::isnan(x)) return {0x7fc0};
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+// What is left of x once it has been stored as a T.
+template <class T> inline float rounded(float x) { return to_float(from_float<T>(x)); }
+
+inline vfloat splat(float x) { return x - vfloat{}; }
+
+// What is left of x once it has been stored as a T.
+template <class T> vfloat rounded(vfloat x);
+
+template <> inline vfloat rounded<float>(vfloat x) { return x; }
+
+template <> inline vfloat rounded<bfloat16>(vfloat x) {
+    vuint bits = vuint(x);
+    vuint nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+    return vfloat(x != x ? bits | 0x400000u : nearest);
+}
+
+inline vfloat load(const float* p) { return *reinterpret_cast<const vfloat_at*>(p); }
+
+inline void store(float* p, vfloat x) { *reinterpret_cast<vfloat_at*>(p) = x; }
+
+typedef float vfloat8 __attribute__((vector_size(32)));
+typedef float vfloat4 __attribute__((vector_size(16)));
+
+inline float sum(vfloat4 x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+
+inline float sum(vfloat8 x) {
+    return sum(__builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7));
+}
+
+#if defined(__AVX512F__)
+inline float sum(vfloat x) {
+    return sum(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+               __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+#endif
+
+// e to the x for x <= 0: to 2 units in the last place, 0 below -87. 2 to the n times a polynomial of the rest
+// (Cephes' expf).
+inline vfloat exp_of_negative(vfloat x) {
+    vint is_tiny = x < splat(-87.0f);
+    x = is_tiny ? splat(-87.0f) : x;
+    vfloat shifted = x * splat(1.44269504f) + splat(12582912.0f);  // 1.5 * 2^23: rounds to a whole number
+    vfloat n = shifted - splat(12582912.0f);
+    vfloat r = x - n * splat(0.693359375f) + n * splat(2.12194440e-4f);
+    vfloat p = splat(1.9875691500e-4f);
+    p = p * r + splat(1.3981999507e-3f);
+    p = p * r + splat(8.3334519073e-3f);
+    p = p * r + splat(4.1665795894e-2f);
+    p = p * r + splat(1.6666665459e-1f);
+    p = p * r + splat(5.0000001201e-1f);
+    p = p * r * r + r + splat(1.0f);
+    vint exponent = (__builtin_convertvector(n, vint) + 127) << 23;
+    return is_tiny ? splat(0.0f) : p * vfloat(exponent);
+}
+
+// A pair of vectors holds 2 W consecutive numbers in the order in which they are taken apart: as they lie for
+// float32; for bfloat16 those at even places, then those at odd ones, which takes a shift and a mask.
+template <class T> struct Pair;
+
+template <> struct Pair<float> {
+    static vfloat first(const float* p) { return load(p); }
+    static vfloat second(const float* p) { return load(p + W); }
+    static void put(float* p, vfloat first, vfloat second) { store(p, first), store(p + W, second); }
+};
+
+template <> struct Pair<bfloat16> {
+    static vuint raw(const bfloat16* p) { return *reinterpret_cast<const vuint_at*>(p); }
+    static vfloat first(const bfloat16* p) { return vfloat(raw(p) << 16); }
+    static vfloat second(const bfloat16* p) { return vfloat(raw(p) & 0xffff0000u); }
+    static void put(bfloat16* p, vfloat first, vfloat second) {
+        vuint low = vuint(rounded<bfloat16>(first)) >> 16, high = vuint(rounded<bfloat16>(second)) & 0xffff0000u;
+        *reinterpret_cast<vuint_at*>(p) = low | high;
+    }
+};
+
+}  // namespace sluice

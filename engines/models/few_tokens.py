@@ -1,0 +1,137 @@
+"""A Llama's layers in one call of our own kernels, for steps of few tokens: decoding, mostly.
+
+Such a step is as fast as its weights are read, if nothing stands between; torch's operations, called one by
+one, take longer than the weights of a small model. Larger steps go through the layers' own modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from ctypes import POINTER, cast
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engines.base import Batch
+from engines.kernels import library
+from engines.kernels.library import Parts
+from engines.models.layers import FewRowsLinear
+from engines.runtime.context import current
+from engines.runtime.kv_cache import LayerCache, Layout
+
+if TYPE_CHECKING:
+    from engines.models.llama import Layer, Llama
+
+MOST_TOKENS = 32
+_MAX_HEAD_DIM = 256
+
+
+class FewTokens:
+    """The layers of `model`, this rank's share of each. It reads the weights where the modules have them."""
+
+    @classmethod
+    def of(cls, model: Llama) -> FewTokens | None:
+        """None where a kernel is missing for any of the layers."""
+        kernels = library.load()
+        if kernels is None or not all(_is_of_ours(layer) for layer in model.layers):
+            return None
+        first = model.layers[0]
+        sizes = (first.attention.head_dim, first.attention.output.weight.shape[1], _inner(first))  # type: ignore[attr-defined]
+        if first.attention.head_dim > _MAX_HEAD_DIM or any(size % kernels.pair_width for size in sizes):
+            return None
+        return cls(kernels, model)
+
+    def __init__(self, kernels: library.Library, model: Llama) -> None:
+        self._kernels, self._mesh, self._num_layers = kernels, model.mesh, len(model.layers)
+        self._weights = (library.LayerWeights * len(model.layers))(*map(_weights_of, model.layers))
+        self._caches: Sequence[LayerCache] = ()
+        attention, rotary, config = model.layers[0].attention, model.rotary, model.config
+        self._kept = (model.layers, rotary)  # the addresses are theirs
+        self._model = library.Model(
+            layers=cast(self._weights, POINTER(library.LayerWeights)),
+            cos=rotary.cos.data_ptr(),
+            sin=rotary.sin.data_ptr(),
+            hidden=config.hidden_size,
+            num_heads=attention.num_heads,
+            num_kv_heads=attention.num_kv_heads,
+            head_dim=attention.head_dim,
+            intermediate=_inner(model.layers[0]),
+            eps=config.rms_norm_eps,
+            scale=attention.scale,
+        )
+
+    def takes(self, hidden: Tensor) -> bool:
+        """Whether it is worth it for a step of so many tokens."""
+        return hidden.shape[0] <= MOST_TOKENS
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """[T, H] through all layers, in place. Inside a forward context."""
+        context = current()
+        self._use(context.caches)
+        step, kept = _step_of(context.batch)
+        if self._mesh.tp_size == 1:
+            self._kernels.run(self._model, step, range(self._num_layers), Parts.ALL, hidden, None)
+            return hidden
+        share = torch.empty_like(hidden)
+        for layer in range(self._num_layers):
+            for part in (Parts.ATTENTION, Parts.MLP):
+                self._kernels.run(self._model, step, range(layer, layer + 1), part, hidden, share)
+                hidden.add_(self._mesh.all_reduce(share))
+        del kept
+        return hidden
+
+    def _use(self, caches: Sequence[LayerCache]) -> None:
+        if caches is self._caches:
+            return
+        assert all(cache.layout is Layout.GATHER for cache in caches)
+        self._caches, self._model.block_size = caches, caches[0].block_size
+        for weights, cache in zip(self._weights, caches, strict=True):
+            weights.cache = cache.data.data_ptr()
+
+
+def _step_of(batch: Batch) -> tuple[library.Step, Iterable[object]]:
+    """The step, and what has to live as long as it is used."""
+    lengths = np.diff(batch.query_start_list)
+    sequences = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    tables = batch.block_tables.contiguous()
+    step = library.Step(
+        positions=batch.positions.data_ptr(),
+        slots=batch.slot_mapping.data_ptr(),
+        sequences=sequences.ctypes.data,
+        tables=tables.data_ptr(),
+        num_tokens=batch.num_tokens,
+        table_width=tables.shape[1],
+        max_context=batch.max_context_len,
+        num_threads=torch.get_num_threads(),
+    )
+    return step, (sequences, tables)
+
+
+def _linears(layer: Layer) -> tuple[object, ...]:
+    return (layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down)
+
+
+def _is_of_ours(layer: Layer) -> bool:
+    return all(isinstance(linear, FewRowsLinear) for linear in _linears(layer))
+
+
+def _inner(layer: Layer) -> int:
+    down = layer.mlp.down
+    assert isinstance(down, FewRowsLinear)
+    return down.weight.shape[1]
+
+
+def _weights_of(layer: Layer) -> library.LayerWeights:
+    qkv, output, gate_up, down = _linears(layer)
+    found = {
+        "attention_norm": layer.attention_norm.weight,
+        "mlp_norm": layer.mlp_norm.weight,
+    }
+    for name, linear in (("qkv", qkv), ("output", output), ("gate_up", gate_up), ("down", down)):
+        assert isinstance(linear, FewRowsLinear)
+        found[name] = linear.weight
+        if linear.bias is not None:
+            found[f"{name}_bias"] = linear.bias
+    return library.LayerWeights(**{name: tensor.data_ptr() for name, tensor in found.items()})

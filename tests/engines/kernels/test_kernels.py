@@ -1,0 +1,189 @@
+"""Our kernels against torch: each linear, and whole layers against the modules that they stand in for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from engines.kernels import library
+from engines.models.few_tokens import MOST_TOKENS
+from engines.models.layers import FewRowsLinear, PlainLinear
+from engines.native import NativeEngine
+from engines.runtime import cpu
+from tests.engines.driver import Driver, Row
+from tests.engines.test_native import native
+from tests.models import Shape, make_llama
+
+KERNELS = library.load()
+pytestmark = pytest.mark.skipif(KERNELS is None, reason="no kernels for this machine; the log says why")
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True, params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor without instructions for it, where the kernels are used for it."""
+    monkeypatch.setattr(cpu, "has_bfloat16", lambda: False)
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_n", "num_k"), [(64, 64), (37, 96), (1, 4096), (130, 2080), (3, 32)])
+def test_linear_is_exact_to_rounding(dtype: torch.dtype, num_n: int, num_k: int) -> None:
+    assert KERNELS is not None
+    weight, bias = random(num_n, num_k, dtype=dtype), random(num_n, dtype=dtype, seed=1)
+    for num_rows in (1, 2, 3, 4, 5, 7, 11, 32):
+        x = random(num_rows, num_k, dtype=dtype, seed=num_rows)
+        for used in (None, bias):
+            exact = x.double() @ weight.double().T + (0 if used is None else used.double())
+            got = KERNELS.linear(weight, used, x).double()
+            torch.testing.assert_close(got, exact, rtol=torch.finfo(dtype).eps, atol=4e-6 * num_k**0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_a_linear_depends_on_no_other(dtype: torch.dtype) -> None:
+    assert KERNELS is not None
+    weight, x = random(70, 4128, dtype=dtype), random(32, 4128, dtype=dtype, seed=1)
+    alone = torch.cat([KERNELS.linear(weight, None, row.unsqueeze(0)) for row in x])
+    x[5] = torch.nan
+    for num_rows in (2, 3, 4, 31, 32):
+        got = KERNELS.linear(weight, None, x[:num_rows])
+        same = [row for row in range(num_rows) if row != 5]
+        assert torch.equal(got[same], alone[same])
+        assert num_rows <= 5 or got[5].isnan().all()
+
+
+def test_many_rows_are_left_to_another_linear() -> None:
+    assert KERNELS is not None
+    weight, x = random(40, 64, dtype=torch.float32), random(5, 2, 64, dtype=torch.float32)
+    marked = PlainLinear(weight + 1, None)
+    few = FewRowsLinear(KERNELS, weight, None, marked, most_rows=9)
+    assert torch.equal(few(x), marked(x))
+    torch.testing.assert_close(few(x[:4]), x[:4] @ weight.T)
+
+
+SHAPES = {
+    "mha": Shape(hidden=64, layers=2, heads=2, kv_heads=2, head_dim=32, ffn=96, vocab=256),
+    "group of 4": Shape(hidden=96, layers=3, heads=8, kv_heads=2, head_dim=32, ffn=160, vocab=301),
+    "group of 7": Shape(hidden=64, layers=2, heads=7, kv_heads=1, head_dim=64, ffn=128, vocab=256),
+    "biases": Shape(
+        hidden=64,
+        layers=2,
+        heads=6,
+        kv_heads=2,
+        head_dim=32,
+        ffn=64,
+        vocab=256,
+        extra={"attention_bias": True, "mlp_bias": True},
+    ),
+}
+
+
+class Both:
+    """One model by the kernels and by its modules, fed the same tokens."""
+
+    def __init__(self, directory: Path, dtype: str, stale: float = 0.0) -> None:
+        self.engines = [native(directory, dtype=dtype), native(directory, dtype=dtype)]
+        by_kernels, by_modules = self.engines
+        assert by_kernels._model.few_tokens is not None
+        by_modules._model.few_tokens = None
+        self.drivers = [Driver(engine, num_blocks=64, block_size=4) for engine in self.engines]
+        for driver in self.drivers:
+            for cache in driver.caches:
+                cache.data.fill_(stale)  # what earlier owners left
+        self.rows: list[list[Row]] = [[], []]
+
+    def add(self, *lengths: int) -> None:
+        generator = torch.Generator().manual_seed(sum(lengths))
+        for length in lengths:
+            prompt = torch.randint(2, 250, (length,), generator=generator).tolist()
+            for driver, rows in zip(self.drivers, self.rows, strict=True):
+                rows.append(driver.add(prompt, 24))
+
+    def step(self, chunk: int) -> tuple[Tensor, Tensor]:
+        """The logits of both; then both go on with the token of the second."""
+        found = [driver.step(rows, chunk) for driver, rows in zip(self.drivers, self.rows, strict=True)]
+        for ours, theirs in zip(*self.rows, strict=True):
+            ours.token_ids[:] = theirs.token_ids
+        assert found[0] is not None
+        assert found[1] is not None
+        return found[0], found[1]
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 4e-2)])
+def test_layers_do_what_their_modules_do(tmp_path: Path, shape: Shape, dtype: str, tolerance: float) -> None:
+    """Prompts of several lengths in chunks, beside sequences that decode."""
+    both = Both(make_llama(tmp_path, shape, seed=2), dtype, stale=0.5)
+    both.add(1, 9)
+    for _ in range(4):
+        torch.testing.assert_close(*both.step(3), rtol=tolerance, atol=tolerance)
+    both.add(22, 4, 40)
+    for _ in range(10):
+        torch.testing.assert_close(*both.step(6), rtol=tolerance, atol=tolerance)
+    for ours, theirs in zip(both.drivers[0].caches, both.drivers[1].caches, strict=True):
+        torch.testing.assert_close(ours.data, theirs.data, rtol=tolerance, atol=tolerance)
+
+
+def test_nothing_stale_is_read_or_left(tmp_path: Path) -> None:
+    """A block's first token clears it for the other way of attention, which reads whole blocks."""
+    both = Both(make_llama(tmp_path, SHAPES["mha"]), "float32", stale=float("nan"))
+    both.add(2, 3)
+    both.step(1)
+    used = [row.blocks[0] for row in both.rows[0]]
+    assert not both.drivers[0].caches[1].data[used].isnan().any()
+    both.drivers[0].engine._model.few_tokens = None  # type: ignore[attr-defined]
+    for _ in range(6):
+        ours, theirs = both.step(1)
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sequence_gets_what_it_gets_alone(tmp_path: Path, dtype: str) -> None:
+    """To the bit, as long as a step is of few tokens."""
+    engine = native(make_llama(tmp_path, SHAPES["group of 4"]), dtype=dtype)
+    alone = _logits_of(engine, [13])
+    assert torch.equal(_logits_of(engine, [13, 5, 1, 9, 2]), alone)
+
+
+def _logits_of(engine: NativeEngine, lengths: list[int]) -> Tensor:
+    """Of the first sequence, over some steps."""
+    driver = Driver(engine, num_blocks=64, block_size=4)
+    generator = torch.Generator().manual_seed(1)
+    rows = [driver.add(torch.randint(2, 250, (n,), generator=generator).tolist(), 8) for n in lengths]
+    found = [driver.step(rows, 3) for _ in range(10)]
+    return torch.stack([logits[0] for logits in found if logits is not None])
+
+
+def test_a_large_step_goes_through_the_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = native(make_llama(tmp_path, SHAPES["mha"]))
+    few = engine._model.few_tokens
+    assert few is not None
+    taken = []
+    run = few.run
+    monkeypatch.setattr(few, "run", lambda hidden: taken.append(len(hidden)) or run(hidden))
+    driver = Driver(engine, num_blocks=64, block_size=4)
+    row = driver.add(list(range(2, 2 + MOST_TOKENS + 2)), 4)
+    driver.step([row], MOST_TOKENS + 1)
+    driver.step([row], MOST_TOKENS)
+    assert taken == [1]
+
+
+def test_shapes_that_do_not_fit_are_left_to_torch(tmp_path: Path) -> None:
+    shape = Shape(hidden=72, layers=1, heads=4, kv_heads=1, head_dim=26, ffn=100, vocab=257)
+    assert native(make_llama(tmp_path, shape))._model.few_tokens is None
