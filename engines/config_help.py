@@ -47,6 +47,11 @@ _MODEL = {
         otherwise="what the model was made for; less where the K/V memory holds less",
     ),
     "handler.max_seq_len": _same_as("maxModelLen"),
+    "deterministic": Help(
+        "No answer depends on what else is served at the time, to the bit, in bf16 too. For Llamas with "
+        "engine native or pipeline on x86 CPUs; long prompts take longer.",
+        False,
+    ),
     "reshard": Help(
         "Files that `sluice convert` made for another number of ranks are divided anew at each start.", False
     ),

@@ -51,6 +51,7 @@ def _resolve(s: Settings, base: Path, source: str, num_gpus: int | None) -> Mode
     deepspeed_dtype = deepspeed_file.dtype if deepspeed_file and engine.startswith("deepspeed") else None
     _check_device_ids(s, split, replicas)
     _check_stage_split(s, split)
+    _check_deterministic(s, engine, device)
     _warn_without_effect(s, device, engine, split.parallel_type)
     _warn_of_idle_stages(s, engine, split.pp_size)
     _warn_of_small_blocks(s, device)
@@ -82,6 +83,7 @@ def _resolve(s: Settings, base: Path, source: str, num_gpus: int | None) -> Mode
         kv_cache_memory=s.integer("kvCacheMemory") or 1 << 30,
         gpu_memory_share=_or(s.number("gpuMemoryShare"), 0.9),
         prefix_cache=s.flag("prefixCache") or "prefixCache" not in s.values,
+        deterministic=s.flag("deterministic"),
         reshard=s.flag("reshard"),
         batch_size=s.integer("batchSize") or 1,
         max_batch_delay=_or(s.integer("maxBatchDelay"), 100) / 1000,
@@ -240,6 +242,13 @@ def _check_stage_split(s: Settings, split: Split) -> None:
             f"names the layers of {len(counts)} stages, but the group has {split.pp_size}",
             remedy=f"give {split.pp_size} numbers, or remove the key",
         )
+
+
+def _check_deterministic(s: Settings, engine: str, device: Device) -> None:
+    if s.flag("deterministic") and (device != "cpu" or engine not in ("native", "pipeline")):
+        here = f"engine {engine} on {'a CPU' if device == 'cpu' else 'GPUs'} has no such kernels"
+        remedy = "remove it, or serve a Llama with engine native or pipeline and deviceType: cpu"
+        s.problem("deterministic", f"is true, but {here}", remedy=remedy)
 
 
 def _warn_of_small_blocks(s: Settings, device: Device) -> None:

@@ -151,6 +151,7 @@ OURS = {
     "kvCacheMemory": Key(Kind.BYTES, 1 << 20, 1 << 50),
     "gpuMemoryShare": Key(Kind.NUMBER, 0, 1, above=True),
     "prefixCache": Key(Kind.BOOL),
+    "deterministic": Key(Kind.BOOL),
     "reshard": Key(Kind.BOOL),
     "shareDevices": Key(Kind.BOOL),
     "chatTemplate": Key(Kind.TEXT),

@@ -135,7 +135,7 @@ def _load_llama(config: ModelConfig, mesh: Mesh, report: ReportProgress) -> _Sta
     layers = _layers_of(sizes_of(model), config, mesh)
     checkpoint = open_weights(config.model_path, model, mesh, layers, reshard=config.reshard)
     dtype = checkpoint.dtype if config.dtype == "auto" else _DTYPES[config.dtype]
-    loader = WeightLoader(checkpoint, model, mesh, dtype, report)
+    loader = WeightLoader(checkpoint, model, mesh, dtype, report, config.deterministic)
     max_positions = min(config.max_model_len or model.max_positions, model.max_positions)
     return _Stage(
         Llama(loader, model, mesh, max_positions, layers),
@@ -155,6 +155,10 @@ def _load_hugging_face(config: ModelConfig, mesh: Mesh, report: ReportProgress) 
     """Each rank its parts of the layers of its stage, as transformers' plans divide them."""
     from engines.models import hf, hf_inspect, hf_stage, hf_tp  # transformers takes seconds to import
 
+    if config.deterministic:
+        raise UnsupportedModel(
+            "deterministic: true is for Llamas, whose layers have kernels of ours; remove it for this model"
+        )
     found = hf_inspect.inspect_model(config.model_path, config.max_model_len)
     hf_tp.check_heads(found, mesh.tp_size)
     checkpoint = hf.open_checkpoint(found)

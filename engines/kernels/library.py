@@ -120,13 +120,24 @@ class Library:
         run(byref(model), byref(step), layers.start, layers.stop, parts, hidden.data_ptr(), into)
 
 
-@cache
 def load() -> Library | None:
     """The library for this processor, compiled if need be; None where it cannot be had."""
+    found = _load()
+    return found if isinstance(found, Library) else None
+
+
+def reason() -> str:
+    """Why there is none; "" where there is one."""
+    found = _load()
+    return "" if isinstance(found, Library) else found
+
+
+@cache
+def _load() -> Library | str:
     if os.environ.get(SWITCH) == "off":
-        return None
+        return f"are switched off ({SWITCH}=off)"
     try:
         return Library(build.find())
     except (build.Unavailable, OSError) as error:
         log.warning("kernels: none, torch does the work, which is slower: %s", error)
-        return None
+        return f"cannot be had: {error}"

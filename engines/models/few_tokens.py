@@ -6,7 +6,7 @@ one, take longer than the weights of a small model. Larger steps go through the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from ctypes import POINTER, cast
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.base import Batch
+from engines.base import Batch, UnsupportedModel
 from engines.kernels import library
 from engines.kernels.library import Parts
 from engines.models.layers import FewRowsLinear
@@ -47,6 +47,7 @@ class FewTokens:
         self._kernels, self._mesh, self._num_layers = kernels, model.mesh, len(model.layers)
         self._weights = (library.LayerWeights * len(model.layers))(*map(_weights_of, model.layers))
         self._caches: Sequence[LayerCache] = ()
+        self.takes_all = False
         attention, rotary, config = model.layers[0].attention, model.rotary, model.config
         self._kept = (model.layers, rotary)  # the addresses are theirs
         self._model = library.Model(
@@ -64,23 +65,27 @@ class FewTokens:
 
     def takes(self, hidden: Tensor) -> bool:
         """Whether it is worth it for a step of so many tokens."""
-        return hidden.shape[0] <= MOST_TOKENS
+        return self.takes_all or hidden.shape[0] <= MOST_TOKENS
 
     def run(self, hidden: Tensor) -> Tensor:
-        """[T, H] through all layers, in place. Inside a forward context."""
+        """[T, H] through all layers, in place, MOST_TOKENS at a time. Inside a forward context."""
         context = current()
         self._use(context.caches)
-        step, kept = _step_of(context.batch)
+        tokens = _Tokens(context.batch)
+        for start in range(0, hidden.shape[0], MOST_TOKENS):
+            piece = hidden[start : start + MOST_TOKENS]
+            self._run(piece, tokens.step(start, len(piece)))
+        return hidden
+
+    def _run(self, hidden: Tensor, step: library.Step) -> None:
         if self._mesh.tp_size == 1:
             self._kernels.run(self._model, step, range(self._num_layers), Parts.ALL, hidden, None)
-            return hidden
+            return
         share = torch.empty_like(hidden)
         for layer in range(self._num_layers):
             for part in (Parts.ATTENTION, Parts.MLP):
                 self._kernels.run(self._model, step, range(layer, layer + 1), part, hidden, share)
                 hidden.add_(self._mesh.all_reduce(share))
-        del kept
-        return hidden
 
     def _use(self, caches: Sequence[LayerCache]) -> None:
         if caches is self._caches:
@@ -91,22 +96,38 @@ class FewTokens:
             weights.cache = cache.data.data_ptr()
 
 
-def _step_of(batch: Batch) -> tuple[library.Step, Iterable[object]]:
-    """The step, and what has to live as long as it is used."""
-    lengths = np.diff(batch.query_start_list)
-    sequences = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    tables = batch.block_tables.contiguous()
-    step = library.Step(
-        positions=batch.positions.data_ptr(),
-        slots=batch.slot_mapping.data_ptr(),
-        sequences=sequences.ctypes.data,
-        tables=tables.data_ptr(),
-        num_tokens=batch.num_tokens,
-        table_width=tables.shape[1],
-        max_context=batch.max_context_len,
-        num_threads=torch.get_num_threads(),
-    )
-    return step, (sequences, tables)
+def require_deterministic(layers: FewTokens | None) -> FewTokens:
+    """Have them take steps of any size: in a kernel of ours a token's result depends on no other's, and not
+    on how its prompt was cut into steps. Raises UnsupportedModel where there are none."""
+    if layers is None:
+        raise UnsupportedModel(
+            f"deterministic: true needs kernels of ours, which {library.reason() or 'do not fit its sizes'};"
+            " remove it to serve this model"
+        )
+    layers.takes_all = True
+    return layers
+
+
+class _Tokens:
+    """The batch as the kernels read it. Keeps alive what the steps point to."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch, self._tables = batch, batch.block_tables.contiguous()
+        lengths = np.diff(batch.query_start_list)
+        self._sequences = torch.from_numpy(np.repeat(np.arange(len(lengths), dtype=np.int32), lengths))
+
+    def step(self, start: int, count: int) -> library.Step:
+        """For `count` of the tokens."""
+        return library.Step(
+            positions=self._batch.positions[start:].data_ptr(),
+            slots=self._batch.slot_mapping[start:].data_ptr(),
+            sequences=self._sequences[start:].data_ptr(),
+            tables=self._tables.data_ptr(),
+            num_tokens=count,
+            table_width=self._tables.shape[1],
+            max_context=self._batch.max_context_len,
+            num_threads=torch.get_num_threads(),
+        )
 
 
 def _linears(layer: Layer) -> tuple[object, ...]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engines.base import UnsupportedModel
 from engines.kernels import library
 from engines.models.config import Llama3Scaling, Rope
 from engines.runtime import cpu
@@ -128,19 +129,49 @@ class FewRowsLinear:
         return out.view(*x.shape[:-1], -1)
 
 
+class PiecewiseLinear:
+    """Rows in pieces of at most `most_rows`."""
+
+    def __init__(self, linear: Callable[[Tensor], Tensor], most_rows: int) -> None:
+        self._linear, self._most_rows = linear, most_rows
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([self._linear(rows) for rows in torch.split(x, self._most_rows)])
+
+
 _MOST_ROWS = {torch.bfloat16: 32, torch.float32: 64}
 
 
-def _few_rows(weight: Tensor, bias: Tensor | None) -> FewRowsLinear | None:
-    """None where it cannot be had, or torch's own is as fast: in bfloat16 on CPUs that multiply it."""
-    if weight.device.type != "cpu" or (weight.dtype == torch.bfloat16 and cpu.has_bfloat16()):
+def _kernels_for(weight: Tensor) -> library.Library | None:
+    if weight.device.type != "cpu":
         return None
     kernels = library.load()
     if kernels is None or weight.dtype not in kernels.dtypes or weight.shape[1] % kernels.pair_width:
         return None
+    return kernels
+
+
+def _few_rows(weight: Tensor, bias: Tensor | None) -> FewRowsLinear | None:
+    """None where it cannot be had, or torch's own is as fast: in bfloat16 on CPUs that multiply it."""
+    kernels = _kernels_for(weight)
+    if kernels is None or (weight.dtype == torch.bfloat16 and cpu.has_bfloat16()):
+        return None
     is_bfloat16 = weight.dtype == torch.bfloat16 and weight.shape[1] <= UpcastLinear._TILE
     many = (UpcastLinear if is_bfloat16 else PlainLinear)(weight, bias)
     return FewRowsLinear(kernels, weight, bias, many, _MOST_ROWS[weight.dtype])
+
+
+def make_deterministic_linear(weight: Tensor, bias: Tensor | None = None) -> LinearOp:
+    """One whose rows depend on no others, however many there are. Raises UnsupportedModel."""
+    kernels = _kernels_for(weight)
+    if kernels is None:
+        reason = library.reason() or f"do not fit {weight.dtype} weights of {weight.shape[1]} inputs"
+        raise UnsupportedModel(
+            f"deterministic: true needs kernels of ours, which {reason}; remove it to serve this model"
+        )
+    most_rows = _MOST_ROWS[weight.dtype]
+    pieces = PiecewiseLinear(partial(kernels.linear, weight, bias), most_rows)
+    return FewRowsLinear(kernels, weight, bias, pieces, most_rows)
 
 
 def make_linear(weight: Tensor, bias: Tensor | None = None) -> LinearOp:

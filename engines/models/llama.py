@@ -14,8 +14,16 @@ from torch import Tensor
 from engines.base import ReportProgress
 from engines.models.checkpoint import Checkpoint
 from engines.models.config import LlamaConfig
-from engines.models.few_tokens import FewTokens
-from engines.models.layers import LinearOp, RMSNorm, Rotary, embed_share, make_linear, swiglu
+from engines.models.few_tokens import FewTokens, require_deterministic
+from engines.models.layers import (
+    LinearOp,
+    RMSNorm,
+    Rotary,
+    embed_share,
+    make_deterministic_linear,
+    make_linear,
+    swiglu,
+)
 from engines.models.names import Slice, expected_tensors, kv_heads_of, slice_of
 from engines.models.quantized import QuantizedLinear
 from engines.runtime.attention import paged_attention
@@ -34,8 +42,11 @@ class WeightLoader:
         mesh: Mesh,
         dtype: torch.dtype,
         report: ReportProgress,
+        is_deterministic: bool = False,
     ) -> None:
         self._checkpoint, self._config, self._mesh, self._dtype = checkpoint, config, mesh, dtype
+        self.make_linear = make_deterministic_linear if is_deterministic else make_linear
+        self.is_deterministic = is_deterministic
         self._specs = expected_tensors(config)
         checkpoint.check(self._specs.values(), optional=frozenset({"lm_head.weight"}))
         self._report, self._num_read, self._num_tensors = report, 0, len(self._specs)
@@ -83,7 +94,7 @@ class WeightLoader:
         weights = tuple(f"{name}.weight" for name in names)
         quantized = self._checkpoint.quantized(weights)
         if quantized is None:
-            return make_linear(self.load(*weights), bias)
+            return self.make_linear(self.load(*weights), bias)
         self._count(len(weights))
         weight, scale = (tensor.to(self._mesh.device) for tensor in quantized)
         return QuantizedLinear(weight, scale, bias, self._dtype)
@@ -179,11 +190,13 @@ class Llama:
             self.head = self._load_head(loader)
         self.rotary = Rotary(config.rope, config.head_dim, max_positions, loader.dtype, mesh.device)
         self.few_tokens = FewTokens.of(self)
+        if loader.is_deterministic:
+            self.few_tokens = require_deterministic(self.few_tokens)
 
     def _load_head(self, loader: WeightLoader) -> LinearOp:
         if not self.config.tie_word_embeddings:
             return loader.linear("lm_head")
-        return make_linear(self.embedding if self.is_first else loader.load(_EMBEDDING))
+        return loader.make_linear(self.embedding if self.is_first else loader.load(_EMBEDDING))
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """[T], [T] to hidden states [T, H] after the last norm, the same on every rank."""

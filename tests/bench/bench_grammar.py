@@ -18,19 +18,16 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from engines.base import Engine
-from engines.config import ModelConfig
-from engines.native import NativeEngine
 from engines.runtime.grammar import Grammars
-from engines.runtime.mesh import single
 from engines.wire import Generate, SamplingParams
 from gateway import bench
 from gateway.grammar_process import make
+from tests.engines.driver import native
 from tests.engines.runtime.in_process import InProcess
 from tests.models import SMALL, make_llama, write_tokenizer
 
@@ -65,8 +62,7 @@ def schema(number: int) -> dict[str, Any]:
 
 
 def load(directory: Path, dtype: str) -> Engine:
-    settings = SimpleNamespace(model_path=str(directory), dtype=dtype, max_model_len=2048, reshard=False)
-    return NativeEngine(cast(ModelConfig, settings), single(), lambda *_: None)
+    return native(directory, dtype=dtype, max_model_len=2048)
 
 
 def step_times(group: InProcess, grammars: list[str], round: int) -> tuple[float, float]:

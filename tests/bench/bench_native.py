@@ -17,15 +17,11 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from engines.config import ModelConfig
-from engines.native import NativeEngine
-from engines.runtime.mesh import single
-from tests.engines.driver import Driver
+from tests.engines.driver import Driver, native
 from tests.models import B1, SMALL, TINY, make_llama
 
 SHAPES = {"tiny": TINY, "small": SMALL, "b1": B1}
@@ -36,8 +32,7 @@ Decode = Callable[[list[list[int]]], list[float]]
 
 
 def native_decode(directory: Path) -> Decode:
-    settings = SimpleNamespace(model_path=str(directory), dtype="bfloat16", max_model_len=2048, reshard=False)
-    engine = NativeEngine(cast(ModelConfig, settings), single(), lambda *_: None)
+    engine = native(directory, dtype="bfloat16", max_model_len=2048)
 
     def decode(prompts: list[list[int]]) -> list[float]:
         num_blocks = -(-(PROMPT_TOKENS + NEW_TOKENS) // BLOCK_SIZE) * len(prompts)

@@ -21,8 +21,7 @@ from engines.base import Engine
 from gateway import bench
 from tests.conversion.helpers import convert
 from tests.conversion.test_quantize import logits_of
-from tests.engines.driver import generate
-from tests.engines.test_native import native
+from tests.engines.driver import generate, native
 
 DEMO = Path(__file__).parents[2] / "gateway" / "demo_model"
 TOPICS = (

@@ -21,8 +21,8 @@ from engines.models.manifest import read_manifest
 from engines.models.quantized import QuantizedLinear
 from engines.runtime.context import ForwardContext, forward_context
 from tests.conversion.helpers import convert, weights
-from tests.engines.driver import Driver, generate, make_batch
-from tests.engines.test_native import native, prompts_for
+from tests.engines.driver import Driver, generate, make_batch, native
+from tests.engines.test_native import prompts_for
 from tests.models import GQA, ODD, Shape, make_llama
 
 NAME = "model.layers.1.mlp.down_proj.weight"

@@ -20,8 +20,8 @@ from engines.models.rank_weights import MappedRank, open_weights
 from engines.models.stages import sizes_of, split_layers
 from engines.runtime.mesh import Mesh, single
 from tests.conversion.helpers import ODD_FOR_META, convert
-from tests.engines.driver import generate
-from tests.engines.test_native import hf_greedy, native, prompts_for
+from tests.engines.driver import generate, native
+from tests.engines.test_native import hf_greedy, prompts_for
 from tests.models import GQA, ODD, Shape, make_llama
 
 SHAPES = {"gqa": GQA, "odd": ODD_FOR_META}

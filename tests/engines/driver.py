@@ -4,14 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
-from engines.base import Batch, Engine
+from engines.base import Batch, Engine, ReportProgress
+from engines.config import ModelConfig
+from engines.native import NativeEngine
 from engines.runtime.context import ForwardContext, forward_context
 from engines.runtime.kv_cache import LayerCache, allocate
+from engines.runtime.mesh import Mesh, single
+
+
+def native(
+    directory: Path, mesh: Mesh | None = None, report: ReportProgress = lambda *_: None, **settings: Any
+) -> NativeEngine:
+    """The native engine over a model directory; `settings` over those of a configuration's defaults."""
+    config = SimpleNamespace(
+        **{
+            "model_path": str(directory),
+            "dtype": "auto",
+            "max_model_len": None,
+            "reshard": False,
+            "deterministic": False,
+        }
+        | settings
+    )  # all that the engine reads of it
+    return NativeEngine(cast(ModelConfig, config), mesh or single(), report)
 
 
 @dataclass

@@ -5,32 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 
 from engines.base import Engine, UnsupportedModel
-from engines.config import ModelConfig
 from engines.native import NativeEngine
 from engines.runtime.context import ForwardContext, forward_context
-from engines.runtime.mesh import Mesh, single
-from tests.engines.driver import Driver, generate, make_batch
+from engines.runtime.mesh import Mesh
+from tests.engines.driver import Driver, generate, make_batch, native
 from tests.models import GQA, MHA, ODD, Shape, make_llama
 
 NUM_TOKENS = 24
-
-
-def native(directory: Path, mesh: Mesh | None = None, **settings: Any) -> NativeEngine:
-    values = {
-        "model_path": str(directory),
-        "dtype": "auto",
-        "max_model_len": None,
-        "reshard": False,
-    } | settings
-    config = cast(ModelConfig, SimpleNamespace(**values))  # all that the engine reads of it
-    return NativeEngine(config, mesh or single(), lambda *_: None)
 
 
 def prompts_for(vocab: int, *lengths: int) -> list[list[int]]:
@@ -104,10 +91,7 @@ def test_the_dtype_is_that_of_the_weights_unless_said(tmp_path: Path) -> None:
 
 def test_progress_ends_at_one(tmp_path: Path) -> None:
     fractions: list[float] = []
-    settings = SimpleNamespace(
-        model_path=str(make_llama(tmp_path, ODD)), dtype="auto", max_model_len=None, reshard=False
-    )
-    NativeEngine(cast(ModelConfig, settings), single(), fractions.append)
+    native(make_llama(tmp_path, ODD), report=fractions.append)
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
 
@@ -134,7 +118,7 @@ import sys
 from pathlib import Path
 import torch
 from engines.runtime.mesh import Mesh
-from tests.engines.test_native import make_llama, native, MHA
+from tests.engines.driver import native; from tests.models import MHA, make_llama
 
 def resident(key):
     lines = Path("/proc/self/status").read_text().splitlines()

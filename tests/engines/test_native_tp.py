@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from engines.base import UnsupportedModel
 from engines.runtime.mesh import Mesh
-from tests.engines.driver import generate
-from tests.engines.test_native import native, prompts_for
+from tests.engines.driver import generate, native
+from tests.engines.test_native import prompts_for
 from tests.models import GQA, MHA, ODD, Shape, make_llama
 
 SHAPES = {

@@ -20,8 +20,8 @@ from conversion.open import open_checkpoint
 from conversion.plan import Target
 from conversion.verify import differences
 from tests.conversion.helpers import Case, assert_same_weights, convert, random_case
-from tests.engines.driver import generate
-from tests.engines.test_native import hf_greedy, native, prompts_for
+from tests.engines.driver import generate, native
+from tests.engines.test_native import hf_greedy, prompts_for
 from tests.models import make_llama
 from tests.soak import _figures
 

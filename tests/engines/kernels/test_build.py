@@ -16,9 +16,9 @@ from engines.kernels import build, library
 
 @pytest.fixture(autouse=True)
 def forgets() -> Iterator[None]:
-    library.load.cache_clear()
+    library._load.cache_clear()
     yield
-    library.load.cache_clear()
+    library._load.cache_clear()
 
 
 @pytest.fixture
@@ -57,6 +57,7 @@ def test_without_a_compiler_torch_does_the_work(
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with caplog.at_level(logging.WARNING):
         assert library.load() is None
+    assert library.reason().startswith("cannot be had: neither g++")
     assert "neither g++ nor clang++" in caplog.text
 
 
@@ -99,6 +100,7 @@ def test_the_best_level_that_the_processor_has_is_taken(monkeypatch: pytest.Monk
 def test_they_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(library.SWITCH, "off")
     assert library.load() is None
+    assert library.SWITCH in library.reason()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")

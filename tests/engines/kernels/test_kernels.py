@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from engines.base import UnsupportedModel
 from engines.kernels import library
 from engines.models.few_tokens import MOST_TOKENS
 from engines.models.layers import FewRowsLinear, PlainLinear
 from engines.native import NativeEngine
 from engines.runtime import cpu
-from tests.engines.driver import Driver, Row
-from tests.engines.test_native import native
+from tests.engines.driver import Driver, Row, native
 from tests.models import Shape, make_llama
 
 KERNELS = library.load()
@@ -159,6 +159,49 @@ def test_a_sequence_gets_what_it_gets_alone(tmp_path: Path, dtype: str) -> None:
     engine = native(make_llama(tmp_path, SHAPES["group of 4"]), dtype=dtype)
     alone = _logits_of(engine, [13])
     assert torch.equal(_logits_of(engine, [13, 5, 1, 9, 2]), alone)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_deterministic_nothing_else_has_a_say(tmp_path: Path, dtype: str) -> None:
+    """Neither who is in the batch, nor how many, nor how a prompt is cut into steps: all to the bit."""
+    directory = make_llama(tmp_path, SHAPES["group of 4"])
+    engine = native(directory, dtype=dtype, deterministic=True)
+    [prompt, *others] = [_prompt(seed, length) for seed, length in enumerate((75, 3, 40, 90, 1))]
+    alone = _decoded(engine, [prompt], chunk=80)
+    assert torch.equal(_decoded(engine, [prompt], chunk=7), alone)
+    assert torch.equal(_decoded(engine, [prompt, *others], chunk=33), alone)
+    assert torch.equal(_decoded(engine, [prompt, *others], chunk=80), alone)
+
+
+def test_deterministic_is_refused_where_it_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = Shape(hidden=64, layers=1, heads=4, kv_heads=1, head_dim=26, ffn=96, vocab=257)
+    with pytest.raises(UnsupportedModel, match=r"deterministic: true needs .* 104 inputs"):
+        native(make_llama(tmp_path / "odd", odd), deterministic=True)
+    directory = make_llama(tmp_path / "even", SHAPES["mha"])
+    with pytest.raises(UnsupportedModel, match=r"deterministic: true .* torch\.float16"):
+        native(directory, dtype="float16", deterministic=True)
+    monkeypatch.setattr(library, "_load", lambda: "cannot be had: no compiler")
+    with pytest.raises(UnsupportedModel, match="cannot be had: no compiler; remove it"):
+        native(directory, deterministic=True)
+
+
+def _prompt(seed: int, length: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, 250, (length,), generator=generator).tolist()
+
+
+def _decoded(engine: NativeEngine, prompts: list[list[int]], chunk: int) -> Tensor:
+    """The logits of the first prompt's next five tokens."""
+    driver = Driver(engine, num_blocks=128, block_size=4)
+    rows = [driver.add(prompt, 8) for prompt in prompts]
+    found = []
+    while len(rows[0].generated) < 5:
+        before = len(rows[0].generated)
+        logits = driver.step(rows, chunk)
+        if len(rows[0].generated) > before:
+            assert logits is not None
+            found.append(logits[0])
+    return torch.stack(found)
 
 
 def _logits_of(engine: NativeEngine, lengths: list[int]) -> Tensor:

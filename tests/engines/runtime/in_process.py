@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import torch
 
 from engines.base import Engine
-from engines.config import ModelConfig
-from engines.native import NativeEngine
 from engines.runtime import kv_cache
 from engines.runtime.grammar import Grammars
 from engines.runtime.leader import Leader
@@ -28,6 +24,7 @@ from engines.wire import (
     from_worker_decoder,
     to_worker_decoder,
 )
+from tests.engines.driver import native
 from tests.engines.harness import Ended
 
 EOS = 1
@@ -35,9 +32,7 @@ EOS = 1
 
 def load(model: Path) -> Engine:
     """The native engine in float32, alone."""
-    values = {"model_path": str(model), "dtype": "float32", "max_model_len": None, "reshard": False}
-    config = cast(ModelConfig, SimpleNamespace(**values))  # all that the engine reads of it
-    return NativeEngine(config, single(), lambda *_: None)
+    return native(model, dtype="float32")
 
 
 class LocalInbox:
