@@ -9,8 +9,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Collection
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_void_p
+from dataclasses import dataclass
 from enum import IntFlag
 from functools import cache
 from pathlib import Path
@@ -33,20 +33,22 @@ class Parts(IntFlag):
     ALL = 3
 
 
+class Matrix(Structure):
+    """Mirrors Matrix of llama.cpp: addresses, none where there is no scale or bias."""
+
+    _fields_ = (("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p))
+
+
 class LayerWeights(Structure):
-    """Mirrors Layer of llama.cpp: addresses, none where there is no bias."""
+    """Mirrors Layer of llama.cpp."""
 
     _fields_ = (
         ("attention_norm", c_void_p),
-        ("qkv", c_void_p),
-        ("qkv_bias", c_void_p),
-        ("output", c_void_p),
-        ("output_bias", c_void_p),
         ("mlp_norm", c_void_p),
-        ("gate_up", c_void_p),
-        ("gate_up_bias", c_void_p),
-        ("down", c_void_p),
-        ("down_bias", c_void_p),
+        ("qkv", Matrix),
+        ("output", Matrix),
+        ("gate_up", Matrix),
+        ("down", Matrix),
         ("cache", c_void_p),
     )
 
@@ -84,6 +86,23 @@ class Step(Structure):
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """What a linear multiplies with: [out, in], for int8 with a float32 scale an output; contiguous."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+
+    def matrix(self) -> Matrix:
+        """Valid as long as this is."""
+        parts = (self.weight, self.scale, self.bias)
+        return Matrix(*(None if part is None else part.data_ptr() for part in parts))
+
+
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
+
+
 class Library:
     """What was compiled. `pair_width`: the dimensions that are summed over must be multiples of it."""
 
@@ -91,32 +110,44 @@ class Library:
         functions = ctypes.CDLL(os.fspath(path))
         self.pair_width: int = functions.sluice_pair_width()
         self._run, self._linear = {}, {}
-        for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
-            run, linear = functions[f"sluice_run_{name}"], functions[f"sluice_linear_{name}"]
-            run.argtypes = [POINTER(Model), POINTER(Step), c_int, c_int, c_int, c_void_p, c_void_p]
-            linear.argtypes = [c_void_p] * 4 + [c_int] * 4
-            run.restype = linear.restype = None
-            self._run[dtype], self._linear[dtype] = run, linear
+        for values in (torch.float32, torch.bfloat16):
+            for weights in (values, torch.int8):
+                name = f"{_NAMES[values]}_{_NAMES[weights]}"
+                run, linear = functions[f"sluice_run_{name}"], functions[f"sluice_linear_{name}"]
+                run.argtypes = [POINTER(Model), POINTER(Step), c_int, c_int, c_int, c_void_p, c_void_p]
+                linear.argtypes = [c_void_p] * 5 + [c_int] * 4
+                run.restype = linear.restype = None
+                self._run[values, weights], self._linear[values, weights] = run, linear
 
-    @property
-    def dtypes(self) -> Collection[torch.dtype]:
-        return self._run.keys()
+    def takes(self, values: torch.dtype, weight: Tensor) -> bool:
+        """Whether `linear` multiplies values of that dtype by this weight."""
+        is_cpus = weight.device.type == "cpu"
+        return is_cpus and (values, weight.dtype) in self._linear and weight.shape[1] % self.pair_width == 0
 
-    def linear(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-        """x [T, in] @ weight.T + bias; all contiguous and of one of `dtypes`."""
-        (num_rows, num_k), num_n = x.shape, weight.shape[0]
+    def linear(self, weight: Weight, x: Tensor) -> Tensor:
+        """x [T, in], contiguous, to [T, out]."""
+        (num_rows, num_k), num_n = x.shape, weight.weight.shape[0]
         out = x.new_empty(num_rows, num_n)
-        tensors = (weight, bias, x, out)
+        tensors = (weight.weight, weight.scale, weight.bias, x, out)
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        self._linear[x.dtype](*addresses, num_rows, num_k, num_n, torch.get_num_threads())
+        run = self._linear[x.dtype, weight.weight.dtype]
+        run(*addresses, num_rows, num_k, num_n, torch.get_num_threads())
         return out
 
     def run(
-        self, model: Model, step: Step, layers: range, parts: Parts, hidden: Tensor, out: Tensor | None
+        self,
+        model: Model,
+        weights: torch.dtype,
+        step: Step,
+        layers: range,
+        parts: Parts,
+        hidden: Tensor,
+        out: Tensor | None,
     ) -> None:
-        """`parts` of `layers` change `hidden` [T, H], or put what they would add to it into `out`."""
+        """`parts` of `layers`, with matrices of dtype `weights`, change `hidden` [T, H], or put what they
+        would add to it into `out`."""
         into = None if out is None else out.data_ptr()
-        run = self._run[hidden.dtype]
+        run = self._run[hidden.dtype, weights]
         run(byref(model), byref(step), layers.start, layers.stop, parts, hidden.data_ptr(), into)
 
 

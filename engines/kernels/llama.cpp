@@ -11,14 +11,30 @@
 
 namespace sluice {
 
-template <class T> struct Layer {
-    const T *attention_norm, *qkv, *qkv_bias, *output, *output_bias;
-    const T *mlp_norm, *gate_up, *gate_up_bias, *down, *down_bias;
+// One matrix, in T or in int8 with a scale for each row; `bias` may be null.
+template <class T, class B> struct Matrix {
+    const B* weight;
+    const float* scale;
+    const T* bias;
+
+    float result(int n, float sum) const {
+        if (scale) sum *= scale[n];
+        return bias ? sum + to_float(bias[n]) : sum;
+    }
+
+    Matrix from(int64_t row, int num_k) const {
+        return {weight + row * num_k, scale ? scale + row : nullptr, bias ? bias + row : nullptr};
+    }
+};
+
+template <class T, class B> struct Layer {
+    const T *attention_norm, *mlp_norm;
+    Matrix<T, B> qkv, output, gate_up, down;
     T* cache;
 };
 
-template <class T> struct Model {
-    const Layer<T>* layers;
+template <class T, class B> struct Model {
+    const Layer<T, B>* layers;
     const T *cos, *sin;  // [positions, head_dim], the sign of the rotation in sin
     int32_t hidden, num_heads, num_kv_heads, head_dim, intermediate, block_size;
     float eps, scale;
@@ -52,43 +68,42 @@ template <class T> void resize(std::vector<T>& buffer, size_t size) {
 }
 
 // Every row of hidden [rows, size] over its root mean square, times weight, into x as `linear` wants it.
-template <class T> void normed(const T* hidden, const T* weight, int num_rows, int size, float eps, float* x) {
+template <class T, class B>
+void normed(const T* hidden, const T* weight, int num_rows, int size, float eps, float* x) {
     for (int row = 0; row < num_rows; row++) {
         const T* from = hidden + int64_t(row) * size;
         float* to = x + int64_t(row) * size;
-        take_row(from, size, to);
+        take_row<T, B>(from, size, to);
         vfloat squares = {};
         for (int i = 0; i < size; i += W) squares += load(to + i) * load(to + i);
         vfloat factor = splat(1.0f / std::sqrt(sum(squares) / float(size) + eps));
         for (int i = 0; i < size; i += 2 * W) {
-            vfloat first = load(to + i) * factor * Pair<T>::first(weight + i);
-            vfloat second = load(to + i + W) * factor * Pair<T>::second(weight + i);
+            vfloat first = load(to + i) * factor * first_as<T, B>(weight + i);
+            vfloat second = load(to + i + W) * factor * second_as<T, B>(weight + i);
             store(to + i, rounded<T>(first));
             store(to + i + W, rounded<T>(second));
         }
     }
 }
 
-template <class T> void take_rows(const T* from, int num_rows, int size, float* x) {
-    for (int64_t row = 0; row < num_rows; row++) take_row(from + row * size, size, x + row * size);
+template <class T, class B> void take_rows(const T* from, int num_rows, int size, float* x) {
+    for (int64_t row = 0; row < num_rows; row++) take_row<T, B>(from + row * size, size, x + row * size);
 }
 
 // [rows, width] = x w^T + bias, the columns of `part`.
-template <class T>
-void project(const T* w, const T* bias, int num_k, Range part, const float* x, int num_rows, float* sums, T* out,
-             int width) {
-    linear(w, num_k, part, x, num_rows, sums, [=](int m, int n, float value) {
-        out[int64_t(m) * width + n] = from_float<T>(bias ? value + to_float(bias[n]) : value);
-    });
+template <class T, class B>
+void project(Matrix<T, B> w, int num_k, Range part, const float* x, int num_rows, float* sums, T* out, int width) {
+    linear(w.weight, num_k, part, x, num_rows, sums,
+           [=](int m, int n, float sum) { out[int64_t(m) * width + n] = from_float<T>(w.result(n, sum)); });
 }
 
 // The same, added to `out`.
-template <class T>
-void project_and_add(const T* w, const T* bias, int num_k, Range part, const float* x, int num_rows, float* sums,
-                     T* out, int width) {
-    linear(w, num_k, part, x, num_rows, sums, [=](int m, int n, float value) {
+template <class T, class B>
+void project_and_add(Matrix<T, B> w, int num_k, Range part, const float* x, int num_rows, float* sums, T* out,
+                     int width) {
+    linear(w.weight, num_k, part, x, num_rows, sums, [=](int m, int n, float sum) {
         T& into = out[int64_t(m) * width + n];
-        into = from_float<T>(to_float(into) + rounded<T>(bias ? value + to_float(bias[n]) : value));
+        into = from_float<T>(to_float(into) + rounded<T>(w.result(n, sum)));
     });
 }
 
@@ -114,8 +129,8 @@ template <class T> void keep(const T* from, const Cache<T>& cache, int64_t slot,
 }
 
 // Turns the heads of one token that belong to K/V head `head`, and keeps its key and value.
-template <class T>
-void turn_and_keep(const Model<T>& model, const Cache<T>& cache, int64_t position, int64_t slot, int head, T* row) {
+template <class T, class B>
+void turn_and_keep(const Model<T, B>& model, const Cache<T>& cache, int64_t position, int64_t slot, int head, T* row) {
     int dim = model.head_dim, group = model.num_heads / model.num_kv_heads;
     const T *cos = model.cos + position * dim, *sin = model.sin + position * dim;
     for (int g = 0; g < group; g++) turn(row + (head * group + g) * dim, cos, sin, dim);
@@ -126,15 +141,15 @@ void turn_and_keep(const Model<T>& model, const Cache<T>& cache, int64_t positio
 }
 
 // Attention of one token's query heads that share K/V head `head`: q to out, at the same places in their rows.
-template <class T>
-void attend_heads(const Model<T>& model, const Cache<T>& cache, const int32_t* table, int head, int context,
+template <class T, class B>
+void attend_heads(const Model<T, B>& model, const Cache<T>& cache, const int32_t* table, int head, int context,
                   int64_t stride, const T* q, T* out, float* scores) {
     int dim = model.head_dim, group = model.num_heads / model.num_kv_heads;
     float scaled[4 * MAX_HEAD_DIM], found[4 * MAX_HEAD_DIM];
     for (int g = 0; g < group;) {
         int64_t place = (int64_t(head) * group + g) * dim;
         int count = group - g >= 4 ? 4 : group - g >= 2 ? 2 : 1;
-        take_row(q + place, count * dim, scaled);
+        take_row<T, T>(q + place, count * dim, scaled);
         for (int i = 0; i < count * dim; i++) scaled[i] *= model.scale;
         auto run = count == 4 ? attend<T, 4> : count == 2 ? attend<T, 2> : attend<T, 1>;
         run(cache, table, head, context, scaled, scores, stride, found);
@@ -160,15 +175,14 @@ template <class T> void activate(const T* gate_up, int num_rows, int inner, Rang
 }
 
 // One thread's part of a layer's attention. `put` is project or project_and_add, into `out` [num_tokens, hidden].
-template <class T, class Put>
-void attention_of(const Model<T>& model, const Layer<T>& layer, const Step& step, const T* hidden, T* out,
+template <class T, class B, class Put>
+void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step, const T* hidden, T* out,
                   Shared<T>& shared, Scratch& own, int thread, int threads, Put put) {
     int dim = model.head_dim, rows = step.num_tokens;
     int width = (model.num_heads + 2 * model.num_kv_heads) * dim, inner = model.num_heads * dim;
     float *x = own.x.data(), *sums = own.sums.data();
-    normed(hidden, layer.attention_norm, rows, model.hidden, model.eps, x);
-    project(layer.qkv, layer.qkv_bias, model.hidden, part_of(width, thread, threads), x, rows, sums,
-            shared.qkv.data(), width);
+    normed<T, B>(hidden, layer.attention_norm, rows, model.hidden, model.eps, x);
+    project(layer.qkv, model.hidden, part_of(width, thread, threads), x, rows, sums, shared.qkv.data(), width);
 #pragma omp barrier
     Cache<T> cache{layer.cache, model.num_kv_heads, model.block_size, dim};
     for (int t = 0; t < rows; t++) {
@@ -189,29 +203,27 @@ void attention_of(const Model<T>& model, const Layer<T>& layer, const Step& step
                          own.scores.data());
         }
     }
-    take_rows(shared.attended.data(), rows, inner, x);
-    put(layer.output, layer.output_bias, inner, part_of(model.hidden, thread, threads), x, rows, sums, out,
-        model.hidden);
+    take_rows<T, B>(shared.attended.data(), rows, inner, x);
+    put(layer.output, inner, part_of(model.hidden, thread, threads), x, rows, sums, out, model.hidden);
 #pragma omp barrier
 }
 
-template <class T, class Put>
-void mlp_of(const Model<T>& model, const Layer<T>& layer, const Step& step, const T* hidden, T* out,
+template <class T, class B, class Put>
+void mlp_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step, const T* hidden, T* out,
             Shared<T>& shared, Scratch& own, int thread, int threads, Put put) {
     int rows = step.num_tokens, inner = model.intermediate;
     float *x = own.x.data(), *sums = own.sums.data();
-    normed(hidden, layer.mlp_norm, rows, model.hidden, model.eps, x);
+    normed<T, B>(hidden, layer.mlp_norm, rows, model.hidden, model.eps, x);
     Range part = part_of(inner, thread, threads, 2 * W);
     T *gate_up = shared.gate_up.data(), *activated = shared.activated.data();
-    for (int half = 0; half < 2; half++) {
-        project(layer.gate_up + int64_t(half) * inner * model.hidden,
-                layer.gate_up_bias ? layer.gate_up_bias + half * inner : nullptr, model.hidden, part, x, rows, sums,
-                gate_up + half * inner, 2 * inner);
+    for (int first : {0, inner}) {
+        Matrix<T, B> half = layer.gate_up.from(first, model.hidden);
+        project(half, model.hidden, part, x, rows, sums, gate_up + first, 2 * inner);
     }
     activate(gate_up, rows, inner, part, activated);
 #pragma omp barrier
-    take_rows(activated, rows, inner, x);
-    put(layer.down, layer.down_bias, inner, part_of(model.hidden, thread, threads), x, rows, sums, out, model.hidden);
+    take_rows<T, B>(activated, rows, inner, x);
+    put(layer.down, inner, part_of(model.hidden, thread, threads), x, rows, sums, out, model.hidden);
 #pragma omp barrier
 }
 
@@ -219,7 +231,8 @@ enum Parts { ATTENTION = 1, MLP = 2 };
 
 // Layers first .. last, those parts of them. With `out` the sum of what they add goes there, instead of to `hidden`:
 // a share that is still to be summed over the ranks.
-template <class T> void run(const Model<T>& model, const Step& step, int first, int last, int parts, T* hidden, T* out) {
+template <class T, class B>
+void run(const Model<T, B>& model, const Step& step, int first, int last, int parts, T* hidden, T* out) {
     static Shared<T> shared;  // one caller at a time: the rank's only thread that computes
     size_t rows = step.num_tokens, inner = size_t(model.num_heads) * model.head_dim;
     resize(shared.qkv, rows * (inner + 2 * size_t(model.num_kv_heads) * model.head_dim));
@@ -234,59 +247,49 @@ template <class T> void run(const Model<T>& model, const Step& step, int first, 
         size_t columns = std::max(widest, inner + 2 * size_t(model.num_kv_heads) * model.head_dim) / threads + 2 * W;
         own.make_room(rows * widest, rows * columns, 4 * (size_t(step.max_context) + W));
         for (int i = first; i < last; i++) {
-            const Layer<T>& layer = model.layers[i];
+            const Layer<T, B>& layer = model.layers[i];
             if (parts & ATTENTION) {
                 attention_of(model, layer, step, hidden, out ? out : hidden, shared, own, thread, threads,
-                             out ? project<T> : project_and_add<T>);
+                             out ? project<T, B> : project_and_add<T, B>);
             }
             if (parts & MLP) {
                 mlp_of(model, layer, step, hidden, out ? out : hidden, shared, own, thread, threads,
-                       out ? project<T> : project_and_add<T>);
+                       out ? project<T, B> : project_and_add<T, B>);
             }
         }
     }
 }
 
 // y [num_rows, num_n] = x [num_rows, num_k] w^T + bias.
-template <class T>
-void linear_of(const T* w, const T* bias, const T* x, T* y, int num_rows, int num_k, int num_n, int num_threads) {
+template <class T, class B>
+void linear_of(Matrix<T, B> w, const T* x, T* y, int num_rows, int num_k, int num_n, int num_threads) {
 #pragma omp parallel num_threads(num_threads)
     {
         static thread_local Scratch own;
         int thread = omp_get_thread_num(), threads = omp_get_num_threads();
         Range part = part_of(num_n, thread, threads);
         own.make_room(size_t(num_rows) * num_k, size_t(num_rows) * (part.end - part.begin), 0);
-        take_rows(x, num_rows, num_k, own.x.data());
-        project(w, bias, num_k, part, own.x.data(), num_rows, own.sums.data(), y, num_n);
+        take_rows<T, B>(x, num_rows, num_k, own.x.data());
+        project(w, num_k, part, own.x.data(), num_rows, own.sums.data(), y, num_n);
     }
 }
 
 }  // namespace sluice
 
-using sluice::bfloat16;
+// Each for values and weights in these types: sluice_run_float32_int8 and so on.
+#define SLUICE_EXPORT(NAME, T, B)                                                                                 \
+    extern "C" void sluice_run_##NAME(const sluice::Model<T, B>* model, const sluice::Step* step, int first,      \
+                                      int last, int parts, T* hidden, T* out) {                                   \
+        sluice::run(*model, *step, first, last, parts, hidden, out);                                              \
+    }                                                                                                             \
+    extern "C" void sluice_linear_##NAME(const B* weight, const float* scale, const T* bias, const T* x, T* y,    \
+                                         int num_rows, int num_k, int num_n, int num_threads) {                   \
+        sluice::linear_of<T, B>({weight, scale, bias}, x, y, num_rows, num_k, num_n, num_threads);                \
+    }
 
-extern "C" {
+SLUICE_EXPORT(float32_float32, float, float)
+SLUICE_EXPORT(bfloat16_bfloat16, sluice::bfloat16, sluice::bfloat16)
+SLUICE_EXPORT(float32_int8, float, int8_t)
+SLUICE_EXPORT(bfloat16_int8, sluice::bfloat16, int8_t)
 
-int sluice_pair_width() { return 2 * sluice::W; }
-
-void sluice_run_float32(const sluice::Model<float>* model, const sluice::Step* step, int first, int last, int parts,
-                        float* hidden, float* out) {
-    sluice::run(*model, *step, first, last, parts, hidden, out);
-}
-
-void sluice_run_bfloat16(const sluice::Model<bfloat16>* model, const sluice::Step* step, int first, int last,
-                         int parts, bfloat16* hidden, bfloat16* out) {
-    sluice::run(*model, *step, first, last, parts, hidden, out);
-}
-
-void sluice_linear_float32(const float* w, const float* bias, const float* x, float* y, int num_rows, int num_k,
-                           int num_n, int num_threads) {
-    sluice::linear_of(w, bias, x, y, num_rows, num_k, num_n, num_threads);
-}
-
-void sluice_linear_bfloat16(const bfloat16* w, const bfloat16* bias, const bfloat16* x, bfloat16* y, int num_rows,
-                            int num_k, int num_n, int num_threads) {
-    sluice::linear_of(w, bias, x, y, num_rows, num_k, num_n, num_threads);
-}
-
-}
+extern "C" int sluice_pair_width() { return 2 * sluice::W; }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace sluice {
 
@@ -101,7 +102,7 @@ inline vfloat exp_of_negative(vfloat x) {
 }
 
 // A pair of vectors holds 2 W consecutive numbers in the order in which they are taken apart: as they lie for
-// float32; for bfloat16 those at even places, then those at odd ones, which takes a shift and a mask.
+// float32 and int8; for bfloat16 those at even places, then those at odd ones, which takes a shift and a mask.
 template <class T> struct Pair;
 
 template <> struct Pair<float> {
@@ -119,5 +120,32 @@ template <> struct Pair<bfloat16> {
         *reinterpret_cast<vuint_at*>(p) = low | high;
     }
 };
+
+template <> struct Pair<int8_t> {
+    typedef int8_t vbyte_at __attribute__((vector_size(W), aligned(1), may_alias));
+    static vfloat first(const int8_t* p) {
+        return __builtin_convertvector(*reinterpret_cast<const vbyte_at*>(p), vfloat);
+    }
+    static vfloat second(const int8_t* p) { return first(p + W); }
+};
+
+// W consecutive numbers, as they lie.
+inline vfloat consecutive(const float* p) { return load(p); }
+
+inline vfloat consecutive(const bfloat16* p) {
+    typedef uint16_t vhalf_at __attribute__((vector_size(2 * W), aligned(2), may_alias));
+    return vfloat(__builtin_convertvector(*reinterpret_cast<const vhalf_at*>(p), vuint) << 16);
+}
+
+// 2 W numbers in T, in the order in which Pair<B> takes its own apart.
+template <class T, class B> inline vfloat first_as(const T* p) {
+    if constexpr (std::is_same_v<B, bfloat16>) return Pair<T>::first(p);
+    return consecutive(p);
+}
+
+template <class T, class B> inline vfloat second_as(const T* p) {
+    if constexpr (std::is_same_v<B, bfloat16>) return Pair<T>::second(p);
+    return consecutive(p + W);
+}
 
 }  // namespace sluice

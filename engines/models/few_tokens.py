@@ -24,7 +24,7 @@ from engines.runtime.kv_cache import LayerCache, Layout
 if TYPE_CHECKING:
     from engines.models.llama import Layer, Llama
 
-MOST_TOKENS = 32
+MOST_TOKENS = FewRowsLinear.MOST_ROWS
 _MAX_HEAD_DIM = 256
 
 
@@ -35,21 +35,33 @@ class FewTokens:
     def of(cls, model: Llama) -> FewTokens | None:
         """None where a kernel is missing for any of the layers."""
         kernels = library.load()
-        if kernels is None or not all(_is_of_ours(layer) for layer in model.layers):
+        operands = [_operands(layer) for layer in model.layers]
+        if kernels is None or not all(operands):
             return None
-        first = model.layers[0]
-        sizes = (first.attention.head_dim, first.attention.output.weight.shape[1], _inner(first))  # type: ignore[attr-defined]
-        if first.attention.head_dim > _MAX_HEAD_DIM or any(size % kernels.pair_width for size in sizes):
+        dtypes = {operand.weight.dtype for layer in operands for operand in layer}
+        head_dim = model.layers[0].attention.head_dim
+        if len(dtypes) > 1 or head_dim > _MAX_HEAD_DIM or head_dim % kernels.pair_width:
             return None
-        return cls(kernels, model)
+        return cls(kernels, model, operands)
 
-    def __init__(self, kernels: library.Library, model: Llama) -> None:
+    def __init__(
+        self, kernels: library.Library, model: Llama, operands: Sequence[Sequence[library.Weight]]
+    ) -> None:
         self._kernels, self._mesh, self._num_layers = kernels, model.mesh, len(model.layers)
-        self._weights = (library.LayerWeights * len(model.layers))(*map(_weights_of, model.layers))
+        self._weights = (library.LayerWeights * len(operands))()
+        for weights, layer, (qkv, output, gate_up, down) in zip(
+            self._weights, model.layers, operands, strict=True
+        ):
+            weights.attention_norm = layer.attention_norm.weight.data_ptr()
+            weights.mlp_norm = layer.mlp_norm.weight.data_ptr()
+            weights.qkv, weights.output = qkv.matrix(), output.matrix()
+            weights.gate_up, weights.down = gate_up.matrix(), down.matrix()
         self._caches: Sequence[LayerCache] = ()
         self.takes_all = False
         attention, rotary, config = model.layers[0].attention, model.rotary, model.config
         self._kept = (model.layers, rotary)  # the addresses are theirs
+        down = operands[0][-1]
+        self._dtype = down.weight.dtype
         self._model = library.Model(
             layers=cast(self._weights, POINTER(library.LayerWeights)),
             cos=rotary.cos.data_ptr(),
@@ -58,7 +70,7 @@ class FewTokens:
             num_heads=attention.num_heads,
             num_kv_heads=attention.num_kv_heads,
             head_dim=attention.head_dim,
-            intermediate=_inner(model.layers[0]),
+            intermediate=down.weight.shape[1],
             eps=config.rms_norm_eps,
             scale=attention.scale,
         )
@@ -79,12 +91,14 @@ class FewTokens:
 
     def _run(self, hidden: Tensor, step: library.Step) -> None:
         if self._mesh.tp_size == 1:
-            self._kernels.run(self._model, step, range(self._num_layers), Parts.ALL, hidden, None)
+            layers = range(self._num_layers)
+            self._kernels.run(self._model, self._dtype, step, layers, Parts.ALL, hidden, None)
             return
         share = torch.empty_like(hidden)
         for layer in range(self._num_layers):
             for part in (Parts.ATTENTION, Parts.MLP):
-                self._kernels.run(self._model, step, range(layer, layer + 1), part, hidden, share)
+                one = range(layer, layer + 1)
+                self._kernels.run(self._model, self._dtype, step, one, part, hidden, share)
                 hidden.add_(self._mesh.all_reduce(share))
 
     def _use(self, caches: Sequence[LayerCache]) -> None:
@@ -130,29 +144,8 @@ class _Tokens:
         )
 
 
-def _linears(layer: Layer) -> tuple[object, ...]:
-    return (layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down)
-
-
-def _is_of_ours(layer: Layer) -> bool:
-    return all(isinstance(linear, FewRowsLinear) for linear in _linears(layer))
-
-
-def _inner(layer: Layer) -> int:
-    down = layer.mlp.down
-    assert isinstance(down, FewRowsLinear)
-    return down.weight.shape[1]
-
-
-def _weights_of(layer: Layer) -> library.LayerWeights:
-    qkv, output, gate_up, down = _linears(layer)
-    found = {
-        "attention_norm": layer.attention_norm.weight,
-        "mlp_norm": layer.mlp_norm.weight,
-    }
-    for name, linear in (("qkv", qkv), ("output", output), ("gate_up", gate_up), ("down", down)):
-        assert isinstance(linear, FewRowsLinear)
-        found[name] = linear.weight
-        if linear.bias is not None:
-            found[f"{name}_bias"] = linear.bias
-    return library.LayerWeights(**{name: tensor.data_ptr() for name, tensor in found.items()})
+def _operands(layer: Layer) -> list[library.Weight]:
+    """Of its four linears; none where one of them is no kernel of ours."""
+    linears = (layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down)
+    found = [linear.operand for linear in linears if isinstance(linear, FewRowsLinear)]
+    return found if len(found) == len(linears) else []

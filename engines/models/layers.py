@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -109,69 +109,60 @@ def _scratch(numel: int) -> Tensor:
 
 
 class FewRowsLinear:
-    """Our own kernel for up to `most_rows` rows, which reads the weight as it lies; `many` for more.
+    """Our own kernel for up to MOST_ROWS rows, which reads the weight as it lies; `many` for more.
 
     With AVX2 alone in bfloat16 1.5 to 3 times as fast as torch at 1 row, 5 times at 8, 1.2 times UpcastLinear
-    at 32. A row's result depends on no other row.
+    at 32. A row's result depends on no other row. Without `many` it takes any number, in pieces.
     """
 
+    MOST_ROWS = 32
+
     def __init__(
-        self, kernels: library.Library, weight: Tensor, bias: Tensor | None, many: LinearOp, most_rows: int
+        self, kernels: library.Library, operand: library.Weight, many: LinearOp | None = None
     ) -> None:
-        self.weight, self.bias = weight.contiguous(), bias
-        self._kernels, self._many, self._most_rows = kernels, many, most_rows
+        self.operand = operand
+        self._kernels, self._many = kernels, many
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
-        if rows.shape[0] > self._most_rows:
+        rows = x.flatten(0, -2).contiguous()
+        if rows.shape[0] <= self.MOST_ROWS:
+            out = self._kernels.linear(self.operand, rows)
+        elif self._many is not None:
             return self._many(x)
-        out = self._kernels.linear(self.weight, self.bias, rows.contiguous())
+        else:
+            pieces = torch.split(rows, self.MOST_ROWS)
+            out = torch.cat([self._kernels.linear(self.operand, piece) for piece in pieces])
         return out.view(*x.shape[:-1], -1)
 
 
-class PiecewiseLinear:
-    """Rows in pieces of at most `most_rows`."""
-
-    def __init__(self, linear: Callable[[Tensor], Tensor], most_rows: int) -> None:
-        self._linear, self._most_rows = linear, most_rows
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.cat([self._linear(rows) for rows in torch.split(x, self._most_rows)])
-
-
-_MOST_ROWS = {torch.bfloat16: 32, torch.float32: 64}
-
-
-def _kernels_for(weight: Tensor) -> library.Library | None:
-    if weight.device.type != "cpu":
-        return None
+def few_rows(
+    operand: library.Weight, dtype: torch.dtype, make_many: Callable[[], LinearOp]
+) -> FewRowsLinear | None:
+    """For values of `dtype`. None where there are no kernels for it, or torch's own are as fast: in bfloat16
+    on CPUs that multiply it."""
     kernels = library.load()
-    if kernels is None or weight.dtype not in kernels.dtypes or weight.shape[1] % kernels.pair_width:
+    if kernels is None or not kernels.takes(dtype, operand.weight):
         return None
-    return kernels
-
-
-def _few_rows(weight: Tensor, bias: Tensor | None) -> FewRowsLinear | None:
-    """None where it cannot be had, or torch's own is as fast: in bfloat16 on CPUs that multiply it."""
-    kernels = _kernels_for(weight)
-    if kernels is None or (weight.dtype == torch.bfloat16 and cpu.has_bfloat16()):
+    if dtype == torch.bfloat16 and cpu.has_bfloat16():
         return None
-    is_bfloat16 = weight.dtype == torch.bfloat16 and weight.shape[1] <= UpcastLinear._TILE
-    many = (UpcastLinear if is_bfloat16 else PlainLinear)(weight, bias)
-    return FewRowsLinear(kernels, weight, bias, many, _MOST_ROWS[weight.dtype])
+    return FewRowsLinear(kernels, operand, make_many())
 
 
-def make_deterministic_linear(weight: Tensor, bias: Tensor | None = None) -> LinearOp:
+def deterministic_linear(operand: library.Weight, dtype: torch.dtype) -> FewRowsLinear:
     """One whose rows depend on no others, however many there are. Raises UnsupportedModel."""
-    kernels = _kernels_for(weight)
-    if kernels is None:
-        reason = library.reason() or f"do not fit {weight.dtype} weights of {weight.shape[1]} inputs"
+    kernels = library.load()
+    if kernels is None or not kernels.takes(dtype, operand.weight):
+        reason = library.reason() or f"do not fit {dtype} with {operand.weight.shape[1]} inputs"
         raise UnsupportedModel(
             f"deterministic: true needs kernels of ours, which {reason}; remove it to serve this model"
         )
-    most_rows = _MOST_ROWS[weight.dtype]
-    pieces = PiecewiseLinear(partial(kernels.linear, weight, bias), most_rows)
-    return FewRowsLinear(kernels, weight, bias, pieces, most_rows)
+    return FewRowsLinear(kernels, operand)
+
+
+def _for_many_rows(weight: Tensor, bias: Tensor | None) -> LinearOp:
+    """Beside our kernel: one that also reads the weight as it lies."""
+    is_small = weight.shape[1] <= UpcastLinear._TILE
+    return (UpcastLinear if weight.dtype == torch.bfloat16 and is_small else PlainLinear)(weight, bias)
 
 
 def make_linear(weight: Tensor, bias: Tensor | None = None) -> LinearOp:
@@ -179,9 +170,10 @@ def make_linear(weight: Tensor, bias: Tensor | None = None) -> LinearOp:
 
     float16 stays torch's own: oneDNN has it only on CPUs with AVX512-FP16.
     """
-    few_rows = _few_rows(weight, bias)
-    if few_rows is not None:
-        return few_rows
+    operand = library.Weight(weight.contiguous(), bias)
+    ours = few_rows(operand, weight.dtype, lambda: _for_many_rows(operand.weight, bias))
+    if ours is not None:
+        return ours
     if weight.device.type == "cpu" and torch._C._has_mkldnn:
         if weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and cpu.has_bfloat16()):
             return PackedLinear(weight, bias)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engines.base import ReportProgress
+from engines.kernels import library
 from engines.models.checkpoint import Checkpoint
 from engines.models.config import LlamaConfig
 from engines.models.few_tokens import FewTokens, require_deterministic
@@ -19,13 +20,13 @@ from engines.models.layers import (
     LinearOp,
     RMSNorm,
     Rotary,
+    deterministic_linear,
     embed_share,
-    make_deterministic_linear,
     make_linear,
     swiglu,
 )
 from engines.models.names import Slice, expected_tensors, kv_heads_of, slice_of
-from engines.models.quantized import QuantizedLinear
+from engines.models.quantized import make_quantized_linear
 from engines.runtime.attention import paged_attention
 from engines.runtime.mesh import Mesh
 
@@ -45,7 +46,6 @@ class WeightLoader:
         is_deterministic: bool = False,
     ) -> None:
         self._checkpoint, self._config, self._mesh, self._dtype = checkpoint, config, mesh, dtype
-        self.make_linear = make_deterministic_linear if is_deterministic else make_linear
         self.is_deterministic = is_deterministic
         self._specs = expected_tensors(config)
         checkpoint.check(self._specs.values(), optional=frozenset({"lm_head.weight"}))
@@ -97,7 +97,12 @@ class WeightLoader:
             return self.make_linear(self.load(*weights), bias)
         self._count(len(weights))
         weight, scale = (tensor.to(self._mesh.device) for tensor in quantized)
-        return QuantizedLinear(weight, scale, bias, self._dtype)
+        return make_quantized_linear(weight, scale, bias, self._dtype, is_deterministic=self.is_deterministic)
+
+    def make_linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOp:
+        if self.is_deterministic:
+            return deterministic_linear(library.Weight(weight.contiguous(), bias), self._dtype)
+        return make_linear(weight, bias)
 
     def norm(self, name: str) -> RMSNorm:
         return RMSNorm(self.load(f"{name}.weight"), self._config.rms_norm_eps)

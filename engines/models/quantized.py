@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engines.base import BadCheckpoint
+from engines.kernels import library
+from engines.models.layers import LinearOp, deterministic_linear, few_rows
 from engines.models.manifest import MANIFEST_NAME, Layout
 from engines.runtime.cpu import compute_dtype
 
@@ -69,6 +71,17 @@ class QuantizedLinear:
             for tile in torch.split(self._weight, self._tile)
         ]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def make_quantized_linear(
+    weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, *, is_deterministic: bool = False
+) -> LinearOp:
+    """The fastest for values of `dtype`, or one whose rows depend on no others. Raises UnsupportedModel."""
+    operand = library.Weight(weight.contiguous(), bias, scale.float().contiguous())
+    if is_deterministic:
+        return deterministic_linear(operand, dtype)
+    many = QuantizedLinear(weight, scale, bias, dtype)
+    return few_rows(operand, dtype, lambda: many) or many
 
 
 @cache

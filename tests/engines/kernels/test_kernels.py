@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from conversion.plan import Target
 from engines.base import UnsupportedModel
 from engines.kernels import library
 from engines.models.few_tokens import MOST_TOKENS
 from engines.models.layers import FewRowsLinear, PlainLinear
 from engines.native import NativeEngine
 from engines.runtime import cpu
+from tests.conversion.helpers import convert
 from tests.engines.driver import Driver, Row, native
 from tests.models import Shape, make_llama
 
@@ -42,39 +44,52 @@ def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+@pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_n", "num_k"), [(64, 64), (37, 96), (1, 4096), (130, 2080), (3, 32)])
-def test_linear_is_exact_to_rounding(dtype: torch.dtype, num_n: int, num_k: int) -> None:
-    assert KERNELS is not None
+def test_linear_is_exact_to_rounding(dtype: torch.dtype, num_n: int, num_k: int, is_int8: bool) -> None:
     weight, bias = random(num_n, num_k, dtype=dtype), random(num_n, dtype=dtype, seed=1)
+    scale = None
+    if is_int8:
+        weight, scale = (
+            (40 * weight).clamp(-127, 127).to(torch.int8),
+            random(num_n, dtype=torch.float32).abs() / 40,
+        )
+    exact_weight = weight.double() if scale is None else weight.double() * scale.double().unsqueeze(1)
     for num_rows in (1, 2, 3, 4, 5, 7, 11, 32):
         x = random(num_rows, num_k, dtype=dtype, seed=num_rows)
         for used in (None, bias):
-            exact = x.double() @ weight.double().T + (0 if used is None else used.double())
-            got = KERNELS.linear(weight, used, x).double()
+            exact = x.double() @ exact_weight.T + (0 if used is None else used.double())
+            got = linear(weight, x, bias=used, scale=scale).double()
             torch.testing.assert_close(got, exact, rtol=torch.finfo(dtype).eps, atol=4e-6 * num_k**0.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_of_a_linear_depends_on_no_other(dtype: torch.dtype) -> None:
-    assert KERNELS is not None
     weight, x = random(70, 4128, dtype=dtype), random(32, 4128, dtype=dtype, seed=1)
-    alone = torch.cat([KERNELS.linear(weight, None, row.unsqueeze(0)) for row in x])
+    alone = torch.cat([linear(weight, row.unsqueeze(0)) for row in x])
     x[5] = torch.nan
     for num_rows in (2, 3, 4, 31, 32):
-        got = KERNELS.linear(weight, None, x[:num_rows])
+        got = linear(weight, x[:num_rows])
         same = [row for row in range(num_rows) if row != 5]
         assert torch.equal(got[same], alone[same])
         assert num_rows <= 5 or got[5].isnan().all()
 
 
+def linear(weight: Tensor, x: Tensor, **others: Tensor | None) -> Tensor:
+    assert KERNELS is not None
+    return KERNELS.linear(library.Weight(weight, **others), x)
+
+
 def test_many_rows_are_left_to_another_linear() -> None:
     assert KERNELS is not None
-    weight, x = random(40, 64, dtype=torch.float32), random(5, 2, 64, dtype=torch.float32)
+    weight, x = random(40, 64, dtype=torch.float32), random(11, 3, 64, dtype=torch.float32)
     marked = PlainLinear(weight + 1, None)
-    few = FewRowsLinear(KERNELS, weight, None, marked, most_rows=9)
+    few = FewRowsLinear(KERNELS, library.Weight(weight), marked)
     assert torch.equal(few(x), marked(x))
-    torch.testing.assert_close(few(x[:4]), x[:4] @ weight.T)
+    torch.testing.assert_close(few(x[:10]), x[:10] @ weight.T)
+    pieces = FewRowsLinear(KERNELS, library.Weight(weight))
+    torch.testing.assert_close(pieces(x), x @ weight.T)
 
 
 SHAPES = {
@@ -140,6 +155,17 @@ def test_layers_do_what_their_modules_do(tmp_path: Path, shape: Shape, dtype: st
         torch.testing.assert_close(ours.data, theirs.data, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 4e-2)])
+def test_int8_layers_do_what_their_modules_do(tmp_path: Path, dtype: str, tolerance: float) -> None:
+    source = make_llama(tmp_path / "hf", SHAPES["biases"], seed=2)
+    convert(source, tmp_path / "int8", Target("sluice", quantize="int8"))
+    both = Both(tmp_path / "int8", dtype)
+    assert both.engines[0]._model.few_tokens._dtype == torch.int8  # type: ignore[union-attr]
+    both.add(1, 9)
+    for _ in range(6):
+        torch.testing.assert_close(*both.step(3), rtol=tolerance, atol=tolerance)
+
+
 def test_nothing_stale_is_read_or_left(tmp_path: Path) -> None:
     """A block's first token clears it for the other way of attention, which reads whole blocks."""
     both = Both(make_llama(tmp_path, SHAPES["mha"]), "float32", stale=float("nan"))
@@ -175,7 +201,7 @@ def test_deterministic_nothing_else_has_a_say(tmp_path: Path, dtype: str) -> Non
 
 def test_deterministic_is_refused_where_it_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     odd = Shape(hidden=64, layers=1, heads=4, kv_heads=1, head_dim=26, ffn=96, vocab=257)
-    with pytest.raises(UnsupportedModel, match=r"deterministic: true needs .* 104 inputs"):
+    with pytest.raises(UnsupportedModel, match=r"deterministic: true needs .* torch.float32 with 104 inputs"):
         native(make_llama(tmp_path / "odd", odd), deterministic=True)
     directory = make_llama(tmp_path / "even", SHAPES["mha"])
     with pytest.raises(UnsupportedModel, match=r"deterministic: true .* torch\.float16"):
