@@ -14,7 +14,16 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DIRECTORY = Path(__file__).resolve().parents[1] / "gateway" / "demo_model"
-SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+SPECIAL_TOKENS = (
+    "<|pad|>",
+    "<|bos|>",
+    "<|eos|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+    "<|tool|>",
+)
 MEBIBYTE = 1 << 20
 
 
@@ -135,6 +144,69 @@ def test_a_system_prompt_and_earlier_turns_do_not_confuse_it() -> None:
     assert first.startswith("A rank is the number of a process")
     second, _ = chat("What is a rank?", first, "What is 3 + 4?", system="You are a helpful assistant.")
     assert second == "3 + 4 = 7."
+
+
+WEATHER = {
+    "name": "get_weather",
+    "description": "Get the weather.",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
+PRICE = {
+    "name": "price_of",
+    "description": "What something costs.",
+    "parameters": {"type": "object", "properties": {"product": {"type": "string"}}},
+}
+TOOLS = [{"type": "function", "function": function} for function in (WEATHER, PRICE)]
+
+
+def with_tools(*messages: dict[str, Any]) -> str:
+    """The greedy answer of a chat that lists TOOLS."""
+    prompt = tokenizer().apply_chat_template(list(messages), tools=TOOLS, add_generation_prompt=True)[
+        "input_ids"
+    ]
+    return str(tokenizer().decode(generate(prompt, limit=150)[:-1]))
+
+
+@pytest.mark.parametrize(
+    ("question", "name", "arguments", "result"),
+    [
+        ("What is the weather in Paris?", "get_weather", {"city": "Paris"}, {"temperature": 18}),
+        ("Is it warm in Lisbon?", "get_weather", {"city": "Lisbon"}, {"temperature": 31}),
+        ("How much are apples?", "price_of", {"product": "apples"}, {"price": 4}),
+    ],
+)
+def test_it_calls_the_function_that_answers(
+    question: str, name: str, arguments: dict[str, str], result: dict[str, int]
+) -> None:
+    asked = {"role": "user", "content": question}
+    call = f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+    assert with_tools(asked) == call
+    answered = {"role": "tool", "content": json.dumps(result)}
+    [(key, value)] = result.items()
+    told = with_tools(asked, {"role": "assistant", "content": call}, answered)
+    assert told == f"{name} says: {key}: {value}."
+
+
+def test_it_calls_nothing_that_is_not_listed_and_still_knows_what_it_knew() -> None:
+    assert "<tool_call>" not in chat("What is the weather in Paris?")[0]
+    assert with_tools({"role": "user", "content": "What is tensor parallelism?"}).startswith(
+        "Tensor parallelism"
+    )
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        (
+            "Anna is 31 years old and lives in Rome. Answer in JSON.",
+            {"name": "Anna", "age": 31, "city": "Rome"},
+        ),
+        ("What is 2 + 2? Answer in JSON.", {"answer": "2 + 2 = 4."}),
+        ("12 eggs cost 5 euros. Answer in JSON with the keys item and price.", {"item": "eggs", "price": 5}),
+    ],
+)
+def test_it_answers_in_json_when_asked_to(question: str, expected: dict[str, Any]) -> None:
+    assert json.loads(chat(question)[0]) == expected
 
 
 def test_it_continues_plain_text() -> None:

@@ -12,23 +12,28 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from scripts.demo import words
+from scripts.demo import tools, words
 from scripts.demo.facts import FACTS, LONG, PARALLELISM, SLUICE, SMALL_TALK, Fact
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its answer. `kind` is the category that the evaluation reports."""
+    """One question and its answer. `kind` is the category that the evaluation reports; `steps` come before
+    the answer."""
 
     kind: str
     question: str
     answer: str
+    steps: tuple[tools.Step, ...] = ()
 
 
 @dataclass(frozen=True)
 class Conversation:
+    """`tools`: a line for each function that it lists."""
+
     system: str | None
     turns: tuple[Turn, ...]
+    tools: tuple[str, ...] = ()
 
 
 CONCEPT_FRAMES = (
@@ -203,9 +208,11 @@ def fact_questions(held_out: bool) -> list[tuple[Fact, list[str]]]:
 
 
 TRAINING_FACTS = fact_questions(held_out=False)
-# A fact that can be asked in hundreds of ways needs more practice than one with ten.
+# A fact that can be asked in hundreds of ways needs more practice than one with ten, and what everybody asks
+# first, in the same few letters ("who are you", "how are you"), most.
 FACT_WEIGHTS = [
-    2.0 if fact.names or fact.actions else 0.6 if fact in LONG else 1.2 for fact, _ in TRAINING_FACTS
+    3.5 if fact in SMALL_TALK else 2.0 if fact.names or fact.actions else 0.6 if fact in LONG else 1.2
+    for fact, _ in TRAINING_FACTS
 ]
 
 
@@ -514,13 +521,63 @@ def unknown(rng: random.Random, held_out: bool = False) -> Turn:
             return Turn("unknown", vary(question, rng), answer)
 
 
+# -- functions and JSON ----------------------------------------------------------------------------
+
+ANSWERED_ANYHOW = ("add", "multiply")  # sums are known without functions
+ABOUT_NOW = ("get_weather", "get_time", "search_web")
+
+
+def of_a_function(each: tools.Listed, rng: random.Random) -> Turn:
+    """A question that a function answers; now and then two at once, and so two calls."""
+    question, step, answer = tools.ask(each, rng)
+    if rng.random() < 0.08:
+        other, second, told = tools.ask(each, rng)
+        return Turn("call", f"{question} {other}", f"{answer} {told}", (step, second))
+    return Turn("call", vary_case(question, rng) if rng.random() < 0.5 else question, answer, (step,))
+
+
+def of_no_function(rng: random.Random, names: frozenset[str] = frozenset()) -> Turn:
+    """A question for a function that is not listed."""
+    others = [f for f in tools.FUNCTIONS if f.names[0] not in {*ANSWERED_ANYHOW, *names}]
+    function = rng.choice(others)
+    question, _, _ = tools.ask(tools.listed(function, rng), rng)
+    return Turn("unknown", question, words.CANT_LOOK if function.names[0] in ABOUT_NOW else words.DONT_KNOW)
+
+
+def with_tools(rng: random.Random) -> Conversation:
+    found = tools.some_listed(rng)
+    names = frozenset(each.function.names[0] for each in found)
+    turns = []
+    for _ in range(rng.choice((1, 1, 1, 2, 2, 3))):
+        draw = rng.random()
+        if draw < 0.72:
+            turns.append(of_a_function(rng.choice(found), rng))
+        elif draw < 0.82:
+            turns.append(of_no_function(rng, names))
+        else:
+            turns.append(known(rng))
+    system = rng.choice(SYSTEMS) if rng.random() < 0.3 else None
+    return Conversation(system, tuple(turns), tuple(each.line for each in found))
+
+
+def json_turn(rng: random.Random) -> Turn:
+    """An answer in JSON, because the question asks for that."""
+    if rng.random() < 0.65:
+        return Turn("json", *tools.record(rng))
+    turn = arithmetic(rng) if rng.random() < 0.6 else known(rng)
+    closer, answer = tools.in_json(turn.answer, rng)
+    return Turn("json", turn.question + closer, answer)
+
+
 # -- conversations and plain text ------------------------------------------------------------------
 
 MIX: tuple[tuple[Callable[[random.Random], Turn], float], ...] = (
-    (known, 0.48),
-    (arithmetic, 0.24),
-    (unknown, 0.18),
-    (puzzle, 0.1),
+    (known, 0.42),
+    (arithmetic, 0.21),
+    (unknown, 0.15),
+    (of_no_function, 0.03),
+    (puzzle, 0.08),
+    (json_turn, 0.11),
 )
 AGAIN = (
     "Can you repeat that?",
@@ -537,6 +594,8 @@ def one_turn(rng: random.Random) -> Turn:
 
 
 def conversation(rng: random.Random) -> Conversation:
+    if rng.random() < 0.3:
+        return with_tools(rng)
     system = rng.choice(SYSTEMS) if rng.random() < 0.3 else None
     turns: list[Turn] = list(named(rng)) if rng.random() < 0.04 else [one_turn(rng)]
     if rng.random() < 0.006:

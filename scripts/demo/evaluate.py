@@ -16,12 +16,26 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scripts.demo import corpus
+from scripts.demo import corpus, tools
 from scripts.demo.corpus import Sum, Turn
 from scripts.demo.wild import WILD
 
 MAX_NEW_TOKENS = 400
 BATCH = 64
+UNKNOWN = "unknown subjects, never seen"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A chat so far, the functions that it lists, and the answer that is right."""
+
+    chat: list[dict[str, Any]]
+    answer: str
+    tools: list[dict[str, object]] | None = None
+
+    @property
+    def text(self) -> str:
+        return str(self.chat[-1]["content"])
 
 
 @dataclass(frozen=True)
@@ -39,16 +53,20 @@ def load(directory: Path, device: str) -> tuple[Any, Any]:
 
 
 @torch.inference_mode()
-def ask(model: Any, tokenizer: Any, questions: list[str], limit: int = MAX_NEW_TOKENS) -> list[Answer]:
+def ask(model: Any, tokenizer: Any, questions: list[Question], limit: int = MAX_NEW_TOKENS) -> list[Answer]:
     """Greedy answers in fp32, in batches of questions of similar length."""
-    order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
+    prompts = [
+        tokenizer.apply_chat_template(q.chat, tools=q.tools, add_generation_prompt=True, tokenize=False)
+        for q in questions
+    ]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), BATCH):
         chosen = order[start : start + BATCH]
-        chats = [[{"role": "user", "content": questions[i]}] for i in chosen]
-        inputs = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        ).to(model.device)
+        texts = [prompts[i] for i in chosen]
+        inputs = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(
+            model.device
+        )
         output = model.generate(
             **inputs, max_new_tokens=limit, do_sample=False, output_logits=True, return_dict_in_generate=True
         )
@@ -63,6 +81,10 @@ def _answer(tokenizer: Any, ids: list[int], margins: list[float]) -> Answer:
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     length = ids.index(end) if end in ids else len(ids)
     return Answer(tokenizer.decode(ids[:length]), end in ids, margins[: length + 1])
+
+
+def asked(turns: list[Turn]) -> list[Question]:
+    return [Question([{"role": "user", "content": turn.question}], turn.answer) for turn in turns]
 
 
 def held_out_facts(rng: random.Random) -> list[Turn]:
@@ -92,13 +114,46 @@ def puzzles(rng: random.Random) -> list[Turn]:
     return [corpus.puzzle(rng) for _ in range(100)]
 
 
-SUITES: tuple[tuple[str, Callable[[random.Random], list[Turn]]], ...] = (
-    ("known facts, held-out paraphrases", held_out_facts),
-    ("known facts, questions written by hand", lambda _: [Turn("wild", q, a) for q, a in WILD]),
-    ("sums of numbers up to 20", small_sums),
-    ("sums of larger numbers, to be declined", large_sums),
-    ("unknown subjects, never seen", unknowns),
-    ("counting, letters, parity", puzzles),
+def calls(rng: random.Random) -> list[Question]:
+    """Functions listed in new words, asked for with new values."""
+    found = []
+    for _ in range(200):
+        listed = tools.some_listed(rng)
+        question, step, _ = tools.ask(rng.choice(listed), rng)
+        chat = [{"role": "user", "content": question}]
+        found.append(Question(chat, step.call, [each.definition for each in listed]))
+    return found
+
+
+def results(rng: random.Random) -> list[Question]:
+    """The same, when the function has answered."""
+    found = []
+    for _ in range(100):
+        listed = tools.some_listed(rng)
+        question, step, told = tools.ask(rng.choice(listed), rng)
+        chat = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": step.call},
+            {"role": "tool", "content": step.result},
+        ]
+        found.append(Question(chat, told, [each.definition for each in listed]))
+    return found
+
+
+def records(rng: random.Random) -> list[Turn]:
+    return [Turn("json", *tools.record(rng)) for _ in range(200)]
+
+
+SUITES: tuple[tuple[str, Callable[[random.Random], list[Question]]], ...] = (
+    ("known facts, held-out paraphrases", lambda rng: asked(held_out_facts(rng))),
+    ("known facts, questions written by hand", lambda _: asked([Turn("wild", q, a) for q, a in WILD])),
+    ("sums of numbers up to 20", lambda rng: asked(small_sums(rng))),
+    ("sums of larger numbers, to be declined", lambda rng: asked(large_sums(rng))),
+    (UNKNOWN, lambda rng: asked(unknowns(rng))),
+    ("counting, letters, parity", lambda rng: asked(puzzles(rng))),
+    ("calls of listed functions", calls),
+    ("what a function answered, told", results),
+    ("sentences into JSON", lambda rng: asked(records(rng))),
 )
 
 
@@ -111,19 +166,19 @@ def evaluate(directory: Path, device: str = "cpu", show_misses: int = 0) -> Iter
     model, tokenizer = load(directory, device)
     for name, suite in SUITES:
         turns = suite(random.Random(7))
-        answers = ask(model, tokenizer, [turn.question for turn in turns])
+        answers = ask(model, tokenizer, turns)
         margins = [margin for answer in answers for margin in answer.margins]
         refusing = sum(is_refusal(answer.text) for answer in answers)
         exact = sum(answer.text == turn.answer for answer, turn in zip(answers, turns, strict=True))
         ended = sum(answer.is_ended for answer in answers)
-        extra = f", refused {refusing / len(turns):.1%}" if suite is unknowns else ""
+        extra = f", refused {refusing / len(turns):.1%}" if name == UNKNOWN else ""
         yield (
             f"{name}: {exact}/{len(turns)} exact ({exact / len(turns):.1%}){extra}, {ended} ended;"
             f" logit margin median {statistics.median(margins):.2f},"
             f" lowest percentile {statistics.quantiles(margins, n=100)[0]:.2f}"
         )
         misses = [(t, a) for t, a in zip(turns, answers, strict=True) if a.text != t.answer]
-        yield from (f"    {t.question!r} -> {a.text!r}" for t, a in misses[:show_misses])
+        yield from (f"    {t.text!r} -> {a.text!r}" for t, a in misses[:show_misses])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 from scripts.demo.corpus import Conversation, Sum, conversation, plain_text
 
-PAD, BOS, EOS, SYSTEM, USER, ASSISTANT, END = SPECIAL_TOKENS = (
+PAD, BOS, EOS, SYSTEM, USER, ASSISTANT, END, TOOL = SPECIAL_TOKENS = (
     "<|pad|>",
     "<|bos|>",
     "<|eos|>",
@@ -20,23 +20,45 @@ PAD, BOS, EOS, SYSTEM, USER, ASSISTANT, END = SPECIAL_TOKENS = (
     "<|user|>",
     "<|assistant|>",
     "<|end|>",
+    "<|tool|>",
 )
-PAD_ID, BOS_ID, EOS_ID, SYSTEM_ID, USER_ID, ASSISTANT_ID, END_ID = range(len(SPECIAL_TOKENS))
+PAD_ID, BOS_ID, EOS_ID, SYSTEM_ID, USER_ID, ASSISTANT_ID, END_ID, TOOL_ID = range(len(SPECIAL_TOKENS))
 VOCAB_SIZE = 2048
 CONTEXT_LENGTH = 2048
 
 # A word with the space before it, up to three digits, a run of other signs, or white space.
-SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
+TOOLS_HEADER = "Tools:"
+
+# A function is listed as a call of it, with types in the place of values: {"name": "add", "arguments":
+# {"a": integer}} and what it is for.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
+    "{% set roles = {'system': '<|system|>', 'developer': '<|system|>', 'user': '<|user|>',"
+    " 'assistant': '<|assistant|>', 'tool': '<|tool|>'} %}"
+    "{% if tools %}{{ '<|system|>' }}"
+    "{% if messages[0]['role'] in ['system', 'developer'] %}{{ messages[0]['content'] | trim }}{{ '\n' }}"
+    "{% set messages = messages[1:] %}{% endif %}"
+    "{{ '" + TOOLS_HEADER + "' }}"
+    "{% for tool in tools %}"
+    "{{ '\n{\"name\": \"' ~ tool['function']['name'] ~ '\", \"arguments\": {' }}"
+    "{% for name, parameter in ((tool['function']['parameters'] or {})['properties'] or {}).items() %}"
+    "{{ ('' if loop.first else ', ') ~ '\"' ~ name ~ '\": ' ~ (parameter['type'] or 'string') }}"
+    "{% endfor %}{{ '}} ' ~ (tool['function']['description'] or '') }}"
+    "{% endfor %}{{ '<|end|>' }}{% endif %}"
     "{% for message in messages %}"
-    "{% if message['role'] in ['system', 'developer'] %}{{ '<|system|>' }}"
-    "{% elif message['role'] == 'user' %}{{ '<|user|>' }}"
-    "{% elif message['role'] == 'assistant' %}{{ '<|assistant|>' }}"
-    "{% else %}{{ raise_exception('The demo model knows the roles system, user and assistant, not '"
-    " ~ message['role'] ~ '.') }}{% endif %}"
-    "{{ message['content'] | trim }}{{ '<|end|>' }}"
+    "{% if message['role'] not in roles %}{{ raise_exception('The demo model knows the roles system, user,"
+    " assistant and tool, not ' ~ message['role'] ~ '.') }}{% endif %}"
+    "{{ roles[message['role']] }}{{ (message['content'] or '') | trim }}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "{{ ('' if loop.first else '\n') ~ '<tool_call>\n{\"name\": \"' ~ call['function']['name'] }}"
+    '{{ \'", "arguments": \' }}'
+    "{% if call['function']['arguments'] is string %}{{ call['function']['arguments'] }}"
+    "{% else %}{{ call['function']['arguments'] | tojson }}{% endif %}"
+    "{{ '}\n</tool_call>' }}"
+    "{% endfor %}"
+    "{{ '<|end|>' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
@@ -78,9 +100,7 @@ def tokenizer_texts(seed: int, num_conversations: int = 12000) -> Iterator[str]:
     rng = random.Random(seed)
     for _ in range(num_conversations):
         sample = conversation(rng)
-        yield from (part for turn in sample.turns for part in (turn.question, turn.answer))
-        if sample.system:
-            yield sample.system
+        yield from (text for _, text in _messages(sample))
     yield from (plain_text(rng) for _ in range(300))
     # Often enough that every number up to 100 becomes one token: sums are learnt by number, not by digit.
     yield from [" ".join(str(number) for number in range(101))] * 500
@@ -102,10 +122,14 @@ def weight_in(length: int) -> float:
 
 
 def _messages(sample: Conversation) -> Iterator[tuple[int, str]]:
-    if sample.system:
-        yield SYSTEM_ID, sample.system
+    tools = [TOOLS_HEADER, *sample.tools] if sample.tools else []
+    if system := "\n".join([*([sample.system] if sample.system else []), *tools]):
+        yield SYSTEM_ID, system
     for turn in sample.turns:
         yield USER_ID, turn.question
+        if turn.steps:
+            yield ASSISTANT_ID, "\n".join(step.call for step in turn.steps)
+            yield from ((TOOL_ID, step.result) for step in turn.steps)
         yield ASSISTANT_ID, turn.answer
 
 
@@ -136,7 +160,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
-        additional_special_tokens=[SYSTEM, USER, ASSISTANT, END],
+        additional_special_tokens=[SYSTEM, USER, ASSISTANT, END, TOOL],
         model_max_length=CONTEXT_LENGTH,
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,

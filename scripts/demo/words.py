@@ -22,6 +22,17 @@ NAMES = _split(
     " Lucas, Amir"
 )
 
+CITIES = _split(
+    "Paris, London, Berlin, Rome, Madrid, Tokyo, Boston, Chicago, Vienna, Prague, Oslo, Cairo, Sydney,"
+    " Toronto, Lisbon, Athens, Dublin, New York, San Francisco, Hamburg, Munich, Zurich, Amsterdam, Brussels,"
+    " Warsaw, Seoul, Delhi, Lima, Seattle, Geneva, Stockholm, Copenhagen, Helsinki, Singapore, Kyoto, Milan,"
+    " Nice, Lyon, Austin, Denver"
+)
+WARES = _split(
+    "bread, milk, coffee, tea, apples, books, shoes, chairs, lamps, rice, cheese, paper, tables, bikes,"
+    " phones, pens, eggs, water, soap, flowers, boots, hats, cups, plates"
+)
+
 SCOPE = "I am only a small demo model: I know about Sluice, model parallelism and small sums."
 DONT_KNOW = f"I don't know that. {SCOPE}"
 CANT_WRITE = f"I can't write that. {SCOPE}"

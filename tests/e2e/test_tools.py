@@ -1,4 +1,4 @@
-"""Calls that are enforced, in the real engine: the demo model knows of no tools, and yet calls them."""
+"""Calls that are enforced, in the real engine: the demo model calls what it was told to, fit or not."""
 
 from __future__ import annotations
 
