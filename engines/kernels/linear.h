@@ -85,7 +85,7 @@ inline void strip(const B* w, int n, int num_k, int k, const float* x, int num_r
 }
 
 // Rows `part` of w [., num_k] times x [num_rows, num_k]; `put(m, n, value)` gets each result once. `sums` has room
-// for num_rows * (part.end - part.begin) numbers. num_k is a multiple of 2 W.
+// for num_rows * (part.end - part.begin) numbers, if num_k is above K_BLOCK. num_k is a multiple of 2 W.
 template <class B, class Put>
 void linear(const B* w, int num_k, Range part, const float* x, int num_rows, float* sums, Put put) {
     for (int k = 0; k < num_k; k += K_BLOCK) {

@@ -245,7 +245,7 @@ void run(const Model<T, B>& model, const Step& step, int first, int last, int pa
         static thread_local Scratch own;
         int thread = omp_get_thread_num(), threads = omp_get_num_threads();
         size_t columns = std::max(widest, inner + 2 * size_t(model.num_kv_heads) * model.head_dim) / threads + 2 * W;
-        own.make_room(rows * widest, rows * columns, 4 * (size_t(step.max_context) + W));
+        own.make_room(rows * widest, widest > K_BLOCK ? rows * columns : 0, 4 * (size_t(step.max_context) + W));
         for (int i = first; i < last; i++) {
             const Layer<T, B>& layer = model.layers[i];
             if (parts & ATTENTION) {
@@ -268,7 +268,8 @@ void linear_of(Matrix<T, B> w, const T* x, T* y, int num_rows, int num_k, int nu
         static thread_local Scratch own;
         int thread = omp_get_thread_num(), threads = omp_get_num_threads();
         Range part = part_of(num_n, thread, threads);
-        own.make_room(size_t(num_rows) * num_k, size_t(num_rows) * (part.end - part.begin), 0);
+        size_t num_sums = num_k > K_BLOCK ? size_t(num_rows) * (part.end - part.begin) : 0;
+        own.make_room(size_t(num_rows) * num_k, num_sums, 0);
         take_rows<T, B>(x, num_rows, num_k, own.x.data());
         project(w, num_k, part, own.x.data(), num_rows, own.sums.data(), y, num_n);
     }
