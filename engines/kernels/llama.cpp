@@ -52,20 +52,14 @@ template <class T> struct Shared {
     std::vector<T> qkv, attended, gate_up, activated;
 };
 
+template <class T> void make_room(std::vector<T>& buffer, size_t size) {
+    if (buffer.size() < size) buffer.resize(size);
+}
+
 // What one thread has for itself.
 struct Scratch {
     std::vector<float> x, sums, scores;
-
-    void make_room(size_t num_x, size_t num_sums, size_t num_scores) {
-        if (x.size() < num_x) x.resize(num_x);
-        if (sums.size() < num_sums) sums.resize(num_sums);
-        if (scores.size() < num_scores) scores.resize(num_scores);
-    }
 };
-
-template <class T> void resize(std::vector<T>& buffer, size_t size) {
-    if (buffer.size() < size) buffer.resize(size);
-}
 
 // Every row of hidden [rows, size] over its root mean square, times weight, into x as `linear` wants it.
 template <class T, class B>
@@ -193,12 +187,13 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
             turn_and_keep(model, cache, step.positions[t], step.slots[t], head, row);
         }
     }
+    int64_t stride = (step.max_context + W - 1) / W * W;
 #pragma omp barrier
 #pragma omp for schedule(dynamic) collapse(2)
     for (int t = 0; t < rows; t++) {
         for (int head = 0; head < model.num_kv_heads; head++) {
             const int32_t* table = step.tables + int64_t(step.sequences[t]) * step.table_width;
-            attend_heads(model, cache, table, head, int(step.positions[t]) + 1, (step.max_context + W - 1) / W * W,
+            attend_heads(model, cache, table, head, int(step.positions[t]) + 1, stride,
                          shared.qkv.data() + int64_t(t) * width, shared.attended.data() + int64_t(t) * inner,
                          own.scores.data());
         }
@@ -235,17 +230,19 @@ template <class T, class B>
 void run(const Model<T, B>& model, const Step& step, int first, int last, int parts, T* hidden, T* out) {
     static Shared<T> shared;  // one caller at a time: the rank's only thread that computes
     size_t rows = step.num_tokens, inner = size_t(model.num_heads) * model.head_dim;
-    resize(shared.qkv, rows * (inner + 2 * size_t(model.num_kv_heads) * model.head_dim));
-    resize(shared.attended, rows * inner);
-    resize(shared.gate_up, rows * 2 * model.intermediate);
-    resize(shared.activated, rows * model.intermediate);
+    make_room(shared.qkv, rows * (inner + 2 * size_t(model.num_kv_heads) * model.head_dim));
+    make_room(shared.attended, rows * inner);
+    make_room(shared.gate_up, rows * 2 * model.intermediate);
+    make_room(shared.activated, rows * model.intermediate);
     size_t widest = std::max({size_t(model.hidden), size_t(model.intermediate), inner});
 #pragma omp parallel num_threads(step.num_threads)
     {
         static thread_local Scratch own;
         int thread = omp_get_thread_num(), threads = omp_get_num_threads();
         size_t columns = std::max(widest, inner + 2 * size_t(model.num_kv_heads) * model.head_dim) / threads + 2 * W;
-        own.make_room(rows * widest, widest > K_BLOCK ? rows * columns : 0, 4 * (size_t(step.max_context) + W));
+        make_room(own.x, rows * widest);
+        make_room(own.sums, widest > K_BLOCK ? rows * columns : 0);
+        make_room(own.scores, 4 * (size_t(step.max_context) + W));
         for (int i = first; i < last; i++) {
             const Layer<T, B>& layer = model.layers[i];
             if (parts & ATTENTION) {
@@ -268,8 +265,8 @@ void linear_of(Matrix<T, B> w, const T* x, T* y, int num_rows, int num_k, int nu
         static thread_local Scratch own;
         int thread = omp_get_thread_num(), threads = omp_get_num_threads();
         Range part = part_of(num_n, thread, threads);
-        size_t num_sums = num_k > K_BLOCK ? size_t(num_rows) * (part.end - part.begin) : 0;
-        own.make_room(size_t(num_rows) * num_k, num_sums, 0);
+        make_room(own.x, size_t(num_rows) * num_k);
+        make_room(own.sums, num_k > K_BLOCK ? size_t(num_rows) * (part.end - part.begin) : 0);
         take_rows<T, B>(x, num_rows, num_k, own.x.data());
         project(w, num_k, part, own.x.data(), num_rows, own.sums.data(), y, num_n);
     }

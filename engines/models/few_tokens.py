@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.base import Batch, UnsupportedModel
+from engines.base import Batch
 from engines.kernels import library
 from engines.kernels.library import Parts
-from engines.models.layers import FewRowsLinear
+from engines.models.layers import FewRowsLinear, not_deterministic
 from engines.runtime.context import current
 from engines.runtime.kv_cache import LayerCache, Layout
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from engines.models.llama import Layer, Llama
 
 MOST_TOKENS = FewRowsLinear.MOST_ROWS
-_MAX_HEAD_DIM = 256
+_MAX_HEAD_DIM = 256  # that of attention.h
 
 
 class FewTokens:
@@ -114,10 +114,7 @@ def require_deterministic(layers: FewTokens | None) -> FewTokens:
     """Have them take steps of any size: in a kernel of ours a token's result depends on no other's, and not
     on how its prompt was cut into steps. Raises UnsupportedModel where there are none."""
     if layers is None:
-        raise UnsupportedModel(
-            f"deterministic: true needs kernels of ours, which {library.reason() or 'do not fit its sizes'};"
-            " remove it to serve this model"
-        )
+        raise not_deterministic(library.reason() or "do not fit its sizes")
     layers.takes_all = True
     return layers
 

@@ -124,13 +124,13 @@ class FewRowsLinear:
         self._kernels, self._many = kernels, many
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2).contiguous()
+        rows = x.flatten(0, -2)
         if rows.shape[0] <= self.MOST_ROWS:
-            out = self._kernels.linear(self.operand, rows)
+            out = self._kernels.linear(self.operand, rows.contiguous())
         elif self._many is not None:
             return self._many(x)
         else:
-            pieces = torch.split(rows, self.MOST_ROWS)
+            pieces = torch.split(rows.contiguous(), self.MOST_ROWS)
             out = torch.cat([self._kernels.linear(self.operand, piece) for piece in pieces])
         return out.view(*x.shape[:-1], -1)
 
@@ -152,34 +152,45 @@ def deterministic_linear(operand: library.Weight, dtype: torch.dtype) -> FewRows
     """One whose rows depend on no others, however many there are. Raises UnsupportedModel."""
     kernels = library.load()
     if kernels is None or not kernels.takes(dtype, operand.weight):
-        reason = library.reason() or f"do not fit {dtype} with {operand.weight.shape[1]} inputs"
-        raise UnsupportedModel(
-            f"deterministic: true needs kernels of ours, which {reason}; remove it to serve this model"
+        raise not_deterministic(
+            library.reason() or f"do not fit {dtype} with {operand.weight.shape[1]} inputs"
         )
     return FewRowsLinear(kernels, operand)
 
 
-def _for_many_rows(weight: Tensor, bias: Tensor | None) -> LinearOp:
-    """Beside our kernel: one that also reads the weight as it lies."""
-    is_small = weight.shape[1] <= UpcastLinear._TILE
-    return (UpcastLinear if weight.dtype == torch.bfloat16 and is_small else PlainLinear)(weight, bias)
+def not_deterministic(reason: str) -> UnsupportedModel:
+    """`reason`: what our kernels do instead of fitting the model."""
+    return UnsupportedModel(
+        f"deterministic: true needs kernels of ours, which {reason}; remove it to serve this model"
+    )
 
 
-def make_linear(weight: Tensor, bias: Tensor | None = None) -> LinearOp:
-    """The fastest linear for this weight's device and dtype. The caller may let go of `weight`.
+def make_linear(weight: Tensor, bias: Tensor | None = None, *, is_deterministic: bool = False) -> LinearOp:
+    """The fastest linear for this weight's device and dtype, or one whose rows depend on no others. The
+    caller may let go of `weight`. Raises UnsupportedModel if it is to be deterministic and cannot be.
 
     float16 stays torch's own: oneDNN has it only on CPUs with AVX512-FP16.
     """
     operand = library.Weight(weight.contiguous(), bias)
-    ours = few_rows(operand, weight.dtype, lambda: _for_many_rows(operand.weight, bias))
+    if is_deterministic:
+        return deterministic_linear(operand, weight.dtype)
+    ours = few_rows(operand, weight.dtype, lambda: _unpacked(operand.weight, bias))
     if ours is not None:
         return ours
-    if weight.device.type == "cpu" and torch._C._has_mkldnn:
-        if weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and cpu.has_bfloat16()):
-            return PackedLinear(weight, bias)
-        if weight.dtype == torch.bfloat16 and weight.shape[1] <= UpcastLinear._TILE:
-            return UpcastLinear(weight, bias)
-    return PlainLinear(weight, bias)
+    is_float32 = weight.dtype == torch.float32
+    if _has_onednn(weight) and (is_float32 or (weight.dtype == torch.bfloat16 and cpu.has_bfloat16())):
+        return PackedLinear(weight, bias)
+    return _unpacked(weight, bias)
+
+
+def _unpacked(weight: Tensor, bias: Tensor | None) -> LinearOp:
+    """One that reads the weight as it lies, as our kernels beside it do."""
+    is_upcast = weight.dtype == torch.bfloat16 and weight.shape[1] <= UpcastLinear._TILE
+    return (UpcastLinear if is_upcast and _has_onednn(weight) else PlainLinear)(weight, bias)
+
+
+def _has_onednn(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and bool(torch._C._has_mkldnn)
 
 
 class RMSNorm:

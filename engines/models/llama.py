@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engines.base import ReportProgress
-from engines.kernels import library
 from engines.models.checkpoint import Checkpoint
 from engines.models.config import LlamaConfig
 from engines.models.few_tokens import FewTokens, require_deterministic
@@ -20,7 +19,6 @@ from engines.models.layers import (
     LinearOp,
     RMSNorm,
     Rotary,
-    deterministic_linear,
     embed_share,
     make_linear,
     swiglu,
@@ -94,15 +92,10 @@ class WeightLoader:
         weights = tuple(f"{name}.weight" for name in names)
         quantized = self._checkpoint.quantized(weights)
         if quantized is None:
-            return self.make_linear(self.load(*weights), bias)
+            return make_linear(self.load(*weights), bias, is_deterministic=self.is_deterministic)
         self._count(len(weights))
         weight, scale = (tensor.to(self._mesh.device) for tensor in quantized)
         return make_quantized_linear(weight, scale, bias, self._dtype, is_deterministic=self.is_deterministic)
-
-    def make_linear(self, weight: Tensor, bias: Tensor | None = None) -> LinearOp:
-        if self.is_deterministic:
-            return deterministic_linear(library.Weight(weight.contiguous(), bias), self._dtype)
-        return make_linear(weight, bias)
 
     def norm(self, name: str) -> RMSNorm:
         return RMSNorm(self.load(f"{name}.weight"), self._config.rms_norm_eps)
@@ -201,7 +194,8 @@ class Llama:
     def _load_head(self, loader: WeightLoader) -> LinearOp:
         if not self.config.tie_word_embeddings:
             return loader.linear("lm_head")
-        return loader.make_linear(self.embedding if self.is_first else loader.load(_EMBEDDING))
+        weight = self.embedding if self.is_first else loader.load(_EMBEDDING)
+        return make_linear(weight, is_deterministic=loader.is_deterministic)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """[T], [T] to hidden states [T, H] after the last norm, the same on every rank."""

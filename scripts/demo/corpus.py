@@ -491,10 +491,7 @@ def puzzle(rng: random.Random) -> Turn:
 
 def invented_word(rng: random.Random) -> str:
     """A word that nobody knows, so that the model learns to refuse what it has never seen."""
-    syllables = "".join(
-        rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.randint(2, 4))
-    )
-    return syllables + rng.choice(("", "n", "r", "s", "x", "th", "ck"))
+    return tools.syllables(rng, 2, 4) + rng.choice(("", "n", "r", "s", "x", "th", "ck"))
 
 
 def unknown_subject(rng: random.Random, held_out: bool) -> tuple[str, tuple[str, ...]]:

@@ -28,7 +28,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 state = self.state[param]
-                momentum = state.setdefault("momentum", torch.zeros_like(param))
+                if not state:
+                    state["momentum"] = torch.zeros_like(param)
+                momentum = state["momentum"]
                 momentum.lerp_(param.grad, 1 - _MOMENTUM)
                 update = _orthogonal(param.grad.lerp(momentum, _MOMENTUM))
                 param.mul_(1 - group["lr"] * group["weight_decay"])

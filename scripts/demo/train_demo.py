@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from engines.runtime import cpu
 from scripts.demo import evaluate
 from scripts.demo.corpus import conversation, drill, plain_text
 from scripts.demo.muon import Muon
@@ -134,15 +135,11 @@ def batch_of(documents: Iterator[Example], device: torch.device) -> TrainingBatc
     return TrainingBatch(ids[:, :-1], same & causal, ids[:, 1:].flatten(), weights[:, 1:].flatten())
 
 
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Not so on a CPU with AVX2 alone: a step in bfloat16 takes three times as long there."""
-    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def loss_of(model: LlamaForCausalLM, body: Callable[..., Any], batch: TrainingBatch) -> Tensor:
     """Weighted mean of the cross entropy; the output layer sees only the rows that count."""
     scored = batch.weights.nonzero().squeeze(1)  # [N]
-    with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=has_fast_bfloat16(model.device)):
+    kind = batch.inputs.device.type
+    with torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu" or cpu.has_bfloat16()):
         hidden = body(input_ids=batch.inputs, attention_mask=batch.mask, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden.flatten(0, 1)[scored])  # [N, vocab]
     losses = nn.functional.cross_entropy(logits.float(), batch.targets[scored], reduction="none")

@@ -18,11 +18,13 @@ from engines.native import NativeEngine
 from engines.runtime import cpu
 from tests.conversion.helpers import convert
 from tests.engines.driver import Driver, Row, native
-from tests.models import Shape, make_llama
+from tests.engines.test_native import prompts_for
+from tests.models import ODD, Shape, make_llama
 
 KERNELS = library.load()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="no kernels for this machine; the log says why")
 
+VOCAB = 250  # of the smallest model, nearly
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -124,9 +126,7 @@ class Both:
         self.rows: list[list[Row]] = [[], []]
 
     def add(self, *lengths: int) -> None:
-        generator = torch.Generator().manual_seed(sum(lengths))
-        for length in lengths:
-            prompt = torch.randint(2, 250, (length,), generator=generator).tolist()
+        for prompt in prompts_for(VOCAB, *lengths):
             for driver, rows in zip(self.drivers, self.rows, strict=True):
                 rows.append(driver.add(prompt, 24))
 
@@ -192,7 +192,7 @@ def test_deterministic_nothing_else_has_a_say(tmp_path: Path, dtype: str) -> Non
     """Neither who is in the batch, nor how many, nor how a prompt is cut into steps: all to the bit."""
     directory = make_llama(tmp_path, SHAPES["group of 4"])
     engine = native(directory, dtype=dtype, deterministic=True)
-    [prompt, *others] = [_prompt(seed, length) for seed, length in enumerate((75, 3, 40, 90, 1))]
+    [prompt, *others] = prompts_for(VOCAB, 75, 3, 40, 90, 1)
     alone = _decoded(engine, [prompt], chunk=80)
     assert torch.equal(_decoded(engine, [prompt], chunk=7), alone)
     assert torch.equal(_decoded(engine, [prompt, *others], chunk=33), alone)
@@ -209,11 +209,6 @@ def test_deterministic_is_refused_where_it_cannot_be(tmp_path: Path, monkeypatch
     monkeypatch.setattr(library, "_load", lambda: "cannot be had: no compiler")
     with pytest.raises(UnsupportedModel, match="cannot be had: no compiler; remove it"):
         native(directory, deterministic=True)
-
-
-def _prompt(seed: int, length: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, 250, (length,), generator=generator).tolist()
 
 
 def _decoded(engine: NativeEngine, prompts: list[list[int]], chunk: int) -> Tensor:
@@ -233,8 +228,7 @@ def _decoded(engine: NativeEngine, prompts: list[list[int]], chunk: int) -> Tens
 def _logits_of(engine: NativeEngine, lengths: list[int]) -> Tensor:
     """Of the first sequence, over some steps."""
     driver = Driver(engine, num_blocks=64, block_size=4)
-    generator = torch.Generator().manual_seed(1)
-    rows = [driver.add(torch.randint(2, 250, (n,), generator=generator).tolist(), 8) for n in lengths]
+    rows = [driver.add(prompt, 8) for prompt in prompts_for(VOCAB, *lengths)]
     found = [driver.step(rows, 3) for _ in range(10)]
     return torch.stack([logits[0] for logits in found if logits is not None])
 
@@ -254,5 +248,4 @@ def test_a_large_step_goes_through_the_modules(tmp_path: Path, monkeypatch: pyte
 
 
 def test_shapes_that_do_not_fit_are_left_to_torch(tmp_path: Path) -> None:
-    shape = Shape(hidden=72, layers=1, heads=4, kv_heads=1, head_dim=26, ffn=100, vocab=257)
-    assert native(make_llama(tmp_path, shape))._model.few_tokens is None
+    assert native(make_llama(tmp_path, ODD))._model.few_tokens is None
