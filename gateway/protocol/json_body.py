@@ -33,7 +33,8 @@ def parse_object(body: bytes) -> dict[str, object]:
     structure = _structure(body)
     _check(structure)
     try:
-        content = pydantic_core.from_json(body, allow_inf_nan=False)
+        # By default pydantic keeps thousands of short strings for all time: people's prompts among them.
+        content = pydantic_core.from_json(body, allow_inf_nan=False, cache_strings="none")
     except ValueError as error:
         raise MalformedBody(f"The body is not valid JSON: {error}") from error
     if not isinstance(content, dict):

@@ -115,7 +115,7 @@ def _input(arguments: str) -> dict[str, Any]:
     """An object: as far as it came, if the answer ended within it. What a model wrote that is none goes where
     Anthropic's documentation has clients put such input."""
     try:
-        value = from_json(arguments, allow_partial=True, allow_inf_nan=False) if arguments else {}
+        value = from_json(arguments or "{}", allow_partial=True, allow_inf_nan=False, cache_strings="none")
     except ValueError:
         value = None
     return value if isinstance(value, dict) else {"INVALID_JSON": arguments}

@@ -97,3 +97,16 @@ def test_a_key_may_be_once_in_an_object(body: bytes) -> None:
 def test_a_key_may_be_in_many_objects() -> None:
     body = b'{"a": {"a": [{"a": 1}, {"a": ":"}]}, "b": {"a": null}}'
     assert parse_object(body) == json.loads(body)
+
+
+def test_nothing_of_a_body_is_kept_when_it_is_done_with() -> None:
+    body = b'{"model": "demo", "prompt": "a secret", "metadata": {"to whom": "a friend"}}'
+
+    def strings(value: Any) -> list[str]:
+        if isinstance(value, dict):
+            return [string for pair in value.items() for part in pair for string in strings(part)]
+        return [value]
+
+    first, second = strings(parse_object(body)), strings(parse_object(body))
+    assert first == second
+    assert not {id(string) for string in first} & {id(string) for string in second}, "read anew each time"
