@@ -90,13 +90,15 @@ class FakeRunner:
 
     def collect(self) -> tuple[StepPlan, StepResult]:
         plan = self._plans.popleft()
+        until = time.perf_counter() + self._step_seconds  # as on a device, however many sequences it has
         is_prefill = plan.num_tokens > plan.num_seqs
         self._before("prefill" if is_prefill else "decode", plan)
-        if self._step_seconds:
-            time.sleep(self._step_seconds)
         states = self._forward(plan)
         self._before("sample", plan)
-        return plan, self._sample(plan, states)
+        result = self._sample(plan, states)
+        if (seconds := until - time.perf_counter()) > 0:
+            time.sleep(seconds)
+        return plan, result
 
     def _forward(self, plan: StepPlan) -> list[int]:
         """The state at every token, written where the plan says, and read through the block tables."""
