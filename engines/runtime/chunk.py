@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -79,9 +78,9 @@ class _Rows:
         self.use: list[int] = []
         self.sampling: list[RowSampling] = []
 
-    def add(self, index: int, use: RowUse, sampling: RowSampling) -> None:
+    def add(self, index: int, use: int, sampling: RowSampling) -> None:
         self.index.append(index)
-        self.use.append(int(use))
+        self.use.append(use)
         self.sampling.append(sampling)
 
 
@@ -90,22 +89,38 @@ def build_plan(chunks: list[Chunk], tables: BlockTables) -> StepPlan:
     input_ids: list[int] = []
     rows = _Rows()
     for chunk in chunks:
+        sequence = chunk.sequence
         chunk.first_row = len(rows.index)
-        _add_prompt_rows(rows, chunk, offset=len(input_ids) - chunk.start)
-        input_ids.extend(_input_ids(chunk))
-        _add_last_rows(rows, chunk, last=len(input_ids) - 1)
+        if sequence.num_scored is not None:
+            _add_prompt_rows(rows, chunk, offset=len(input_ids) - chunk.start)
+        if chunk.num_tokens == 1:
+            known, start = sequence.token_ids, chunk.start
+            input_ids.append(known[start] if start < len(known) else LAST_SAMPLED)
+        else:
+            input_ids += sequence.token_ids[chunk.start : chunk.end]
+            input_ids += chunk.drafts
+        if chunk.samples and sequence.draws_alike and not chunk.drafts:
+            rows.add(len(input_ids) - 1, _SAMPLE, sequence.sampling)
+        else:
+            _add_last_rows(rows, chunk, last=len(input_ids) - 1)
     starts = np.array([chunk.start for chunk in chunks], np.int32)
     lengths = np.array([chunk.num_tokens for chunk in chunks], np.int32)
     slots = np.array([chunk.sequence.slot for chunk in chunks], np.int32)
-    query_start = np.zeros(len(chunks) + 1, np.int32)
-    np.cumsum(lengths, out=query_start[1:])
-    positions = np.arange(len(input_ids), dtype=np.int32) + np.repeat(starts - query_start[:-1], lengths)
+    if len(input_ids) == len(chunks):  # one token each
+        query_start = np.arange(len(chunks) + 1, dtype=np.int32)
+        positions, token_slots = starts, slots
+    else:
+        query_start = np.zeros(len(chunks) + 1, np.int32)
+        np.cumsum(lengths, out=query_start[1:])
+        offsets = np.repeat(starts - query_start[:-1], lengths)
+        positions = np.arange(len(input_ids), dtype=np.int32) + offsets
+        token_slots = np.repeat(slots, lengths)
     context_lens = starts + lengths
     return StepPlan(
         kind=StepKind.RUN,
         input_ids=np.array(input_ids, np.int32),
         positions=positions,
-        slot_mapping=tables.slot_mapping(np.repeat(slots, lengths), positions),
+        slot_mapping=tables.slot_mapping(token_slots, positions),
         query_start=query_start,
         context_lens=context_lens,
         slots=slots,
@@ -117,28 +132,16 @@ def build_plan(chunks: list[Chunk], tables: BlockTables) -> StepPlan:
     )
 
 
-def _input_ids(chunk: Chunk) -> Iterable[int]:
-    token_ids, start = chunk.sequence.token_ids, chunk.start
-    if chunk.num_tokens == 1:
-        return (token_ids[start] if start < len(token_ids) else LAST_SAMPLED,)
-    known = token_ids[start : chunk.end]
-    known.extend(chunk.drafts)
-    return known
-
-
 def _add_prompt_rows(rows: _Rows, chunk: Chunk, offset: int) -> None:
     """Rows for the prompt positions of this chunk whose log-probabilities are asked for and not yet had."""
-    num_scored = chunk.sequence.num_scored
-    if num_scored is None:
-        return
-    request = chunk.sequence.request
+    request, num_scored = chunk.sequence.request, chunk.sequence.num_scored
+    assert num_scored is not None, "prompt rows without a request for them"
     params = _scoring_params(request.prompt_logprobs or 0)
     first = max(chunk.start, num_scored - 1)
     last = min(chunk.end, len(request.prompt_ids) - 1)
     for position in range(first, last):
         target = request.prompt_ids[position + 1]
-        sampling = RowSampling(params, position=position + 1, target_id=target)
-        rows.add(offset + position, RowUse.PROMPT_LOGPROBS, sampling)
+        rows.add(offset + position, RowUse.PROMPT_LOGPROBS, RowSampling(params, target_id=target))
     chunk.num_prompt_rows = max(0, last - first)
 
 
@@ -149,13 +152,13 @@ def _add_last_rows(rows: _Rows, chunk: Chunk, last: int) -> None:
             samplings = [_row_sampling(chunk, i, draft) for i, draft in enumerate((*chunk.drafts, -1))]
         except Exception as error:  # in its history: its own
             chunk.sequence.error = failed("its sampling parameters", error)
-            samplings = [RowSampling(_CHECKING, chunk.end)] * (len(chunk.drafts) + 1)
+            samplings = [RowSampling(_CHECKING)] * (len(chunk.drafts) + 1)
         uses = [RowUse.VERIFY] * len(chunk.drafts) + [RowUse.SAMPLE]
     elif chunk.sequence.is_finished:  # of a static batch, carried on
         return
     else:
         num_pooled = chunk.num_pooled
-        samplings = [RowSampling(_CHECKING, chunk.end, num_pooled=num_pooled)]
+        samplings = [RowSampling(_CHECKING, num_pooled=num_pooled)]
         uses = [RowUse.POOL if num_pooled else RowUse.CHECK]
     first = last + 1 - len(uses)
     for index, (use, sampling) in enumerate(zip(uses, samplings, strict=True), first):
@@ -165,8 +168,7 @@ def _add_last_rows(rows: _Rows, chunk: Chunk, last: int) -> None:
 def _row_sampling(chunk: Chunk, num_drafts: int, target_id: int) -> RowSampling:
     """How to draw the token that follows the first `num_drafts` drafts."""
     sequence, request = chunk.sequence, chunk.sequence.request
-    position = chunk.end - len(chunk.drafts) + num_drafts
-    num_generated = position - len(request.prompt_ids)
+    num_generated = chunk.end - len(chunk.drafts) + num_drafts - len(request.prompt_ids)
     banned = tuple(sequence.stop_ids) if num_generated < request.min_tokens else ()
     if sequence.constraint is not None:
         sequence.constraint.follow(sequence.token_ids, len(request.prompt_ids))
@@ -175,7 +177,6 @@ def _row_sampling(chunk: Chunk, num_drafts: int, target_id: int) -> RowSampling:
         history = sequence.history(chunk.drafts[:num_drafts])
     return RowSampling(
         request.sampling,
-        position,
         request.choice,
         len(request.prompt_ids),
         history,
@@ -185,6 +186,7 @@ def _row_sampling(chunk: Chunk, num_drafts: int, target_id: int) -> RowSampling:
     )
 
 
+_SAMPLE = int(RowUse.SAMPLE)  # an enum's member is slow to put into an array
 _NO_HISTORY = np.empty(0, np.int32)
 _CHECKING = SamplingParams(temperature=0.0)
 

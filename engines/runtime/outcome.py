@@ -54,23 +54,32 @@ def _take_tokens(chunk: Chunk, token_ids: list[int], result: StepResult) -> Toke
     sequence = chunk.sequence
     sequence.num_unknown_tokens -= 1
     first_row = chunk.first_row + chunk.num_prompt_rows
-    drawn = token_ids[first_row : first_row + len(chunk.drafts) + 1]
+    if chunk.drafts:
+        accepted, reason = _accept(chunk, token_ids[first_row : first_row + len(chunk.drafts) + 1])
+    else:
+        accepted = [token_ids[first_row]]
+        reason = _take_token(sequence, accepted[0])
+    return _delta(sequence, accepted, _logprobs(sequence, first_row, len(accepted), result), reason)
+
+
+def _accept(chunk: Chunk, drawn: list[int]) -> tuple[list[int], FinishReason | None]:
+    """Of what was drawn after each draft, and before any, as much as the drafts were right."""
+    sequence = chunk.sequence
     accepted: list[int] = []
     reason: FinishReason | None = None
     for token_id, draft in zip(drawn, (*chunk.drafts, None), strict=True):
         accepted.append(token_id)
-        sequence.token_ids.append(token_id)
-        reason = _finish_reason(sequence)
+        reason = _take_token(sequence, token_id)
         if reason is not None or token_id != draft:
             break
-    if chunk.drafts:
-        sequence.num_computed_tokens = len(sequence.token_ids) - 1  # the K/V of wrong drafts is void
-    return _delta(sequence, accepted, _logprobs(sequence, first_row, len(accepted), result), reason)
+    sequence.num_computed_tokens = len(sequence.token_ids) - 1  # the K/V of wrong drafts is void
+    return accepted, reason
 
 
-def _finish_reason(sequence: Sequence) -> FinishReason | None:
-    """Whether the token it has just got is its last."""
-    if sequence.token_ids[-1] in sequence.stop_ids:
+def _take_token(sequence: Sequence, token_id: int) -> FinishReason | None:
+    """Whether it is the last."""
+    sequence.token_ids.append(token_id)
+    if token_id in sequence.stop_ids:
         return "stop"
     return "length" if len(sequence.token_ids) >= sequence.max_len else None
 

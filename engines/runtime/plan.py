@@ -41,16 +41,15 @@ class RowUse(IntEnum):
 class RowSampling(msgspec.Struct, frozen=True, eq=False):
     """How to treat one row of logits. Stays on rank 0: not packed, not broadcast.
 
-    `token_ids` is the whole history (prompt and generated) when penalties need it, else empty;
-    `position` is that of the token to be drawn, counted from the sequence's first; `banned_ids` may
-    not be drawn (end tokens before min_tokens), unless `constraint`, its grammar, leaves nothing else.
+    Where the row is, the plan says: a sequence that draws all its tokens alike has one of these for all.
+    `token_ids` is the whole history (prompt and generated) when penalties need it, else empty; `banned_ids`
+    may not be drawn (end tokens before min_tokens), unless `constraint`, its grammar, leaves nothing else.
     `target_id`: the prompt token whose log-probability is wanted (PROMPT_LOGPROBS), the draft (VERIFY: the
     row is drawn as if there were none, and the scheduler compares), else -1. `num_pooled`: the hidden states
     of how many tokens are summed, this row's the last of them (POOL).
     """
 
     params: SamplingParams
-    position: int
     choice: int = 0
     num_prompt_tokens: int = 0
     token_ids: Int32 = msgspec.field(default_factory=lambda: np.empty(0, np.int32))
@@ -104,6 +103,17 @@ class StepPlan:
     @property
     def num_seqs(self) -> int:
         return len(self.context_lens)
+
+    @property
+    def drawn_positions(self) -> Int32:
+        """[L]: of the token that each row draws, counted from its sequence's first."""
+        return self.positions[self.logit_rows] + np.int32(1)
+
+    def sequences_of(self, tokens: NDArray[np.integer]) -> NDArray[np.integer]:
+        """To which sequence each of these tokens belongs: indices into T to indices into S."""
+        if self.num_tokens == self.num_seqs:
+            return tokens
+        return np.searchsorted(self.query_start, tokens, side="right") - 1
 
     def pack(self) -> bytes:
         """The arrays as bytes, little-endian int32, for `unpack` on another rank."""

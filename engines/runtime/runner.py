@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -91,38 +92,39 @@ class ModelRunner:
         logits = self._engine.logits(hidden)
         if logits is None or not self._mesh.is_leader:
             return None
-        return sampler.sample(logits, plan.sampling[rows], plan.row_use[rows].tolist())
+        positions = plan.drawn_positions[rows]
+        return sampler.sample(logits, plan.sampling[rows], plan.row_use[rows].tolist(), positions)
 
     def _remember(self, plan: StepPlan, result: StepResult) -> None:
         """What each slot sampled last, for plans made before this one was collected."""
         sampled = plan.row_use == RowUse.SAMPLE
-        sequence = np.searchsorted(plan.query_start, plan.logit_rows[sampled], side="right") - 1
-        self._last_sampled[plan.slots[sequence]] = result.token_ids[sampled]
+        sequences = plan.sequences_of(plan.logit_rows[sampled])
+        self._last_sampled[plan.slots[sequences]] = result.token_ids[sampled]
 
     def _input_ids(self, plan: StepPlan) -> np.ndarray:
         unknown = plan.input_ids == LAST_SAMPLED
         if not unknown.any():
             return plan.input_ids
         assert self._mesh.world_size == 1, "running ahead needs the sampled tokens on this rank"
-        sequence = np.searchsorted(plan.query_start, np.flatnonzero(unknown), side="right") - 1
+        sequences = plan.sequences_of(np.flatnonzero(unknown))
         ids = plan.input_ids.copy()
-        ids[unknown] = self._last_sampled[plan.slots[sequence]]
+        ids[unknown] = self._last_sampled[plan.slots[sequences]]
         return ids
 
     def _to_batch(self, plan: StepPlan) -> Batch:
         device = self._mesh.device
         query_start, context_lens = plan.query_start.tolist(), plan.context_lens.tolist()
         return Batch(
-            input_ids=_tensor(self._input_ids(plan), device, torch.int64),
-            positions=_tensor(plan.positions, device, torch.int64),
-            slot_mapping=_tensor(plan.slot_mapping, device, torch.int64),
-            query_start=_tensor(plan.query_start, device, torch.int32),
-            context_lens=_tensor(plan.context_lens, device, torch.int32),
-            block_tables=_tensor(plan.block_tables, device, torch.int32),
-            logit_rows=_tensor(plan.logit_rows, device, torch.int64),
+            input_ids=_tensor(self._input_ids(plan), device, np.int64),
+            positions=_tensor(plan.positions, device, np.int64),
+            slot_mapping=_tensor(plan.slot_mapping, device, np.int64),
+            query_start=_tensor(plan.query_start, device, np.int32),
+            context_lens=_tensor(plan.context_lens, device, np.int32),
+            block_tables=_tensor(plan.block_tables, device, np.int32),
+            logit_rows=_tensor(plan.logit_rows, device, np.int64),
             query_start_list=query_start,
             context_lens_list=context_lens,
-            max_query_len=int(np.diff(plan.query_start).max()),
+            max_query_len=max(end - start for start, end in pairwise(query_start)),
             max_context_len=max(context_lens),
         )
 
@@ -135,9 +137,9 @@ def _pooled(plan: StepPlan, hidden: Tensor) -> Iterator[tuple[int, Float32]]:
         yield row, states.sum(0, dtype=torch.float32).cpu().numpy()
 
 
-def _tensor(array: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _tensor(array: np.ndarray, device: torch.device, dtype: type[np.integer]) -> Tensor:
     """A copy: the plan's arrays may be read-only views of what was received."""
-    return torch.tensor(array, dtype=dtype, device=device)
+    return torch.from_numpy(array.astype(dtype)).to(device)
 
 
 def _slices(count: int) -> Iterator[slice]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engines.runtime.faults import failed
 from engines.runtime.grammar import token_masks
-from engines.runtime.plan import RowSampling, RowUse, StepResult
+from engines.runtime.plan import Int32, RowSampling, RowUse, StepResult
 from engines.runtime.random import uniforms
 from engines.wire import RequestError, TokenLogprob
 
@@ -25,17 +25,20 @@ _FIRST_TOP = 1024
 """How many candidates to sort before giving up on a short list: top_p rarely needs more."""
 
 
-def sample(logits: Tensor, rows: Sequence[RowSampling], row_use: Sequence[int]) -> StepResult:
+def sample(
+    logits: Tensor, rows: Sequence[RowSampling], row_use: Sequence[int], positions: Int32
+) -> StepResult:
     """Draw a token for every row.
 
     Args:
         logits: [L, V] float32; changed in place.
         rows: how to treat each row.
         row_use: RowUse of each row; only rows for SAMPLE and VERIFY draw.
+        positions: [L], of the token that a row draws, counted from its sequence's first.
     """
     errors: dict[int, RequestError] = {}
     asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-    raw = _log_softmax(logits, asked)  # before anything is adjusted
+    raw = _log_softmax(logits, asked) if asked else logits  # before anything is adjusted
     drawn = [i for i, use in enumerate(row_use) if use in _DRAWN]
     for i in filter(lambda i: _is_adjusted(rows[i]), drawn):
         _guarded([i], lambda own: _adjust_row(logits[own[0]], rows[own[0]]), "penalties and biases", errors)
@@ -43,10 +46,11 @@ def sample(logits: Tensor, rows: Sequence[RowSampling], row_use: Sequence[int]) 
     _guarded(constrained, lambda some: _constrain(logits, rows, some), "its grammar", errors)
     tokens = _likeliest(logits, errors)
     random = [i for i in drawn if rows[i].params.temperature > 0 and i not in errors]
-    _guarded(random, lambda some: _put_random(tokens, logits, rows, some), "sampling", errors)
-    for i, row in enumerate(rows):
-        if row_use[i] not in _DRAWN:
-            tokens[i] = row.target_id
+    _guarded(random, lambda some: _put_random(tokens, logits, rows, positions, some), "sampling", errors)
+    if len(drawn) < len(rows):
+        for i, row in enumerate(rows):
+            if row_use[i] not in _DRAWN:
+                tokens[i] = row.target_id
     logprobs: dict[int, TokenLogprob] = {}
     unharmed = [i for i in asked if i not in errors]
     _guarded(
@@ -77,10 +81,17 @@ def _guarded(
 
 def _likeliest(logits: Tensor, errors: dict[int, RequestError]) -> np.ndarray:
     """[L, V] to [L]. A maximum is NaN where anything is: that row is in error."""
-    values, best = logits.max(-1)
-    tokens: np.ndarray = best.masked_fill_(~values.isfinite(), -1).cpu().numpy()
-    for i in np.flatnonzero(tokens < 0).tolist():
-        errors.setdefault(i, RequestError("internal", "the model gave logits that are not finite"))
+    if logits.is_cpu:  # where numpy is 12 to 20 times as fast as torch
+        values = logits.numpy()
+        tokens: np.ndarray = values.argmax(-1)
+        is_finite = np.isfinite(np.take_along_axis(values, tokens[:, None], -1)[:, 0])
+    else:
+        largest, best = logits.max(-1)
+        tokens, is_finite = best.cpu().numpy(), largest.isfinite().cpu().numpy()
+    if not is_finite.all():
+        for i in np.flatnonzero(~is_finite).tolist():
+            tokens[i] = -1
+            errors.setdefault(i, RequestError("internal", "the model gave logits that are not finite"))
     return tokens
 
 
@@ -126,17 +137,20 @@ def _penalise(logits: Tensor, row: RowSampling) -> None:
         logits[ids] -= params.presence_penalty + params.frequency_penalty * times
 
 
-def _put_random(tokens: np.ndarray, logits: Tensor, rows: Sequence[RowSampling], random: list[int]) -> None:
+def _put_random(
+    tokens: np.ndarray, logits: Tensor, rows: Sequence[RowSampling], positions: Int32, random: list[int]
+) -> None:
     """Draw for the rows `random` into `tokens`."""
     chosen = logits if len(random) == len(rows) else logits[random]
-    tokens[random] = _draw_random(chosen, [rows[i] for i in random]).cpu().numpy()
+    drawn = _draw_random(chosen, [rows[i] for i in random], positions[random].tolist())
+    tokens[random] = drawn.cpu().numpy()
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=like.device).unsqueeze(1)
 
 
-def _draw_random(logits: Tensor, rows: Sequence[RowSampling]) -> Tensor:
+def _draw_random(logits: Tensor, rows: Sequence[RowSampling], positions: Sequence[int]) -> Tensor:
     """[R, V] to [R]: one draw a row from the filtered distribution."""
     params = [row.params for row in rows]
     # The largest logit first becomes 0: a tiny temperature then overflows to -inf, never to NaN.
@@ -148,7 +162,7 @@ def _draw_random(logits: Tensor, rows: Sequence[RowSampling]) -> Tensor:
         cut = _cut(probs[limited], [params[i].top_k for i in limited], [params[i].top_p for i in limited])
         floor[limited] = torch.maximum(floor[limited], cut)
     probs.masked_fill_(probs < floor, 0.0)
-    draws = uniforms([p.seed for p in params], [row.choice for row in rows], [row.position for row in rows])
+    draws = uniforms([p.seed for p in params], [row.choice for row in rows], positions)
     cumulative = probs.double().cumsum(-1)  # [R, V]
     target = torch.from_numpy(draws).to(logits.device).unsqueeze(1) * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1)

@@ -226,14 +226,16 @@ class ContinuousScheduler:
         return build_plan(chunks, self._tables)
 
     def _prompt_tokens_of_plan(self) -> int:
+        if self._min_prompt_tokens is None:
+            return self.max_num_batched_tokens
         num_decoding = sum(len(one.token_ids) > one.num_prompt_tokens for one in self._running)
-        if self._min_prompt_tokens is None or not num_decoding:
+        if not num_decoding:
             return self.max_num_batched_tokens
         return max(self._min_prompt_tokens, 2 * num_decoding // self.max_plans_in_flight)
 
     def _num_tokens_of_chunk(self, sequence: Sequence, budget: int) -> int:
-        num_tokens = min(sequence.num_pending, budget)
-        return num_tokens if sequence.num_pending == 1 else min(num_tokens, self._prompt_budget)
+        num_pending = sequence.num_pending
+        return 1 if num_pending == 1 else min(num_pending, budget, self._prompt_budget)
 
     def _continue_running(self, chunks: list[Chunk]) -> tuple[int, bool]:
         """Chunks of the running sequences. Returns the budget left, and whether blocks sufficed."""
@@ -244,7 +246,7 @@ class ContinuousScheduler:
         while index < len(self._running) and budget > 0 and len(chunks) < max_chunks:
             sequence = self._running[index]
             index += 1
-            if not self._can_run(sequence):
+            if sequence.num_plans_in_flight and not self._can_run_ahead(sequence):
                 continue
             num_tokens = self._num_tokens_of_chunk(sequence, budget)
             if num_tokens == 0:
@@ -261,9 +263,8 @@ class ContinuousScheduler:
             return self.max_num_seqs
         return -(-num_candidates // self.max_plans_in_flight)
 
-    def _can_run(self, sequence: Sequence) -> bool:
-        if sequence.num_plans_in_flight == 0:
-            return True
+    def _can_run_ahead(self, sequence: Sequence) -> bool:
+        """Whether one that is in flight already can go into another plan."""
         if not self._run_ahead or sequence.num_pending == 0:
             return False
         if sequence.num_unknown_tokens == 0:
@@ -277,9 +278,9 @@ class ContinuousScheduler:
 
         False: it has to wait, being the youngest, or for a plan that the youngest is in.
         """
-        num_missing = -(-num_tokens // self.block_size) - len(sequence.block_table)
-        if num_missing <= 0:
+        if num_tokens <= len(sequence.block_table) * self.block_size:
             return True
+        num_missing = -(-num_tokens // self.block_size) - len(sequence.block_table)
         while self._pool.num_available < num_missing:
             youngest = self._running[-1]
             if youngest is sequence or youngest.num_plans_in_flight:
@@ -304,18 +305,19 @@ class ContinuousScheduler:
 
     def _start_chunk(self, chunks: list[Chunk], sequence: Sequence, num_tokens: int, budget: int) -> int:
         """Put its next tokens into the plan. Returns how many, drafts included."""
-        start = sequence.num_computed_tokens
-        if sequence.num_pending > 1:
+        start, num_known = sequence.num_computed_tokens, sequence.num_tokens
+        if num_known - start > 1:
             self._prompt_budget -= num_tokens
-        samples = start + num_tokens == sequence.num_tokens < sequence.max_len
-        can_draft = samples and self._drafter is not None and sequence.constraint is None
-        drafts = self._draft(sequence, budget - num_tokens) if can_draft else ()
-        chunk = Chunk(sequence, start, num_tokens + len(drafts), samples, drafts)
-        chunks.append(chunk)
-        sequence.num_computed_tokens = chunk.end
+        samples = start + num_tokens == num_known < sequence.max_len
+        drafts: tuple[int, ...] = ()
+        if samples and self._drafter is not None and sequence.constraint is None:
+            drafts = self._draft(sequence, budget - num_tokens)
+            num_tokens += len(drafts)
+        chunks.append(Chunk(sequence, start, num_tokens, samples, drafts))
+        sequence.num_computed_tokens = start + num_tokens
         sequence.num_unknown_tokens += samples
         sequence.num_plans_in_flight += 1
-        return chunk.num_tokens
+        return num_tokens
 
     def _draft(self, sequence: Sequence, budget: int) -> tuple[int, ...]:
         """Guesses for which there are tokens, length and blocks, nobody being preempted for them."""
@@ -455,10 +457,11 @@ class ContinuousScheduler:
 
     def _offer_blocks(self, sequence: Sequence, num_computed: int) -> None:
         """Let others find its full blocks up to there, now that they have been computed and are finite."""
-        if sequence.hash_root is not None:
-            for index in range(sequence.num_hashed_blocks, num_computed // self.block_size):
+        num_full = num_computed // self.block_size
+        if num_full > sequence.num_hashed_blocks and sequence.hash_root is not None:
+            for index in range(sequence.num_hashed_blocks, num_full):
                 block_hash = sequence.hash_of_block(index, self.block_size)
                 self._pool.register(sequence.block_table[index], block_hash)
                 sequence.num_hashed_blocks = index + 1
-        if num_computed >= sequence.num_prompt_tokens:
+        if sequence.request.group and num_computed >= sequence.num_prompt_tokens:
             self._end_lead(sequence)

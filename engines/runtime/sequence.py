@@ -9,7 +9,7 @@ from hashlib import blake2b
 import numpy as np
 
 from engines.runtime.grammar import Constraint
-from engines.runtime.plan import Float32, Int32
+from engines.runtime.plan import Float32, Int32, RowSampling
 from engines.wire import Generate, RequestError, TokenLogprob
 
 _DIGEST_BYTES = 32
@@ -57,7 +57,14 @@ class Sequence:
     num_scored: int | None = None  # prompt tokens whose log-probability it has had; None: not asked for
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # of them, those not sent yet
     pooled: Float32 | None = None  # [H]: the sum of the hidden states that are pooled, so far
+    draws_alike: bool = field(init=False)  # `sampling` is how it draws each of its tokens
+    sampling: RowSampling = field(init=False)
     _history: array[int] = field(default_factory=lambda: array("i"))
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self.draws_alike = not (self.needs_history or self.constraint or request.min_tokens)
+        self.sampling = RowSampling(request.sampling, request.choice, len(request.prompt_ids))
 
     @property
     def id(self) -> str:

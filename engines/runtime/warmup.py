@@ -60,5 +60,5 @@ def dummy_plan(num_seqs: int, query_len: int, block_size: int) -> StepPlan:
         logit_rows=ends - 1,
         row_use=np.full(num_seqs, RowUse.SAMPLE, np.int32),
         block_tables=blocks[:, None],
-        sampling=(RowSampling(SamplingParams(temperature=0.0), query_len),) * num_seqs,
+        sampling=(RowSampling(SamplingParams(temperature=0.0)),) * num_seqs,
     )

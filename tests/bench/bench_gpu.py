@@ -71,7 +71,7 @@ def decode_plan(batch: int, context: int, block_size: int, blocks_per_seq: int) 
         logit_rows=sequence,
         row_use=np.full(batch, RowUse.SAMPLE, np.int32),
         block_tables=tables[:, : -(-context // block_size)],
-        sampling=(RowSampling(GREEDY, context),) * batch,
+        sampling=(RowSampling(GREEDY),) * batch,
     )
 
 

@@ -30,7 +30,7 @@ SITES: dict[str, tuple[Any, str, Callable[..., list[int]]]] = {
     "row": (chunk, "_row_sampling", lambda one, *_, **__: [one.sequence.request.sampling.seed]),
     "penalties and biases": (sampler, "_adjust_row", lambda logits, row: [row.params.seed]),
     "penalties": (sampler, "_penalise", lambda logits, row: [row.params.seed]),
-    "draw": (sampler, "_draw_random", lambda logits, rows: [row.params.seed for row in rows]),
+    "draw": (sampler, "_draw_random", lambda logits, rows, _: [row.params.seed for row in rows]),
     "logprobs": (
         sampler,
         "_logprobs",
@@ -42,7 +42,7 @@ SITES: dict[str, tuple[Any, str, Callable[..., list[int]]]] = {
         lambda one, result: [one.sequence.request.sampling.seed],
     ),
     "tokens": (outcome, "_take_tokens", lambda one, *_: [one.sequence.request.sampling.seed]),
-    "finish reason": (outcome, "_finish_reason", lambda sequence: [sequence.request.sampling.seed]),
+    "finish reason": (outcome, "_take_token", lambda sequence, _: [sequence.request.sampling.seed]),
     "delta": (outcome, "_delta", lambda sequence, *_: [sequence.request.sampling.seed]),
 }
 NAMES = tuple(SITES)

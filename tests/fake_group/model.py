@@ -28,12 +28,12 @@ def chain(state: int, token_id: int) -> int:
     return (state * 0x9E3779B97F4A7C15 + token_id + 1) & _MASK
 
 
-def draw(state: int, sampling: RowSampling, vocab_size: int) -> int:
+def draw(state: int, sampling: RowSampling, position: int, vocab_size: int) -> int:
     """The token that follows `state`: without a temperature, of nothing else but penalties and bans."""
     params = sampling.params
     mixed = chain(state, _MAX_TOKEN)
     if params.temperature > 0:
-        for value in (params.seed, sampling.choice, sampling.position):
+        for value in (params.seed, sampling.choice, position):
             mixed = chain(mixed, value)
     for token_id in sampling.token_ids.tolist():
         mixed = chain(mixed, token_id)
@@ -124,11 +124,12 @@ class FakeRunner:
 
     def _sample(self, plan: StepPlan, states: list[int]) -> StepResult:
         result = StepResult(np.full(len(plan.logit_rows), -1, np.int32))
-        rows = zip(plan.logit_rows.tolist(), plan.row_use.tolist(), plan.sampling, strict=True)
-        for row, (index, use, sampling) in enumerate(rows):
+        columns = (plan.logit_rows, plan.row_use, plan.drawn_positions)
+        rows = zip(*(column.tolist() for column in columns), plan.sampling, strict=True)
+        for row, (index, use, position, sampling) in enumerate(rows):
             state, token_id = states[index], sampling.target_id
             if use != RowUse.PROMPT_LOGPROBS:
-                token_id = draw(state, sampling, self._vocab_size)
+                token_id = draw(state, sampling, position, self._vocab_size)
             result.token_ids[row] = token_id
             if use == RowUse.POOL:
                 result.pooled[row] = pooled(states[index + 1 - sampling.num_pooled : index + 1])
@@ -148,8 +149,8 @@ def expected(request: Generate, vocab_size: int, eos_token_ids: Iterable[int] = 
     for index in range(request.max_tokens):
         history = np.array(token_ids if has_penalty else [], np.int32)
         banned = tuple(stop_ids) if index < request.min_tokens else ()
-        sampling = RowSampling(params, num_prompt + index, request.choice, num_prompt, history, banned)
-        token_ids.append(draw(state, sampling, vocab_size))
+        sampling = RowSampling(params, request.choice, num_prompt, history, banned)
+        token_ids.append(draw(state, sampling, num_prompt + index, vocab_size))
         state = chain(state, token_ids[-1])
         if token_ids[-1] in stop_ids:
             break

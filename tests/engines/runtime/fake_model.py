@@ -74,10 +74,10 @@ class FakePagedRunner:
         self.num_tokens_computed += plan.num_tokens
         result = StepResult(np.full(len(plan.logit_rows), -1, np.int32))
         for row, (index, use) in enumerate(zip(plan.logit_rows.tolist(), plan.row_use.tolist(), strict=True)):
-            self._sample(result, row, states[index], RowUse(use), sampling[row])
+            position = int(plan.positions[index]) + 1
+            self._sample(result, row, states[index], RowUse(use), sampling[row], position)
             if use == RowUse.POOL:
                 result.pooled[row] = pooled(states[index + 1 - sampling[row].num_pooled : index + 1])
-            assert sampling[row].position == plan.positions[index] + 1
         self._remember(plan, result)
         return result
 
@@ -110,13 +110,15 @@ class FakePagedRunner:
     def _cell_index(self, table: list[int], position: int) -> int:
         return table[position // self.block_size] * self.block_size + position % self.block_size
 
-    def _sample(self, result: StepResult, row: int, state: int, use: RowUse, sampling: RowSampling) -> None:
+    def _sample(
+        self, result: StepResult, row: int, state: int, use: RowUse, sampling: RowSampling, position: int
+    ) -> None:
         history = tuple(sampling.token_ids.tolist())
         token_id = sampling.target_id
         if use in (RowUse.SAMPLE, RowUse.VERIFY):
             banned = frozenset(sampling.banned_ids)
             params = sampling.params
-            token_id = draw(state, params.seed, sampling.choice, sampling.position, history, banned)
+            token_id = draw(state, params.seed, sampling.choice, position, history, banned)
         result.token_ids[row] = token_id
         if sampling.params.logprobs is not None:
             result.logprobs[row] = score(state, token_id)

@@ -87,8 +87,9 @@ class Peer:
     def send(self, body: bytes) -> None:
         self.socket.sendall(len(body).to_bytes(4, "big") + body)
 
-    def generate(self, request: Generate) -> None:
-        self.socket.sendall(wire.encode(request))
+    def generate(self, *requests: Generate) -> None:
+        """All at once: none of them ends before the last has come."""
+        self.socket.sendall(b"".join(map(wire.encode, requests)))
 
     def until_ended(self, id: str) -> Ended | None:
         """None: the connection has ended."""
@@ -103,8 +104,9 @@ class Peer:
                 message = wire.from_worker_decoder.decode(body)
                 for delta in message.deltas if isinstance(message, Tokens) else ():
                     one = self.ended.setdefault(delta.id, Ended())
-                    one.token_ids += delta.token_ids
-                    one.finish_reason, one.error = delta.finish_reason, delta.error
+                    if not one.has_ended:  # what comes of another by that id does not count
+                        one.token_ids += delta.token_ids
+                        one.finish_reason, one.error = delta.finish_reason, delta.error
         return self.ended[id]
 
     def close(self) -> None:
@@ -171,8 +173,7 @@ def test_an_id_that_is_taken_harms_nobody(engine: Engine, tmp_path: Path) -> Non
     expected = alone(engine, mate).token_ids
     peer = Peer(engine, tmp_path / "socket")
     first = request_of("same", [9, 8, 7], 500)
-    peer.generate(first)
-    peer.generate(request_of("same", [5, 5, 5], 500))
+    peer.generate(first, request_of("same", [5, 5, 5], 500))
     ended = peer.until_ended("same")
     assert ended is not None
     assert ended.error is not None

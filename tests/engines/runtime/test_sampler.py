@@ -8,16 +8,15 @@ import torch
 from transformers.generation import logits_process as hf
 
 from engines.runtime import sampler
-from engines.runtime.plan import RowSampling, RowUse
+from engines.runtime.plan import RowSampling, RowUse, StepResult
 from engines.wire import SamplingParams
 
 VOCAB = 50
 
 
-def row(position: int = 0, token_ids: tuple[int, ...] = (), num_prompt: int = 0, **params) -> RowSampling:
+def row(token_ids: tuple[int, ...] = (), num_prompt: int = 0, **params) -> RowSampling:
     return RowSampling(
         SamplingParams(**{"seed": 1, **params}),
-        position,
         token_ids=np.array(token_ids, np.int32),
         num_prompt_tokens=num_prompt,
     )
@@ -27,14 +26,21 @@ def logits_of(count: int, vocab: int = VOCAB, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, vocab, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-def draw(logits: torch.Tensor, rows: list[RowSampling]) -> list[int]:
-    return sampler.sample(logits.clone(), rows, [RowUse.SAMPLE] * len(rows)).token_ids.tolist()
+def sample(
+    logits: torch.Tensor, rows: list[RowSampling], uses: list[RowUse] | None = None, first_position: int = 0
+) -> StepResult:
+    """Each row one position after the one before."""
+    positions = np.arange(first_position, first_position + len(rows), dtype=np.int32)
+    return sampler.sample(logits.clone(), rows, uses or [RowUse.SAMPLE] * len(rows), positions)
+
+
+def draw(logits: torch.Tensor, rows: list[RowSampling], first_position: int = 0) -> list[int]:
+    return sample(logits, rows, first_position=first_position).token_ids.tolist()
 
 
 def frequencies(logits: torch.Tensor, count: int = 20_000, **params) -> torch.Tensor:
     """How often each token is drawn over `count` positions."""
-    rows = [row(position, **params) for position in range(count)]
-    tokens = draw(logits.expand(count, -1), rows)
+    tokens = draw(logits.expand(count, -1), [row(**params)] * count)
     return torch.bincount(torch.tensor(tokens), minlength=logits.shape[-1]) / count
 
 
@@ -77,15 +83,15 @@ def test_filters_keep_what_transformers_keeps(params: dict[str, float], warpers:
 
 def test_top_p_over_a_flat_vocabulary_needs_the_long_list() -> None:
     flat = torch.zeros(1, 5000) + torch.arange(5000) * 1e-6
-    seen = {draw(flat, [row(p, top_p=0.9)])[0] for p in range(300)}
+    seen = {draw(flat, [row(top_p=0.9)], p)[0] for p in range(300)}
     assert min(seen) < 5000 - 1024 - 1000, "tokens beyond the short list are drawn too"
     assert min(seen) >= 499, "the least likely tenth is cut"
 
 
 def test_filters_are_each_rows_own() -> None:
     logits = logits_of(1).expand(4, -1)
-    rows = [row(7), row(7, top_k=1), row(7, temperature=0), row(7, top_p=0.5, min_p=0.2)]
-    assert draw(logits, rows) == [draw(logits[:1], [r])[0] for r in rows]
+    rows = [row(), row(top_k=1), row(temperature=0), row(top_p=0.5, min_p=0.2)]
+    assert draw(logits, rows) == [draw(logits[:1], [r], p)[0] for p, r in enumerate(rows)]
 
 
 def test_repetition_penalty_is_that_of_transformers() -> None:
@@ -106,14 +112,14 @@ def test_presence_and_frequency_count_generated_tokens_only() -> None:
 def test_bias_and_bans() -> None:
     logits = torch.zeros(2, VOCAB)
     biased = row(temperature=0, logit_bias={17: 3.0})
-    banned = RowSampling(SamplingParams(temperature=0, logit_bias={17: 3.0, 4: 1.0}), 0, banned_ids=(17,))
+    banned = RowSampling(SamplingParams(temperature=0, logit_bias={17: 3.0, 4: 1.0}), banned_ids=(17,))
     assert draw(logits, [biased, banned]) == [17, 4]
 
 
 def test_a_failing_row_fails_alone() -> None:
     logits = logits_of(3)
     rows = [row(temperature=0), row(temperature=0, logit_bias={VOCAB + 5: 1.0}), row(temperature=0)]
-    result = sampler.sample(logits.clone(), rows, [RowUse.SAMPLE] * 3)
+    result = sample(logits, rows)
     best = logits.argmax(-1).tolist()
     assert result.token_ids.tolist() == [best[0], -1, best[2]]
     assert list(result.errors) == [1]
@@ -123,7 +129,7 @@ def test_a_failing_row_fails_alone() -> None:
 def test_logprobs_are_the_models_own() -> None:
     logits = logits_of(2)
     rows = [row(temperature=0.5, top_k=3, logprobs=2, logit_bias={0: 5.0}), row(temperature=0)]
-    result = sampler.sample(logits.clone(), rows, [RowUse.SAMPLE] * 2)
+    result = sample(logits, rows)
     expected = logits.log_softmax(-1)
     assert list(result.logprobs) == [0]
     value = result.logprobs[0]
@@ -134,10 +140,8 @@ def test_logprobs_are_the_models_own() -> None:
 
 def test_prompt_rows_score_their_target() -> None:
     logits = logits_of(2)
-    target = RowSampling(SamplingParams(logprobs=0), 0, target_id=33)
-    result = sampler.sample(
-        logits.clone(), [target, row(temperature=0)], [RowUse.PROMPT_LOGPROBS, RowUse.SAMPLE]
-    )
+    target = RowSampling(SamplingParams(logprobs=0), target_id=33)
+    result = sample(logits, [target, row(temperature=0)], [RowUse.PROMPT_LOGPROBS, RowUse.SAMPLE])
     assert result.token_ids.tolist() == [33, int(logits[1].argmax())]
     assert result.logprobs[0].logprob == pytest.approx(logits.log_softmax(-1)[0, 33].item())
     assert result.logprobs[0].top == []
@@ -145,9 +149,9 @@ def test_prompt_rows_score_their_target() -> None:
 
 def test_a_verified_draft_is_drawn_as_if_it_had_not_been_guessed() -> None:
     logits = logits_of(1)
-    free = row(5, temperature=1.5, logprobs=0)
-    guessed = RowSampling(free.params, free.position, target_id=3)
-    drawn = sampler.sample(logits.clone(), [free], [RowUse.SAMPLE])
-    verified = sampler.sample(logits.clone(), [guessed], [RowUse.VERIFY])
+    free = row(temperature=1.5, logprobs=0)
+    guessed = RowSampling(free.params, target_id=3)
+    drawn = sample(logits, [free], first_position=5)
+    verified = sample(logits, [guessed], [RowUse.VERIFY], first_position=5)
     assert verified.token_ids == drawn.token_ids
     assert verified.logprobs == drawn.logprobs
