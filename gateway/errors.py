@@ -202,6 +202,8 @@ def _unwrapped(error: Exception) -> Exception:
     """One of our own exceptions that pydantic carried out of a validator."""
     if isinstance(error, pydantic.ValidationError):
         inner = error.errors()[0].get("ctx", {}).get("error")
+        if isinstance(inner, UnknownField):
+            return inner.inside(_place(error.errors()[0]))
         if isinstance(inner, Exception) and type(inner) in TABLE:
             return inner
     return error
@@ -216,14 +218,19 @@ def _message(error: Exception, row: Row) -> tuple[str, str | None]:
 def _first_problem(error: pydantic.ValidationError) -> tuple[str, str]:
     """The message and the path of the first thing that is wrong: messages[0].role."""
     first = error.errors(include_url=False, include_input=True)[0]
-    steps = [step for step in first["loc"] if isinstance(step, int) or _is_field(step)]
-    param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).lstrip(".")
+    param = _place(first)
     if first["type"] == "missing":
         return f"Missing required parameter: '{param}'.", param
     problem = _plain(first)
     found = first["input"]
     shown = f" (found {str(found)[:40]})" if isinstance(found, int | float) else ""
     return f"Invalid value for '{param}': {problem[:1].lower()}{problem[1:]}{shown}.", param
+
+
+def _place(problem: ErrorDetails) -> str:
+    """Where: messages[0].role; empty for the request itself."""
+    steps = [step for step in problem["loc"] if isinstance(step, int) or _is_field(step)]
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).lstrip(".")
 
 
 def _plain(problem: ErrorDetails) -> str:
@@ -241,15 +248,18 @@ def _is_field(step: str) -> bool:
     return step.isidentifier()
 
 
+_NO_ENDPOINT = (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED)  # of some that we know, we know why
+
+
 def _from_http(error: HTTPException, method: str, path: str) -> APIError:
     row = _HTTP.get(error.status_code, Row(error.status_code, _INVALID, None))
-    why = why_unserved(path) if error.status_code == HTTPStatus.NOT_FOUND else None
-    if why is not None:
-        row = _UNSERVED
+    why = why_unserved(path) if error.status_code in _NO_ENDPOINT else None
     message = {
-        404: f"Invalid URL ({method} {path[:200]}){f': it is not served here; {why}' if why else ''}",
+        404: f"Invalid URL ({method} {path[:200]})",
         405: f"Not allowed to {method} on {path[:200]}.",
     }.get(error.status_code, HTTPStatus(error.status_code).phrase)
+    if why is not None:
+        row, message = _UNSERVED, f"Invalid URL ({method} {path[:200]}): it is not served here; {why}"
     api_error = _api_error(row, message, None, None)
     return api_error._replace(headers=api_error.headers | dict(error.headers or {}))
 

@@ -8,7 +8,9 @@ kept.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Literal
@@ -47,10 +49,14 @@ class Grammars:
         Raises InvalidField."""
         await self._grammar("llguidance", grammar, param)
 
-    async def _grammar(self, kind: Kind, source: str, param: str) -> str:
+    async def check_schema(self, schema: Mapping[str, object], param: str, where: str) -> None:
+        """The same of a JSON schema somewhere in `param`; `where` comes before what is wrong with it."""
+        await self._grammar("json_schema", json.dumps(schema), param, where)
+
+    async def _grammar(self, kind: Kind, source: str, param: str, where: str = "") -> str:
         answer = await self._answer(kind, source)
         if "refused" in answer:
-            raise InvalidField(param, f"'{param}' cannot be followed: {answer['refused']}")
+            raise InvalidField(param, f"'{param}' cannot be followed: {where}{answer['refused']}")
         return answer["grammar"]
 
     async def _answer(self, kind: Kind, source: str) -> dict[str, str]:

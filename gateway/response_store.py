@@ -65,10 +65,10 @@ class ResponseStore:
     def is_on(self) -> bool:
         return self._max_bytes > 0
 
-    def put(self, owner: str, id: str, stored: StoredResponse) -> None:
-        """Keeps it, unless it alone is larger than all may be."""
+    def put(self, owner: str, id: str, stored: StoredResponse) -> bool:
+        """Keeps it. False: it alone is larger than all may be."""
         if stored.num_bytes > self._max_bytes:
-            return
+            return False
         while (
             self.num_bytes + stored.num_bytes > self._max_bytes or self.num_responses >= self._max_responses
         ):
@@ -79,6 +79,7 @@ class ResponseStore:
         shelf.num_bytes += stored.num_bytes
         self.num_bytes += stored.num_bytes
         self.num_responses += 1
+        return True
 
     def get(self, owner: str, id: str) -> StoredResponse:
         """Raises ResponseNotFound."""

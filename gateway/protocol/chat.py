@@ -67,6 +67,10 @@ class ChatCompletionRequest(StructuredRequest):
         if self.top_logprobs and not self.logprobs:
             raise InvalidField("top_logprobs", "'top_logprobs' is only allowed when 'logprobs' is true")
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        if self.max_tokens not in (None, max_tokens):
+            raise InvalidField(
+                "max_tokens", "'max_tokens' is the older name of 'max_completion_tokens': give one of them"
+            )
         return self._params(max_tokens, (self.top_logprobs or 0) if self.logprobs else None)
 
     def tool_use(self) -> ToolUse:

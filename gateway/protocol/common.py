@@ -282,6 +282,15 @@ def _given(value: Value | None, default: Value) -> Value:
     return default if value is None else value
 
 
+def require_free_end(ignore_eos: bool | None, min_tokens: int | None, form: str) -> None:
+    """For an answer that ends where `form` has it end. Raises InvalidField."""
+    for param, value in (("ignore_eos", ignore_eos), ("min_tokens", min_tokens)):
+        if value:
+            raise InvalidField(
+                param, f"'{param}' is not allowed with {form}, which says where the answer ends"
+            )
+
+
 def parse_body(body: bytes, model: type[Request]) -> Request:
     """A valid request.
 

@@ -38,7 +38,14 @@ class UnknownField(ValueError):  # noqa: N818
     def __init__(self, field: str, known: Iterable[str] = ()) -> None:
         alike = get_close_matches(field, known, n=1) if len(field) <= _MAX_FIELD_NAME else []
         hint = f" (did you mean '{alike[0]}'?)" if alike else ""
-        super().__init__(f"Unrecognized request argument supplied: {field}{hint}")
+        self._message = f"Unrecognized request argument supplied: {field}{hint}"
+        super().__init__(self._message)
+
+    def inside(self, place: str) -> UnknownField:
+        """The same of a field in the part of the request that has this place; empty: in none."""
+        if place:
+            self.args = (f"{self._message}, in '{place}'",)
+        return self
 
 
 class UnsupportedField(ValueError):  # noqa: N818

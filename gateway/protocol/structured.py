@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from gateway.protocol import bounds, fields
-from gateway.protocol.common import GenerationRequest, InvalidField, RequestPart
+from gateway.protocol.common import GenerationRequest, InvalidField, RequestPart, require_free_end
 from gateway.protocol.json_body import MalformedBody, parse_object
 
 
@@ -116,8 +116,8 @@ class StructuredRequest(GenerationRequest):
             raise InvalidField(
                 second, f"'{first}' and '{second}' both say what the answer must look like: give one of them"
             )
-        if shapes and self.ignore_eos:
-            raise InvalidField("ignore_eos", f"'ignore_eos' is not allowed with '{shapes[0].param}'")
+        if shapes:
+            require_free_end(self.ignore_eos, self.min_tokens, f"'{shapes[0].param}'")
         return shapes[0] if shapes else None
 
     def _shapes(self) -> Iterator[Shape]:

@@ -7,7 +7,12 @@ _NOTHING_KEPT = "the server keeps no files, and no work for later"
 _NO_SCORES = "no model is served that scores pairs of texts; compare the vectors of /v1/embeddings"
 _ASSISTANTS = "use /v1/responses, or send the conversation to /v1/chat/completions"
 
+_NOT_IN_BACKGROUND = "no response is made in the background: closing the connection stops one"
+
 UNSERVED = {
+    "/v1/responses/input_tokens": "/tokenize counts the tokens of a prompt or a conversation",
+    "/v1/responses/compact": "nothing is compacted: send what shall be remembered in 'input'",
+    "/v1/responses/{id}/cancel": _NOT_IN_BACKGROUND,
     "/v1/rerank": _NO_SCORES,
     "/v1/score": _NO_SCORES,
     "/v1/moderations": "the server does not moderate",
@@ -31,6 +36,11 @@ UNSERVED = {
 
 def why_unserved(path: str) -> str | None:
     """None: nobody knows of such an endpoint."""
-    return next(
-        (why for known, why in UNSERVED.items() if path == known or path.startswith(f"{known}/")), None
+    steps = path.split("/")
+    return next((why for known, why in UNSERVED.items() if _leads_to(known.split("/"), steps)), None)
+
+
+def _leads_to(known: list[str], steps: list[str]) -> bool:
+    return len(known) <= len(steps) and all(
+        one in (step, "{id}") for one, step in zip(known, steps, strict=False)
     )

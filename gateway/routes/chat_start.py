@@ -17,7 +17,13 @@ from gateway.generation import Generation
 from gateway.grammar import Grammars
 from gateway.prompt.conversation import Conversation
 from gateway.prompts import require_ready
-from gateway.protocol.common import CompletionTokensDetails, GenerationParams, InvalidField, Usage
+from gateway.protocol.common import (
+    CompletionTokensDetails,
+    GenerationParams,
+    InvalidField,
+    Usage,
+    require_free_end,
+)
 from gateway.protocol.messages import ChatMessage, for_template
 from gateway.protocol.structured import Shape
 from gateway.protocol.tools import FunctionDefinition, ToolUse
@@ -140,6 +146,12 @@ async def _constrained(
     client's own grammar is for. Raises InvalidField."""
     if not use.is_constrained and (params.grammar is None or (not use.allowed and is_thinking is False)):
         return params
+    if use.is_constrained:
+        require_free_end(params.ignore_eos, params.min_tokens, f"calls that must keep to '{use.param}'")
+        for function in use.allowed:
+            if function.strict and function.parameters:
+                where = f"in the parameters of {function.name!r}, "
+                await grammars.check_schema(function.parameters, use.param, where)
     grammar = model.answer.grammar(
         [
             Function(f.name, f.parameters, bool(f.strict), is_exact=use.is_required or bool(f.strict))

@@ -56,21 +56,20 @@ async def create_response(request: Request) -> Response:
         chat = await start_chat(request, ResponseChat(body, messages_of(body.instructions, context.items)))
     underway = _Underway(chat, begun(body, is_stored=context.is_stored))
 
-    def keep(response: ResponseObject) -> None:
-        if context.is_stored:
-            store.put(owner, response.id, stored(response, context))
+    def kept(response: ResponseObject) -> ResponseObject:
+        """The response, which says whether it is."""
+        is_kept = context.is_stored and store.put(owner, response.id, stored(response, context))
+        return response if is_kept == response.store else msgspec.structs.replace(response, store=is_kept)
 
     if body.stream:
         stream = _Stream(underway)
         return await open_stream(
-            stream.chunks(keep),
+            stream.chunks(kept),
             request.receive,
             gateway.settings,
             lambda error: stream.failed(gateway.error_of(request, error)),
         )
-    response = await unless_gone(request.receive, underway.run())
-    keep(response)
-    return json_response(response)
+    return json_response(kept(await unless_gone(request.receive, underway.run())))
 
 
 @contextmanager
@@ -152,8 +151,9 @@ class _Stream:
         self._underway = underway
         self._num_sent = 0
 
-    async def chunks(self, keep: Callable[[ResponseObject], None]) -> Chunks:
-        """The first ones come with the first of the answer: until then a failure has a status of its own."""
+    async def chunks(self, kept: Callable[[ResponseObject], ResponseObject]) -> Chunks:
+        """The first ones come with the first of the answer: until then a failure has a status of its own.
+        `kept` stores the response and gives it back, to be sent."""
         underway = self._underway
         begin: list[StreamEvent] = [
             ResponseCreated(response=underway.begun),
@@ -166,8 +166,7 @@ class _Stream:
                 if events:
                     yield self._written(*events)
         last = underway.end()
-        response = underway.response()
-        keep(response)
+        response = kept(underway.response())
         ended = ResponseCompleted if response.status == "completed" else ResponseIncomplete
         yield self._written(*last, ended(response=response))
 

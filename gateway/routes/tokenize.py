@@ -13,6 +13,7 @@ from gateway.protocol.tokenize import Detokenized, DetokenizeRequest, Tokenized,
 from gateway.router import ServedModel
 from gateway.routes.chat_start import conversation_of
 from gateway.routes.common import gateway_of, json_response
+from gateway.sequences import require_known_ids
 
 router = APIRouter()
 
@@ -42,8 +43,9 @@ async def _ids(model: ServedModel, body: TokenizeRequest) -> list[int]:
 async def detokenize(request: Request) -> Response:
     """Control tokens are written out."""
     body = parse_body(await request.body(), DetokenizeRequest)
-    tokenizer = _model(request, body.model).tokenizer
-    return json_response(Detokenized(await tokenizer.spell_async(body.tokens)))
+    model = _model(request, body.model)
+    require_known_ids("tokens", body.tokens, require_ready(model).vocab_size)
+    return json_response(Detokenized(await model.tokenizer.spell_async(body.tokens)))
 
 
 @router.get("/tokenizer_info")

@@ -380,6 +380,7 @@ def schema_format(**more: object) -> Schema:
             "not supported",
         ),
         ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "not allowed with 'guided_regex'"),
+        ({"guided_choice": ["a"], "min_tokens": 2}, "min_tokens", "not allowed with 'guided_choice'"),
     ],
     ids=lambda value: str(value)[:60],
 )

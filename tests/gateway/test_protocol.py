@@ -96,7 +96,8 @@ def test_nested_fields_have_rules_too() -> None:
     assert request.include_usage
     assert request.continuous_usage
     unknown = CHAT | {"stream": True, "stream_options": {"x": 1}}
-    assert refusal(ChatCompletionRequest, unknown)[1] == "Unrecognized request argument supplied: x"
+    message = "Unrecognized request argument supplied: x, in 'stream_options'"
+    assert refusal(ChatCompletionRequest, unknown)[1] == message
     audio = {"role": "assistant", "content": "a", "audio": {"id": "1"}}
     assert "'audio' is not supported" in refusal(ChatCompletionRequest, CHAT | {"messages": [audio]})[1]
 
@@ -279,10 +280,11 @@ def test_defaults_and_translations() -> None:
     params = parse(ChatCompletionRequest, CHAT | {"stop": "x", "top_k": -1, "logit_bias": {"7": 2}}).params()
     assert (params.stop, params.top_k, params.logit_bias, params.logprobs) == (("x",), 0, {7: 2.0}, None)
     assert (params.max_tokens, params.temperature, params.n) == (None, 1.0, 1)
-    both = parse(
-        ChatCompletionRequest, CHAT | {"max_tokens": 3, "max_completion_tokens": 5, "logprobs": True}
-    )
-    assert (both.params().max_tokens, both.params().logprobs) == (5, 0)
+    newer = parse(ChatCompletionRequest, CHAT | {"max_completion_tokens": 5, "logprobs": True}).params()
+    assert (newer.max_tokens, newer.logprobs) == (5, 0)
+    both = CHAT | {"max_completion_tokens": 5}
+    assert parse(ChatCompletionRequest, both | {"max_tokens": 5}).params().max_tokens == 5
+    assert refusal(ChatCompletionRequest, both | {"max_tokens": 3})[0] == "max_tokens"
     text = parse(CompletionRequest, TEXT).params()
     assert (text.max_tokens, text.is_max_tokens_default) == (16, True)
 

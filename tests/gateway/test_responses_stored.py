@@ -170,6 +170,19 @@ def test_a_server_that_keeps_none_says_so(model: Path, group: Scripted) -> None:
         Settings(response_store_bytes=-1)
 
 
+def test_one_that_is_too_large_to_be_kept_says_so(model: Path, group: Scripted) -> None:
+    app = create_app(Settings(response_store_bytes=10), [make_served(model, group)])
+    with listening(app) as url, sdk(f"{url}/v1") as client:
+        made = client.responses.create(model="demo", input="a", store=True)
+        assert made.model_extra == {"store": False}
+        last = list(client.responses.create(model="demo", input="a", stream=True))[-1]
+        assert last.type == "response.completed"
+        assert last.response.model_extra == {"store": False}
+        for response in (made, last.response):
+            with pytest.raises(openai.NotFoundError):
+                client.responses.retrieve(response.id)
+
+
 def kept(num_bytes: int, *item_ids: str) -> StoredResponse:
     """One that counts as so many bytes."""
     least = StoredResponse(b"", b"", item_ids).num_bytes

@@ -88,7 +88,6 @@ async def test_back_to_text(model_dir: Path, group: FakeGroup, path: str) -> Non
     ids = [0, *ids_of(model_dir, TEXT)]
     assert (await post(model_dir, group, path, tokens=ids)).json() == {"prompt": "<|begin|>" + TEXT}
     assert (await post(model_dir, group, path, tokens=[])).json() == {"prompt": ""}
-    assert (await post(model_dir, group, path, tokens=[2**31 - 1])).json() == {"prompt": ""}, "unknown"
 
 
 async def test_large_texts_leave_the_loop_free(
@@ -153,7 +152,7 @@ async def test_refusals_name_the_field(
     assert response.json()["error"]["param"] == param
 
 
-@pytest.mark.parametrize("tokens", [None, "abc", [-1], [1.5], [True], [2**31], [[1]]])
+@pytest.mark.parametrize("tokens", [None, "abc", [-1], [1.5], [True], [2**31], [[1]], [5, 99_999]])
 async def test_what_are_no_tokens(model_dir: Path, group: FakeGroup, tokens: object) -> None:
     response = await post(model_dir, group, "/detokenize", tokens=tokens)
     assert response.status_code == 400

@@ -291,8 +291,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
             ],
         },
         "tools",
-        "cannot be followed",
+        "cannot be followed: in the parameters of 'x', ",
     ),
+    ({"tools": [NOW], "tool_choice": "required", "min_tokens": 9}, "min_tokens", "keep to 'tools'"),
 ]
 
 
