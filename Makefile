@@ -6,7 +6,9 @@ MODEL ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: serve test soak check page test-page test-clients
+PEERS ?= ../peers
+
+.PHONY: serve test soak check page test-page test-clients bench-peers
 
 serve: .venv/.installed  ## MODEL= a directory, a hub id or a model-config.yaml; the demo model without
 	@exec $(BIN)/sluice serve $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
@@ -16,6 +18,10 @@ test: .venv/.installed-dev  ## two halves at once; with ARGS= pytest, which they
 
 soak: .venv/.installed-dev  ## hours; ARGS= names some
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak $(ARGS)
+
+bench-peers: .venv/.installed-dev  ## beside vLLM and transformers; PEERS= where models and vLLM go (10 GB)
+	@test -x $(PEERS)/vllm/bin/vllm || sh tests/bench/vllm_cpu.sh $(PEERS)/vllm
+	@$(BIN)/python -m tests.bench.bench_peers --models $(PEERS)/models --vllm $(PEERS)/vllm $(ARGS)
 
 page: web/node_modules/.installed  ## builds gateway/web from web/; Node 20 or newer
 	@node web/build.mjs

@@ -229,6 +229,7 @@ def main() -> None:
     parser.add_argument("--serve-flag", action="append", default=[], help="passed on to `sluice serve`")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    args.models.mkdir(parents=True, exist_ok=True)
     rows = [row for shape in args.shapes for row in bench_shape(shape, args)]
     record = {
         "command": " ".join(["python -m tests.bench.bench_peers", *_public(sys.argv[1:])]),

@@ -3,8 +3,8 @@
 The real leader, scheduler, runner, sampler and inbox, in one process, over an engine that computes nothing:
 its logits are made beforehand. A step is a whole round of the leader: schedule, plan, batch, sample, send to
 a process that reads the socket as the gateway does. One thread, as a rank beside others has; times are
-medians over the steps of all rounds. `bound` is what ISSUE-sized steps may take: 150 us and 10 for each
-running sequence.
+medians over the steps of all rounds. `bound` is what such a step may take: 150 us and 10 for each running
+sequence.
 """
 
 from __future__ import annotations
