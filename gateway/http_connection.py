@@ -1,9 +1,9 @@
 """One client's connection: uvicorn's parser and answers, with the bounds that uvicorn lacks.
 
 A request has `receive_timeout` seconds from its first byte to its last, headers are bounded in number and
-size, connections in number, and a client that stops reading is cut off. What is refused here is refused in
-OpenAI's words, and the connection is closed so that they arrive: a socket closed over unread data would send
-a reset that overtakes them.
+size, connections in number (but for probes: a server that is full is not dead), and a client that stops
+reading is cut off. What is refused here is refused in OpenAI's words, and the connection is closed so that
+they arrive: a socket closed over unread data would send a reset that overtakes them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from gateway.auth import PROBES
 from gateway.errors import (
     APIError,
     HeadersTooLarge,
@@ -67,6 +68,7 @@ class ClientConnection(HttpToolsProtocol):
         self._num_header_bytes = 0  # in reads that held nothing but headers of this request
         self._num_chunks = 0
         self._is_over = False  # what still comes is read and dropped
+        self._is_excess = False  # one more than may be: it is there for a probe, and for nothing else
         self._deadline: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
 
@@ -80,7 +82,8 @@ class ClientConnection(HttpToolsProtocol):
         if len(self.connections) > limit + limit // 8 + 1:  # so many that even refusals are too many
             transport.abort()
         elif len(self.connections) > limit:
-            self._refuse(TooManyConnections(f"The server holds at most {limit} connections."))
+            self._is_excess = True
+            self._deadline = self.loop.call_later(_LINGER_SECONDS, self._refuse_excess)
         else:
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
@@ -108,7 +111,7 @@ class ClientConnection(HttpToolsProtocol):
             self.cycle.keep_alive = False
         except httptools.HttpParserError as error:
             ours = error.__context__
-            if not isinstance(ours, HeadersTooLarge | MalformedRequest):
+            if not isinstance(ours, HeadersTooLarge | MalformedRequest | TooManyConnections):
                 ours = MalformedRequest("The request is not valid HTTP/1.1.")
             self._refuse(ours)
             return
@@ -145,7 +148,11 @@ class ClientConnection(HttpToolsProtocol):
         num_hosts = sum(name == b"host" for name, _ in self.headers)
         if num_hosts > 1 or (num_hosts == 0 and self.parser.get_http_version() == "1.1"):
             raise MalformedRequest("A request must have exactly one Host header.")
+        if self._is_excess and self.url.partition(b"?")[0] not in PROBES:
+            raise self._too_many()
         super().on_headers_complete()
+        if self._is_excess:
+            self.cycle.keep_alive = False
 
     def on_chunk_header(self) -> None:
         self._num_chunks += 1
@@ -165,7 +172,14 @@ class ClientConnection(HttpToolsProtocol):
         if self._is_receiving and self.expect_100_continue and self._answering is self.cycle:
             self._close_gently()  # nobody knows whether the body will follow
 
-    # Clients that send too slowly, or not what they should
+    # Clients that are too many, send too slowly, or not what they should
+
+    def _too_many(self) -> TooManyConnections:
+        return TooManyConnections(f"The server holds at most {self._settings.max_connections} connections.")
+
+    def _refuse_excess(self) -> None:
+        self._deadline = None
+        self._refuse(self._too_many())
 
     def _on_late(self) -> None:
         self._deadline = None

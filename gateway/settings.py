@@ -39,7 +39,7 @@ class Settings:
     access_log: bool = flag(False, "Log a line for each request.")
     queue_timeout: float = flag(60.0, "Seconds that a request may wait in the gateway; then 503.", low=0.1)
     max_body_bytes: int = flag(16 << 20, "Of a request; more is refused (413).", low=1)
-    max_connections: int = flag(16_384, "Open at once; more are refused (503).", low=1)
+    max_connections: int = flag(16_384, "Open at once; more are refused (503), but for probes.", low=1)
     idle_timeout: float = flag(75.0, "Seconds that a connection may be open without a request.", low=0.1)
     receive_timeout: float = flag(10.0, "Seconds from a request's first byte to its last.", low=0.1)
     send_timeout: float = flag(30.0, "Seconds that a client may leave an answer unread.", low=0.1)

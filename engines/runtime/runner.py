@@ -76,24 +76,25 @@ class ModelRunner:
         if hidden is None:
             return None
         self.hidden_size = hidden.shape[1]
+        uses: list[int] = plan.row_use.tolist()
         results = [
-            self._sample(plan, hidden.index_select(0, batch.logit_rows[rows]), rows)
-            for rows in _slices(len(plan.logit_rows))
+            self._sample(plan, uses, hidden.index_select(0, batch.logit_rows[rows]), rows)
+            for rows in _slices(len(uses))
         ]
         if not self._mesh.is_leader:
             return None
         result = _joined([r for r in results if r is not None])
-        result.pooled.update(_pooled(plan, hidden))
+        if RowUse.POOL in uses:
+            result.pooled.update(_pooled(plan, hidden))
         self._remember(plan, result)
         return result
 
-    def _sample(self, plan: StepPlan, hidden: Tensor, rows: slice) -> StepResult | None:
+    def _sample(self, plan: StepPlan, uses: list[int], hidden: Tensor, rows: slice) -> StepResult | None:
         """`hidden` [L, H]: those of `rows` of the plan's logit rows."""
         logits = self._engine.logits(hidden)
         if logits is None or not self._mesh.is_leader:
             return None
-        positions = plan.drawn_positions[rows]
-        return sampler.sample(logits, plan.sampling[rows], plan.row_use[rows].tolist(), positions)
+        return sampler.sample(logits, plan.sampling[rows], uses[rows], plan.drawn_positions[rows])
 
     def _remember(self, plan: StepPlan, result: StepResult) -> None:
         """What each slot sampled last, for plans made before this one was collected."""

@@ -346,6 +346,19 @@ async def test_connections_are_limited_and_the_excess_is_told_when_to_come_back(
         assert (await (await server.ask(REQUEST)).answer())[0] == 200
 
 
+async def test_a_server_that_is_full_is_not_taken_for_dead(model_dir: Path) -> None:
+    async with gate(model_dir, max_connections=8) as server:
+        held = [await server.ask(PROBE) for _ in range(8)]
+        assert [(await client.answer())[0] for client in held] == [200] * 8
+        probe = await server.ask(PROBE)
+        status, headers, _ = await probe.answer()
+        assert (status, headers["connection"]) == (200, "close")
+        assert await probe.until_closed() == b""
+        probe.writer.close()
+        silent = await server.connect()
+        assert (await silent.answer())[0] == 503, "its place is for probes"
+
+
 async def test_of_a_flood_of_connections_those_that_were_there_notice_nothing(model_dir: Path) -> None:
     async with gate(model_dir, max_connections=8) as server:
         first = await server.ask(PROBE)
