@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from engines.models.llama import Layer, Llama
 
 MOST_TOKENS = 128
-"""Of a step that is no slower so than through the modules: with AVX2 alone as fast at 64 and 128 tokens, up to
-1.7 times where other programs compute beside it, since threads wait for each other less often."""
+"""Of a step that is no slower so than through the modules: with AVX2 it is level at 64 and 128 tokens, and up
+to 1.7 times as fast where other programs compute beside it: its threads wait for each other less often."""
 _AT_ONCE = FewRowsLinear.MOST_ROWS
 _MAX_HEAD_DIM = 256  # that of attention.h
 
