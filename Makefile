@@ -4,9 +4,8 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?=
 ARGS ?=
-BIN := .venv/bin
-
 PEERS ?= ../peers
+BIN := .venv/bin
 
 .PHONY: serve test soak check page test-page test-clients bench-peers
 

@@ -201,9 +201,10 @@ def _where(method: str, path: str, request_id: str) -> str:
 def _unwrapped(error: Exception) -> Exception:
     """One of our own exceptions that pydantic carried out of a validator."""
     if isinstance(error, pydantic.ValidationError):
-        inner = error.errors()[0].get("ctx", {}).get("error")
+        first = error.errors()[0]
+        inner = first.get("ctx", {}).get("error")
         if isinstance(inner, UnknownField):
-            return inner.inside(_place(error.errors()[0]))
+            return inner.inside(_place(first))
         if isinstance(inner, Exception) and type(inner) in TABLE:
             return inner
     return error

@@ -38,13 +38,12 @@ class UnknownField(ValueError):  # noqa: N818
     def __init__(self, field: str, known: Iterable[str] = ()) -> None:
         alike = get_close_matches(field, known, n=1) if len(field) <= _MAX_FIELD_NAME else []
         hint = f" (did you mean '{alike[0]}'?)" if alike else ""
-        self._message = f"Unrecognized request argument supplied: {field}{hint}"
-        super().__init__(self._message)
+        super().__init__(f"Unrecognized request argument supplied: {field}{hint}")
 
     def inside(self, place: str) -> UnknownField:
-        """The same of a field in the part of the request that has this place; empty: in none."""
+        """It, told of the part of the request that has this place; empty: of the request itself."""
         if place:
-            self.args = (f"{self._message}, in '{place}'",)
+            self.args = (f"{self}, in '{place}'",)
         return self
 
 

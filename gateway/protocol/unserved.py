@@ -7,12 +7,10 @@ _NOTHING_KEPT = "the server keeps no files, and no work for later"
 _NO_SCORES = "no model is served that scores pairs of texts; compare the vectors of /v1/embeddings"
 _ASSISTANTS = "use /v1/responses, or send the conversation to /v1/chat/completions"
 
-_NOT_IN_BACKGROUND = "no response is made in the background: closing the connection stops one"
-
 UNSERVED = {
     "/v1/responses/input_tokens": "/tokenize counts the tokens of a prompt or a conversation",
     "/v1/responses/compact": "nothing is compacted: send what shall be remembered in 'input'",
-    "/v1/responses/{id}/cancel": _NOT_IN_BACKGROUND,
+    "/v1/responses/{id}/cancel": "no response is made in the background: closing the connection stops one",
     "/v1/rerank": _NO_SCORES,
     "/v1/score": _NO_SCORES,
     "/v1/moderations": "the server does not moderate",

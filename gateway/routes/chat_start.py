@@ -139,6 +139,15 @@ def _for_template(function: FunctionDefinition) -> Mapping[str, Any]:
     return {"type": "function", "function": told}
 
 
+async def _check_strict(grammars: Grammars, use: ToolUse) -> None:
+    """That each strict function's schema can be followed: by itself, so that the refusal names the function
+    and the place in its schema. Raises InvalidField."""
+    for function in use.allowed:
+        if function.strict and function.parameters:
+            where = f"in the parameters of {function.name!r}, "
+            await grammars.check_schema(function.parameters, use.param, where)
+
+
 async def _constrained(
     grammars: Grammars, model: ServedModel, params: GenerationParams, use: ToolUse, is_thinking: bool | None
 ) -> GenerationParams:
@@ -148,10 +157,7 @@ async def _constrained(
         return params
     if use.is_constrained:
         require_free_end(params.ignore_eos, params.min_tokens, f"calls that must keep to '{use.param}'")
-        for function in use.allowed:
-            if function.strict and function.parameters:
-                where = f"in the parameters of {function.name!r}, "
-                await grammars.check_schema(function.parameters, use.param, where)
+        await _check_strict(grammars, use)
     grammar = model.answer.grammar(
         [
             Function(f.name, f.parameters, bool(f.strict), is_exact=use.is_required or bool(f.strict))

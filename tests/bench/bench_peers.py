@@ -34,7 +34,6 @@ from tests.e2e.server import free_port
 from tests.models import B1, SMALL, TINY, make_llama
 
 SHAPES = {"tiny": TINY, "small": SMALL, "b1": B1}
-PEERS = ["transformers serve", "generate"]
 PROMPT_LEN, OUTPUT_LEN = 128, 64
 BIN = Path(sys.executable).parent
 
@@ -171,6 +170,9 @@ def hf_generate(model: Path, work: Path) -> Iterator[Side]:
         yield Generate(child)
 
 
+PEERS = {"transformers serve": transformers_serve, "generate": hf_generate}
+
+
 def bench_shape(name: str, args: argparse.Namespace) -> list[dict[str, object]]:
     """Every concurrency of one shape, all sides up."""
     model = args.models / name
@@ -182,10 +184,7 @@ def bench_shape(name: str, args: argparse.Namespace) -> list[dict[str, object]]:
         }
         if args.vllm:
             sides["vllm"] = stack.enter_context(vllm(model, args.models, args.vllm, args.vllm_dtype))
-        if "transformers serve" in args.peers:
-            sides["transformers serve"] = stack.enter_context(transformers_serve(model, args.models))
-        if "generate" in args.peers:
-            sides["generate"] = stack.enter_context(hf_generate(model, args.models))
+        sides |= {peer: stack.enter_context(PEERS[peer](model, args.models)) for peer in args.peers}
         return [_bench_level(name, sides, concurrency, args) for concurrency in args.concurrency]
 
 
@@ -221,7 +220,9 @@ def main() -> None:
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--min-requests", type=int, default=2, help="requests of a measurement, at least")
-    parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, help="of this environment")
+    parser.add_argument(
+        "--peers", nargs="*", default=list(PEERS), choices=list(PEERS), help="of this environment"
+    )
     parser.add_argument("--vllm", type=Path, help="the environment of vLLM's CPU build")
     parser.add_argument(
         "--vllm-dtype", default="bfloat16", help="without AVX-512 it is faster in float32 (default: bfloat16)"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -128,7 +127,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
     record = {
         "command": f"python -m tests.bench.bench_step --rounds {args.rounds}",
         "machine": bench.machine(),

@@ -330,10 +330,16 @@ async def test_idle_connections_are_closed(model_dir: Path) -> None:
 # Number
 
 
+async def fill(server: Gate, num: int) -> list[Raw]:
+    """Connections that have been answered once, and are kept open."""
+    held = [await server.ask(PROBE) for _ in range(num)]
+    assert [(await client.answer())[0] for client in held] == [200] * num
+    return held
+
+
 async def test_connections_are_limited_and_the_excess_is_told_when_to_come_back(model_dir: Path) -> None:
     async with gate(model_dir, max_connections=3) as server:
-        held = [await server.ask(PROBE) for _ in range(3)]
-        assert [(await client.answer())[0] for client in held] == [200] * 3
+        held = await fill(server, 3)
         excess = await server.ask(REQUEST)
         status, headers, body = await excess.answer()
         assert (status, body["error"]["code"]) == (503, "too_many_connections")
@@ -348,8 +354,7 @@ async def test_connections_are_limited_and_the_excess_is_told_when_to_come_back(
 
 async def test_a_server_that_is_full_is_not_taken_for_dead(model_dir: Path) -> None:
     async with gate(model_dir, max_connections=8) as server:
-        held = [await server.ask(PROBE) for _ in range(8)]
-        assert [(await client.answer())[0] for client in held] == [200] * 8
+        held = await fill(server, 8)
         probe = await server.ask(PROBE)
         status, headers, _ = await probe.answer()
         assert (status, headers["connection"]) == (200, "close")
@@ -357,6 +362,7 @@ async def test_a_server_that_is_full_is_not_taken_for_dead(model_dir: Path) -> N
         probe.writer.close()
         silent = await server.connect()
         assert (await silent.answer())[0] == 503, "its place is for probes"
+        assert len(held) == 8
 
 
 async def test_of_a_flood_of_connections_those_that_were_there_notice_nothing(model_dir: Path) -> None:

@@ -4,8 +4,8 @@
 rest, a line is fitted through the memory that each process has written, and the descriptors it has open at
 first are compared with those at last. A rush of more requests at once than ever come again goes before, and
 some minutes of haste: an allocator keeps what the busiest moment took, with what the collector had not yet
-come by for, and that moment shall not come by chance, hours later. And each
-token of the vocabulary is said once: what the gateway keeps of tokens would else grow while rare ones come.
+come by for, and that moment shall not come by chance, hours later. And each token of the vocabulary is said
+once: what the gateway keeps of tokens would else grow while rare ones come.
 """
 
 from __future__ import annotations
