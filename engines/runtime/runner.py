@@ -25,6 +25,7 @@ from engines.runtime.plan import LAST_SAMPLED, Float32, RowUse, StepPlan, StepRe
 
 MAX_LOGIT_ROWS = 256
 """Rows of logits in memory at once: prompt log-probabilities of long chunks come in slices of this."""
+_SAMPLE = int(RowUse.SAMPLE)  # to compare an array with an enum's member is slow
 
 
 class ModelRunner:
@@ -44,6 +45,7 @@ class ModelRunner:
         self._sender = sender
         self._submitted: deque[StepPlan] = deque()
         self._last_sampled = np.full(num_slots, -1, np.int32)
+        self._on_device: dict[str, tuple[np.ndarray, Tensor]] = {}
         self.hidden_size = 0  # of the model, once the last stage has executed a plan
 
     @property
@@ -98,13 +100,13 @@ class ModelRunner:
 
     def _remember(self, plan: StepPlan, result: StepResult) -> None:
         """What each slot sampled last, for plans made before this one was collected."""
-        sampled = plan.row_use == RowUse.SAMPLE
+        sampled = plan.row_use == _SAMPLE
         sequences = plan.sequences_of(plan.logit_rows[sampled])
         self._last_sampled[plan.slots[sequences]] = result.token_ids[sampled]
 
     def _input_ids(self, plan: StepPlan) -> np.ndarray:
         unknown = plan.input_ids == LAST_SAMPLED
-        if not unknown.any():
+        if not np.count_nonzero(unknown):
             return plan.input_ids
         assert self._mesh.world_size == 1, "running ahead needs the sampled tokens on this rank"
         sequences = plan.sequences_of(np.flatnonzero(unknown))
@@ -113,21 +115,32 @@ class ModelRunner:
         return ids
 
     def _to_batch(self, plan: StepPlan) -> Batch:
-        device = self._mesh.device
-        query_start, context_lens = plan.query_start.tolist(), plan.context_lens.tolist()
+        context_lens = plan.context_lens.tolist()
+        if plan.num_tokens == plan.num_seqs:
+            query_start, max_query_len = list(range(plan.num_seqs + 1)), 1
+        else:
+            query_start = plan.query_start.tolist()
+            max_query_len = max(end - start for start, end in pairwise(query_start))
         return Batch(
-            input_ids=_tensor(self._input_ids(plan), device, np.int64),
-            positions=_tensor(plan.positions, device, np.int64),
-            slot_mapping=_tensor(plan.slot_mapping, device, np.int64),
-            query_start=_tensor(plan.query_start, device, np.int32),
-            context_lens=_tensor(plan.context_lens, device, np.int32),
-            block_tables=_tensor(plan.block_tables, device, np.int32),
-            logit_rows=_tensor(plan.logit_rows, device, np.int64),
+            input_ids=_tensor(self._input_ids(plan), self._mesh.device, np.int64),
+            positions=_tensor(plan.positions, self._mesh.device, np.int64),
+            slot_mapping=_tensor(plan.slot_mapping, self._mesh.device, np.int64),
+            query_start=self._kept("query_start", plan.query_start, np.int32),
+            context_lens=_tensor(plan.context_lens, self._mesh.device, np.int32),
+            block_tables=self._kept("block_tables", plan.block_tables, np.int32),
+            logit_rows=self._kept("logit_rows", plan.logit_rows, np.int64),
             query_start_list=query_start,
             context_lens_list=context_lens,
-            max_query_len=max(end - start for start, end in pairwise(query_start)),
+            max_query_len=max_query_len,
             max_context_len=max(context_lens),
         )
+
+    def _kept(self, name: str, array: np.ndarray, dtype: type[np.integer]) -> Tensor:
+        """As `_tensor`; the last one again if this is the array that it was made of."""
+        kept = self._on_device.get(name)
+        if kept is None or kept[0] is not array:
+            kept = self._on_device[name] = (array, _tensor(array, self._mesh.device, dtype))
+        return kept[1]
 
 
 def _pooled(plan: StepPlan, hidden: Tensor) -> Iterator[tuple[int, Float32]]:
@@ -140,7 +153,8 @@ def _pooled(plan: StepPlan, hidden: Tensor) -> Iterator[tuple[int, Float32]]:
 
 def _tensor(array: np.ndarray, device: torch.device, dtype: type[np.integer]) -> Tensor:
     """A copy: the plan's arrays may be read-only views of what was received."""
-    return torch.from_numpy(array.astype(dtype)).to(device)
+    tensor = torch.from_numpy(array.astype(dtype))
+    return tensor if device.type == "cpu" else tensor.to(device)
 
 
 def _slices(count: int) -> Iterator[slice]:

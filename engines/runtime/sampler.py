@@ -56,7 +56,8 @@ def sample(
     _guarded(
         unharmed, lambda some: logprobs.update(_logprobs(raw, asked, rows, tokens, some)), "logprobs", errors
     )
-    tokens[list(errors)] = -1
+    if errors:
+        tokens[list(errors)] = -1
     return StepResult(tokens.astype(np.int32), logprobs, errors)
 
 
@@ -84,11 +85,11 @@ def _likeliest(logits: Tensor, errors: dict[int, RequestError]) -> np.ndarray:
     if logits.is_cpu:  # where numpy is 12 to 20 times as fast as torch
         values = logits.numpy()
         tokens: np.ndarray = values.argmax(-1)
-        is_finite = np.isfinite(np.take_along_axis(values, tokens[:, None], -1)[:, 0])
+        is_finite = np.isfinite(values[np.arange(len(tokens)), tokens])
     else:
         largest, best = logits.max(-1)
         tokens, is_finite = best.cpu().numpy(), largest.isfinite().cpu().numpy()
-    if not is_finite.all():
+    if np.count_nonzero(is_finite) < len(tokens):
         for i in np.flatnonzero(~is_finite).tolist():
             tokens[i] = -1
             errors.setdefault(i, RequestError("internal", "the model gave logits that are not finite"))

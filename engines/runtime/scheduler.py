@@ -12,13 +12,15 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Protocol
 
+from engines.runtime.block_tables import BlockTables
 from engines.runtime.blocks import BlockPool, Unaccounted, require
-from engines.runtime.chunk import BlockTables, Chunk, build_plan
+from engines.runtime.chunk import Chunk
 from engines.runtime.faults import failed
 from engines.runtime.grammar import Grammars
 from engines.runtime.intake import Intake
 from engines.runtime.outcome import end_with, has_ended, take_result
 from engines.runtime.plan import StepKind, StepPlan, StepResult
+from engines.runtime.plan_builder import PlanBuilder
 from engines.runtime.sequence import Sequence
 from engines.wire import Generate, RequestError, Stats, TokenDelta
 
@@ -112,6 +114,7 @@ class ContinuousScheduler:
         self._prompt_budget = 0  # of the plan that is being made
         self._pool = BlockPool(num_blocks)
         self._tables = BlockTables(max_num_seqs, -(-self.max_model_len // block_size), block_size)
+        self._plans = PlanBuilder(self._tables, max_plans_in_flight)
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._sequences: dict[str, Sequence] = {}  # queued and running
         self._queue: OrderedDict[str, Sequence] = OrderedDict()
@@ -223,7 +226,7 @@ class ContinuousScheduler:
         if not chunks:
             return StepPlan.empty(StepKind.IDLE)
         self._num_plans_in_flight += 1
-        return build_plan(chunks, self._tables)
+        return self._plans.build(chunks)
 
     def _prompt_tokens_of_plan(self) -> int:
         if self._min_prompt_tokens is None:

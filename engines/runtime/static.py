@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
-from engines.runtime.chunk import BlockTables, Chunk, build_plan
+from engines.runtime.block_tables import BlockTables
+from engines.runtime.chunk import Chunk
 from engines.runtime.grammar import Grammars
 from engines.runtime.intake import Intake
 from engines.runtime.outcome import has_ended, take_result
 from engines.runtime.plan import StepKind, StepPlan, StepResult
+from engines.runtime.plan_builder import PlanBuilder
 from engines.runtime.sequence import Sequence
 from engines.wire import Generate, RequestError, Stats, TokenDelta
 
@@ -43,9 +45,10 @@ class StaticScheduler:
         self.min_prompt_len = min_prompt_len  # shorter ones look like a decoding step to some engines
         self._now = now
         self._intake = Intake(max_model_len, eos_token_ids, False, vocab_size, grammars)
-        self._tables = BlockTables(batch_size, 1, max_model_len)
+        tables = BlockTables(batch_size, 1, max_model_len)
         for row in range(batch_size):
-            self._tables.write(row, 0, [row])
+            tables.write(row, 0, [row])
+        self._plans = PlanBuilder(tables)
         self._sequences: dict[str, Sequence] = {}  # queued and running, not those carried on
         self._queue: OrderedDict[str, Sequence] = OrderedDict()
         self._arrived: dict[str, float] = {}  # of those queued
@@ -100,7 +103,7 @@ class StaticScheduler:
         if not self._batch:
             return StepPlan.empty(StepKind.IDLE)
         self._is_in_flight = True
-        return build_plan([_next_chunk(sequence) for sequence in self._batch], self._tables)
+        return self._plans.build([_next_chunk(sequence) for sequence in self._batch])
 
     def _next_batch(self) -> list[Sequence]:
         """Empty while it is better to wait."""

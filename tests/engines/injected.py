@@ -16,7 +16,7 @@ import pytest
 
 from engines.config import ModelConfig
 from engines.native import NativeEngine
-from engines.runtime import chunk, intake, outcome, sampler
+from engines.runtime import intake, outcome, plan_builder, sampler
 from engines.runtime.mesh import Mesh
 from engines.runtime.sequence import Sequence
 
@@ -27,7 +27,7 @@ SITES: dict[str, tuple[Any, str, Callable[..., list[int]]]] = {
     "bounds": (intake, "out_of_bounds", lambda request, vocab: [request.sampling.seed]),
     "history": (Sequence, "history", lambda self, drafts: [self.request.sampling.seed]),
     "prefix hash": (Sequence, "hash_of_block", lambda self, index, size: [self.request.sampling.seed]),
-    "row": (chunk, "_row_sampling", lambda one, *_, **__: [one.sequence.request.sampling.seed]),
+    "row": (plan_builder, "_row_sampling", lambda one, *_, **__: [one.sequence.request.sampling.seed]),
     "penalties and biases": (sampler, "_adjust_row", lambda logits, row: [row.params.seed]),
     "penalties": (sampler, "_penalise", lambda logits, row: [row.params.seed]),
     "draw": (sampler, "_draw_random", lambda logits, rows, _: [row.params.seed for row in rows]),
