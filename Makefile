@@ -18,9 +18,10 @@ test: .venv/.installed-dev  ## two halves at once; with ARGS= pytest, which they
 soak: .venv/.installed-dev  ## hours; ARGS= names some
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak $(ARGS)
 
-bench-peers: .venv/.installed-dev  ## beside vLLM and transformers; PEERS= where models and vLLM go (10 GB)
+bench-peers: .venv/.installed-dev  ## beside vLLM, llama.cpp and transformers; PEERS= where they and models go (10 GB)
 	@test -x $(PEERS)/vllm/bin/vllm || sh tests/bench/vllm_cpu.sh $(PEERS)/vllm
-	@$(BIN)/python -m tests.bench.bench_peers --models $(PEERS)/models --vllm $(PEERS)/vllm $(ARGS)
+	@test -x $(PEERS)/llama_cpp/bin/llama-server || sh tests/bench/llama_cpp.sh $(PEERS)/llama_cpp
+	@$(BIN)/python -m tests.bench.bench_peers --models $(PEERS)/models --vllm $(PEERS)/vllm --llama-cpp $(PEERS)/llama_cpp $(ARGS)
 
 page: web/node_modules/.installed  ## builds gateway/web from web/; Node 20 or newer
 	@node web/build.mjs

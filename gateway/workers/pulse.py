@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from engines.guard import descendants
 from gateway.workers.hang import Rank
@@ -72,7 +71,10 @@ def _main_thread(pid: int) -> _Thread | None:
 def _thread(pid: int, thread: str) -> _Thread | None:
     """None: it is gone."""
     with suppress(*_GONE):
-        text = Path(f"/proc/{pid}/task/{thread}/stat").read_text()
+        # Not by pathlib, which puts each part of a path into Python's table of interned strings: read several
+        # times a second, that table is full after half an hour and doubles, by a MiB.
+        with open(f"/proc/{pid}/task/{thread}/stat") as file:
+            text = file.read()
         fields = text.rpartition(")")[2].split()  # from the third on: its name may hold anything
         return _Thread(fields[0], (int(fields[11]) + int(fields[12])) / _TICKS, int(fields[19]))
     return None

