@@ -124,6 +124,11 @@ _BATCH = {
         "Tokens that one step computes at most; longer prompts are read in pieces.",
         otherwise="2048; in a pipeline 256 on CPUs and 512 on GPUs, more where `maxNumSeqs` needs it",
     ),
+    "maxPromptSlowdown": Help(
+        "How many times as long a step of running streams may take because it reads prompts as well: these "
+        "come in pieces of such a size, by measurement.",
+        otherwise="2 on CPUs; no limit on GPUs; a pipeline has its own rule",
+    ),
     "kvBlockSize": Help(
         "Tokens in a block of K/V; on GPUs a multiple of 256, or a slower kernel is used.",
         otherwise="16; 256 on GPUs",

@@ -79,6 +79,7 @@ def _resolve(s: Settings, base: Path, source: str, num_gpus: int | None) -> Mode
         max_model_len=cast("int | None", _first(s, "maxModelLen", "handler.max_seq_len")),
         max_num_seqs=cast("int | None", _first(s, "maxNumSeqs", "handler.max_batch_size")) or 256,
         max_num_batched_tokens=s.integer("maxNumBatchedTokens") or _batched_tokens(s, engine, split, device),
+        max_prompt_slowdown=s.number("maxPromptSlowdown") or (None if device == "cuda" else 2.0),
         kv_block_size=s.integer("kvBlockSize") or (256 if device == "cuda" else 16),
         kv_cache_memory=s.integer("kvCacheMemory") or 1 << 30,
         gpu_memory_share=_or(s.number("gpuMemoryShare"), 0.9),
@@ -278,6 +279,8 @@ def _warn_without_effect(s: Settings, device: Device, engine: str, kind: Paralle
         idle += [("shareDevices", "deviceType is cpu")]
     else:
         idle += [("kvCacheMemory", "deviceType is gpu; gpuMemoryShare is the budget there")]
+    if is_ours and registry.is_static(engine):
+        idle += [("maxPromptSlowdown", f"engine {engine} reads all prompts of a batch at once")]
     if is_ours and not registry.is_static(engine):
         idle += [("batchSize", reasons["engine"] + "; maxNumSeqs is the limit")]
         idle += [("maxBatchDelay", reasons["engine"] + " and never waits for a batch to fill")]
@@ -285,6 +288,8 @@ def _warn_without_effect(s: Settings, device: Device, engine: str, kind: Paralle
         idle += [("deepspeed", f"engine is {engine}")]
     if engine == "deepspeed_tp":
         idle += [("deepspeed.fallback", "engine deepspeed_tp is AutoTP already; kernel injection falls back")]
+    if engine == "pipeline":
+        idle += [("maxPromptSlowdown", "a pipeline reads prompts in pieces of a micro-batch's size")]
     if is_ours and engine != "pipeline":
         idle += [("pippy", f"engine is {engine}"), ("stageSplit", f"engine is {engine}")]
     if is_ours and engine != "accelerate":

@@ -147,6 +147,7 @@ OURS = {
     "maxModelLen": Key(Kind.INT, 1, MAX_INT),
     "maxNumSeqs": Key(Kind.INT, 1, 65536),
     "maxNumBatchedTokens": Key(Kind.INT, 1, 1 << 20),
+    "maxPromptSlowdown": Key(Kind.NUMBER, 1, 1000, above=True),
     "kvBlockSize": Key(Kind.INT, 1, 4096),
     "kvCacheMemory": Key(Kind.BYTES, 1 << 20, 1 << 50),
     "gpuMemoryShare": Key(Kind.NUMBER, 0, 1, above=True),

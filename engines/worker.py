@@ -29,6 +29,7 @@ from engines.runtime.grammar import Grammars
 from engines.runtime.inbox import Inbox
 from engines.runtime.leader import Leader
 from engines.runtime.mesh import Mesh, join
+from engines.runtime.pace import ByStepTime, InProportion, Pace
 from engines.runtime.plan import StepPlan
 from engines.runtime.runner import ModelRunner
 from engines.runtime.scheduler import ContinuousScheduler, Scheduler
@@ -298,10 +299,16 @@ def _scheduler(config: ModelConfig, ready: Ready, engine: Engine) -> Scheduler:
         eos_token_ids=ready.eos_token_ids,
         prefix_cache=config.prefix_cache,
         max_plans_in_flight=engine.plans_in_flight,
-        min_prompt_tokens=_MIN_PROMPT_TOKENS[ready.device] if engine.plans_in_flight > 1 else None,
+        pace=_pace(config, ready, engine),
         vocab_size=ready.vocab_size,
         grammars=grammars,
     )
+
+
+def _pace(config: ModelConfig, ready: Ready, engine: Engine) -> Pace | None:
+    if engine.plans_in_flight > 1:
+        return InProportion(_MIN_PROMPT_TOKENS[ready.device], engine.plans_in_flight)
+    return ByStepTime(config.max_prompt_slowdown) if config.max_prompt_slowdown else None
 
 
 def _one_line(error: BaseException) -> str:

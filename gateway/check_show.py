@@ -109,6 +109,8 @@ def _batching_fields(config: ModelConfig) -> Iterator[Field]:
         return
     yield "maxNumSeqs", config.max_num_seqs
     yield "maxNumBatchedTokens", config.max_num_batched_tokens
+    if config.engine != "pipeline":
+        yield "maxPromptSlowdown", config.max_prompt_slowdown and f"{config.max_prompt_slowdown:g}"
     yield "kvBlockSize", config.kv_block_size
     yield "prefixCache", config.prefix_cache
 

@@ -16,7 +16,10 @@ PACKAGES = ("gateway", "engines", "conversion")
 
 TORCH_FREE_RUNTIME = (
     "plan",
+    "block_tables",
     "chunk",
+    "pace",
+    "plan_builder",
     "sequence",
     "intake",
     "outcome",

@@ -100,7 +100,9 @@ class Leader:
             plan, result = self._runner.collect()
             self._num_computed_tokens += self._tokens_in_flight.popleft()
             self._emit(self._scheduler.update(plan, result))
-            self._active_seconds += perf_counter() - started
+            seconds = perf_counter() - started
+            self._scheduler.took(plan, seconds)
+            self._active_seconds += seconds
             self._num_active_steps += 1
             self._num_idle_rounds = 0
         elif self._scheduler.has_work:  # which no plan takes up: a static batch that may still fill

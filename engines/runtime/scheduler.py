@@ -19,6 +19,7 @@ from engines.runtime.faults import failed
 from engines.runtime.grammar import Grammars
 from engines.runtime.intake import Intake
 from engines.runtime.outcome import end_with, has_ended, take_result
+from engines.runtime.pace import Pace
 from engines.runtime.plan import StepKind, StepPlan, StepResult
 from engines.runtime.plan_builder import PlanBuilder
 from engines.runtime.sequence import Sequence
@@ -48,6 +49,9 @@ class Scheduler(Protocol):
 
     def update(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]: ...
 
+    def took(self, plan: StepPlan, seconds: float) -> None:
+        """How long that plan's step lasted, from being scheduled until its tokens were sent."""
+
     def audit(self) -> None:
         """While there is no work: check the accounts of the K/V and put right what is wrong. Nobody holds
         anything then, so all of it can be taken back, which harms less than a leak or a restart."""
@@ -75,8 +79,7 @@ class ContinuousScheduler:
     plan takes its share of them (micro-batches). With it a sequence that only lacks its last sampled token is
     scheduled again, with LAST_SAMPLED for that token; what it sampled beyond its end is dropped.
 
-    `min_prompt_tokens` is for pipelines, where a long plan leaves all stages but one without work: while
-    sequences decode, a plan takes twice as many prompt tokens as it has of them, and at least so many.
+    While sequences decode, `pace` says how many prompt tokens a plan takes beside them.
 
     Blocks are freed at once even if a plan in flight writes them: plans run in order, so a later owner's
     writes come after, and it reads only what it wrote.
@@ -95,7 +98,7 @@ class ContinuousScheduler:
         run_ahead: bool = False,
         drafter: Drafter | None = None,
         max_draft_tokens: int = 4,
-        min_prompt_tokens: int | None = None,
+        pace: Pace | None = None,
         vocab_size: int = 2**31,
         grammars: Grammars | None = None,
     ) -> None:
@@ -110,7 +113,7 @@ class ContinuousScheduler:
         self._run_ahead = run_ahead
         self._drafter = drafter
         self._max_draft_tokens = max_draft_tokens
-        self._min_prompt_tokens = min_prompt_tokens
+        self._pace = pace
         self._prompt_budget = 0  # of the plan that is being made
         self._pool = BlockPool(num_blocks)
         self._tables = BlockTables(max_num_seqs, -(-self.max_model_len // block_size), block_size)
@@ -219,22 +222,29 @@ class ContinuousScheduler:
     def schedule(self) -> StepPlan:
         chunks: list[Chunk] = []
         if self._num_plans_in_flight < self.max_plans_in_flight:
-            self._prompt_budget = self._prompt_tokens_of_plan()
-            budget, may_admit = self._continue_running(chunks)
-            if may_admit:
-                self._admit(chunks, budget)
+            prompt_tokens = self._prompt_tokens_of_plan()
+            self._fill(chunks, prompt_tokens)
+            if not chunks and not prompt_tokens:  # those that decode wait for blocks: nobody is delayed
+                self._fill(chunks, self.max_num_batched_tokens)
         if not chunks:
             return StepPlan.empty(StepKind.IDLE)
         self._num_plans_in_flight += 1
         return self._plans.build(chunks)
 
+    def _fill(self, chunks: list[Chunk], prompt_tokens: int) -> None:
+        """With what goes into a plan that takes so many tokens of prompts."""
+        self._prompt_budget = prompt_tokens
+        budget, may_admit = self._continue_running(chunks)
+        if may_admit:
+            self._admit(chunks, budget)
+
     def _prompt_tokens_of_plan(self) -> int:
-        if self._min_prompt_tokens is None:
+        if self._pace is None:
             return self.max_num_batched_tokens
-        num_decoding = sum(len(one.token_ids) > one.num_prompt_tokens for one in self._running)
+        num_decoding = sum(one.num_pending == 1 for one in self._running)
         if not num_decoding:
             return self.max_num_batched_tokens
-        return max(self._min_prompt_tokens, 2 * num_decoding // self.max_plans_in_flight)
+        return self._pace.prompt_tokens(num_decoding)
 
     def _num_tokens_of_chunk(self, sequence: Sequence, budget: int) -> int:
         num_pending = sequence.num_pending
@@ -424,6 +434,17 @@ class ContinuousScheduler:
             self._num_prefix_hits += sequence.num_cached_tokens
 
     # ------------------------------------------------------------------ what came of it
+
+    def took(self, plan: StepPlan, seconds: float) -> None:
+        if self._pace is None:
+            return
+        num_decoding, num_prompt_tokens = plan.num_seqs, 0
+        if plan.num_tokens > plan.num_seqs:
+            assert isinstance(plan.tag, list), "not a plan of schedule()"
+            without_drafts = [chunk.num_tokens - len(chunk.drafts) for chunk in plan.tag]
+            num_decoding = without_drafts.count(1)
+            num_prompt_tokens = sum(without_drafts) - num_decoding
+        self._pace.took(num_decoding, num_prompt_tokens, seconds)
 
     def update(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
         """Take in what a plan gave: tokens to send, in the plan's order, and ends."""

@@ -82,6 +82,9 @@ class StaticScheduler:
             self._queue.pop(id, None)
             self._arrived.pop(id, None)
 
+    def took(self, plan: StepPlan, seconds: float) -> None:
+        """A batch starts as one: its prompts delay nobody who decodes."""
+
     def audit(self) -> None:
         """The engine owns its K/V: there are no accounts."""
 

@@ -53,18 +53,22 @@ class Server:
         self._url, self._model, self._directory = url, model, directory
         self._ignore_eos, self._sends_text = ignore_eos, sends_text
 
-    def measure(self, concurrency: int, num_requests: int, seed: int) -> float:
-        config = BenchConfig(
+    def config(self, prompt_len: int, output_len: int, seed: int) -> BenchConfig:
+        """Of requests to it."""
+        return BenchConfig(
             url=self._url,
             model=self._model,
             prompt_kind="text" if self._sends_text else "ids",
-            prompt_len=PROMPT_LEN,
-            output_len=OUTPUT_LEN,
+            prompt_len=prompt_len,
+            output_len=output_len,
             vocab_size=json.loads((self._directory / "config.json").read_text())["vocab_size"],
             tokenizer=str(self._directory),
             ignore_eos=self._ignore_eos,
             seed=seed,
         )
+
+    def measure(self, concurrency: int, num_requests: int, seed: int) -> float:
+        config = self.config(PROMPT_LEN, OUTPUT_LEN, seed)
         prompts = make_prompts(config, num_requests)
         result = asyncio.run(run_level(config, concurrency, prompts))
         expected = num_requests * OUTPUT_LEN
@@ -130,7 +134,7 @@ def wait_ready(url: str, child: subprocess.Popen[str], seconds: float = 180) -> 
 
 
 @contextmanager
-def sluice(model: Path, work: Path, extra: list[str]) -> Iterator[Side]:
+def sluice(model: Path, work: Path, extra: list[str]) -> Iterator[Server]:
     port = free_port()
     argv = [str(BIN / "sluice"), "serve", str(model), "--port", str(port), "--served-name", "bench", *extra]
     with process(argv, work / "sluice.log", stdout=subprocess.DEVNULL) as child:
@@ -151,11 +155,11 @@ def transformers_serve(model: Path, work: Path) -> Iterator[Side]:
 
 
 @contextmanager
-def vllm(model: Path, work: Path, home: Path, dtype: str) -> Iterator[Side]:
+def vllm(model: Path, work: Path, home: Path, dtype: str, max_model_len: int = 2048) -> Iterator[Server]:
     """`home`: what vllm_cpu.sh has made."""
     port = free_port()
     argv = [str(home / "bin/vllm"), "serve", str(model), "--dtype", dtype, "--port", str(port)]
-    argv += ["--max-model-len", "2048", "--max-num-seqs", "128"]
+    argv += ["--max-model-len", str(max_model_len), "--max-num-seqs", "128"]
     libraries = [*home.glob("lib/libiomp5.so"), *Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4")]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
     settings["LD_PRELOAD"] = ":".join(map(str, libraries))

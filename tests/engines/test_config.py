@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from engines.config import ModelConfig, load
+from engines.config_errors import ConfigError
 
 SCHEMA = """\
 # frontend settings
@@ -318,3 +319,14 @@ def test_a_size_may_be_said_twice(tmp_path: Path) -> None:
     file = tmp_path / "model-config.yaml"
     file.write_text("parallelType: tp\nparallelLevel: 4\ntorchrun: {nproc-per-node: 4}\n")
     assert load(file, num_gpus=0).tp_size == 4
+
+
+def test_prompts_may_double_a_step_on_a_cpu_and_what_is_told_elsewhere(tmp_path: Path) -> None:
+    assert loaded(tmp_path, "deviceType: cpu\n").max_prompt_slowdown == 2
+    assert loaded(tmp_path, "deviceType: gpu\n").max_prompt_slowdown is None
+    assert loaded(tmp_path, "deviceType: gpu\nmaxPromptSlowdown: 1.5\n").max_prompt_slowdown == 1.5
+    with pytest.raises(ConfigError, match=r"maxPromptSlowdown.*above 1"):
+        loaded(tmp_path, "maxPromptSlowdown: 1\n")
+    pipeline = "parallelType: pp\nparallelLevel: 2\nmaxPromptSlowdown: 3\n"
+    (warning,) = loaded(tmp_path, pipeline).warnings
+    assert "maxPromptSlowdown: has no effect" in warning

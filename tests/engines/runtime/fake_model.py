@@ -257,7 +257,9 @@ class FakeLeader:
     def collect(self) -> None:
         if self.runner.plans:
             self.num_steps += 1
-            self.outputs.take(self.scheduler.update(*self.runner.collect()))
+            plan, result = self.runner.collect()
+            self.outputs.take(self.scheduler.update(plan, result))
+            self.scheduler.took(plan, 0.001 * (4 + plan.num_tokens))
 
     def step(self) -> None:
         while self.submit():

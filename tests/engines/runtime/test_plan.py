@@ -52,7 +52,7 @@ def test_empty_plans_round_trip(kind: StepKind) -> None:
 
 
 def test_what_stays_on_rank_0_is_not_packed() -> None:
-    scheduler, _ = make(Setup(8, 4, 2, 16, True, 1, False, 0, None))
+    scheduler, _ = make(Setup(8, 4, 2, 16, True, 1, False, 0, lambda: None))
     scheduler.add(Generate(id="a", prompt_ids=[1, 2, 3], max_tokens=2))
     plan = scheduler.schedule()
     assert plan.sampling

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engines.runtime.pace import InProportion
 from engines.runtime.plan import LAST_SAMPLED, RowUse, StepKind, StepResult
 from engines.runtime.scheduler import ContinuousScheduler
 from engines.wire import Generate, RequestError, SamplingParams
@@ -66,7 +67,7 @@ def test_a_long_prompt_is_computed_in_chunks_beside_a_running_one() -> None:
 
 
 def test_in_a_pipeline_decoding_sequences_do_not_wait_for_long_prompts() -> None:
-    _, leader = make(max_num_batched_tokens=20, min_prompt_tokens=4)
+    _, leader = make(max_num_batched_tokens=20, pace=InProportion(4, 1))
     first, second = request("first", 24, 10, first=1), request("second", 30, 2, first=2)
     leader.add(first)
     leader.step()

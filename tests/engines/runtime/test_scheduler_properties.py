@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engines.runtime.pace import ByStepTime, InProportion, Pace
 from engines.runtime.scheduler import ContinuousScheduler
 from engines.wire import Generate, Pooling, SamplingParams
 from tests.engines.runtime.fake_model import EOS, VOCAB_SIZE, FakeLeader, FakePagedRunner, expected
@@ -24,7 +26,7 @@ class Setup:
     plans_in_flight: int
     run_ahead: bool
     max_draft_tokens: int  # 0: no drafter
-    min_prompt_tokens: int | None
+    pace: Callable[[], Pace | None]
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class FakeDrafter:
         return guesses if len(token_ids) % 3 else [(guess + 1) % VOCAB_SIZE for guess in guesses]
 
 
+paces = st.sampled_from(
+    [lambda: None, lambda: InProportion(1, 1), lambda: InProportion(3, 2), lambda: ByStepTime(1.5)]
+)
 roomy_setups = st.builds(
     Setup,
     num_blocks=st.integers(1, 24),
@@ -53,7 +58,7 @@ roomy_setups = st.builds(
     plans_in_flight=st.integers(1, 3),
     run_ahead=st.booleans(),
     max_draft_tokens=st.sampled_from([0, 0, 1, 3]),
-    min_prompt_tokens=st.sampled_from([None, 1, 3]),
+    pace=paces,
 )
 # what runs together soon outgrows the pool
 tight_setups = st.builds(
@@ -66,7 +71,7 @@ tight_setups = st.builds(
     plans_in_flight=st.integers(1, 3),
     run_ahead=st.booleans(),
     max_draft_tokens=st.sampled_from([0, 0, 2]),
-    min_prompt_tokens=st.sampled_from([None, 1, 3]),
+    pace=paces,
 )
 setups = st.one_of(roomy_setups, tight_setups)
 samplings = st.builds(
@@ -126,7 +131,7 @@ def make(setup: Setup) -> tuple[ContinuousScheduler, FakeLeader]:
         run_ahead=setup.run_ahead,
         drafter=FakeDrafter() if setup.max_draft_tokens else None,
         max_draft_tokens=setup.max_draft_tokens,
-        min_prompt_tokens=setup.min_prompt_tokens,
+        pace=setup.pace(),
     )
     runner = FakePagedRunner(setup.num_blocks, setup.block_size, setup.max_num_seqs)
     return scheduler, FakeLeader(scheduler, runner, setup.plans_in_flight)
