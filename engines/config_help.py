@@ -129,6 +129,12 @@ _BATCH = {
         "come in pieces of such a size, by measurement.",
         otherwise="2 on CPUs; no limit on GPUs; a pipeline has its own rule",
     ),
+    "promptLookup": Help(
+        "Tokens that are guessed at once for each sequence, where its last ones have come before in its "
+        "text; one step checks them all. It changes no token. Answers that repeat their prompt come faster "
+        "while few run; where many run, the checks delay them. 0: none.",
+        0,
+    ),
     "kvBlockSize": Help(
         "Tokens in a block of K/V; on GPUs a multiple of 256, or a slower kernel is used.",
         otherwise="16; 256 on GPUs",

@@ -84,6 +84,7 @@ def _resolve(s: Settings, base: Path, source: str, num_gpus: int | None) -> Mode
         kv_cache_memory=s.integer("kvCacheMemory") or 1 << 30,
         gpu_memory_share=_or(s.number("gpuMemoryShare"), 0.9),
         prefix_cache=s.flag("prefixCache") or "prefixCache" not in s.values,
+        prompt_lookup=s.integer("promptLookup") or 0,
         deterministic=s.flag("deterministic"),
         reshard=s.flag("reshard"),
         batch_size=s.integer("batchSize") or 1,
@@ -280,6 +281,7 @@ def _warn_without_effect(s: Settings, device: Device, engine: str, kind: Paralle
     else:
         idle += [("kvCacheMemory", "deviceType is gpu; gpuMemoryShare is the budget there")]
     if is_ours and registry.is_static(engine):
+        idle += [("promptLookup", f"engine {engine} computes one token of each row at a time")]
         idle += [("maxPromptSlowdown", f"engine {engine} reads all prompts of a batch at once")]
     if is_ours and not registry.is_static(engine):
         idle += [("batchSize", reasons["engine"] + "; maxNumSeqs is the limit")]

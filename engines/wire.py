@@ -169,6 +169,8 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, tag="
     num_prefix_hits: int = 0  # of them found
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
+    num_drafted_tokens: int = 0  # guessed, for a step to check
+    num_accepted_tokens: int = 0  # of them, those that the model gave as well
     num_computed_tokens: int = 0  # by finished steps: prompts, again what was preempted, and what was drawn
     num_step_tokens: int = 0  # of the largest plan in flight: how much the step in progress computes
     num_active_steps: int = 0  # of num_steps, those with plans in flight

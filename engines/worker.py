@@ -31,6 +31,7 @@ from engines.runtime.leader import Leader
 from engines.runtime.mesh import Mesh, join
 from engines.runtime.pace import ByStepTime, InProportion, Pace
 from engines.runtime.plan import StepPlan
+from engines.runtime.prompt_lookup import PromptLookup
 from engines.runtime.runner import ModelRunner
 from engines.runtime.scheduler import ContinuousScheduler, Scheduler
 from engines.runtime.shared_memory import SharedGroup, is_supported, path_for
@@ -300,6 +301,8 @@ def _scheduler(config: ModelConfig, ready: Ready, engine: Engine) -> Scheduler:
         prefix_cache=config.prefix_cache,
         max_plans_in_flight=engine.plans_in_flight,
         pace=_pace(config, ready, engine),
+        drafter=PromptLookup() if config.prompt_lookup else None,
+        max_draft_tokens=config.prompt_lookup,
         vocab_size=ready.vocab_size,
         grammars=grammars,
     )

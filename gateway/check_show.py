@@ -111,6 +111,7 @@ def _batching_fields(config: ModelConfig) -> Iterator[Field]:
     yield "maxNumBatchedTokens", config.max_num_batched_tokens
     if config.engine != "pipeline":
         yield "maxPromptSlowdown", config.max_prompt_slowdown and f"{config.max_prompt_slowdown:g}"
+    yield "promptLookup", config.prompt_lookup
     yield "kvBlockSize", config.kv_block_size
     yield "prefixCache", config.prefix_cache
 

@@ -268,6 +268,18 @@ _STATS: tuple[tuple[str, str, str, Callable[[Stats], float]], ...] = (
     ("num_preemptions", "counter", "Sequences put back to wait.", lambda s: float(s.num_preemptions)),
     ("prefix_cache_queries", "counter", "Prompt tokens looked up.", lambda s: float(s.num_prefix_queries)),
     ("prefix_cache_hits", "counter", "Prompt tokens found.", lambda s: float(s.num_prefix_hits)),
+    (
+        "spec_decode_num_draft_tokens",
+        "counter",
+        "Tokens that promptLookup has guessed.",
+        lambda s: float(s.num_drafted_tokens),
+    ),
+    (
+        "spec_decode_num_accepted_tokens",
+        "counter",
+        "Of them, those that the model gave as well.",
+        lambda s: float(s.num_accepted_tokens),
+    ),
 )
 
 

@@ -20,6 +20,7 @@ TORCH_FREE_RUNTIME = (
     "chunk",
     "pace",
     "plan_builder",
+    "prompt_lookup",
     "sequence",
     "intake",
     "outcome",

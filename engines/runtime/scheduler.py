@@ -130,6 +130,8 @@ class ContinuousScheduler:
         self._num_prefix_hits = 0
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
+        self._num_drafted_tokens = 0
+        self._num_accepted_tokens = 0
 
     # ------------------------------------------------------------------ requests in and out
 
@@ -166,6 +168,8 @@ class ContinuousScheduler:
             num_prefix_hits=self._num_prefix_hits,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
+            num_drafted_tokens=self._num_drafted_tokens,
+            num_accepted_tokens=self._num_accepted_tokens,
         )
 
     def check(self) -> None:
@@ -464,6 +468,9 @@ class ContinuousScheduler:
                 continue
             deltas.append(delta)
             self._num_generated_tokens += len(delta.token_ids)
+            if chunk.drafts:
+                self._num_drafted_tokens += len(chunk.drafts)
+                self._num_accepted_tokens += max(0, len(delta.token_ids) - 1)
             if has_ended(delta):
                 self._remove(sequence)
         return deltas

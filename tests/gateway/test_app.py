@@ -656,6 +656,7 @@ async def test_metrics_show_the_heartbeat(model_dir: Path, group: FakeGroup) -> 
     group.stats = Stats(
         num_steps=9, num_running=3, num_waiting=2, num_blocks_used=1, num_blocks_cached=1, num_blocks_free=2,
         num_preemptions=4, num_prefix_queries=10, num_prefix_hits=6,
+        num_drafted_tokens=8, num_accepted_tokens=5,
     )  # fmt: skip
     group.num_restarts = 2
     async with client_of(make_app(model_dir, group)) as client:
@@ -668,6 +669,8 @@ async def test_metrics_show_the_heartbeat(model_dir: Path, group: FakeGroup) -> 
         f"sluice:num_preemptions_total{labels} 4.0",
         f"sluice:prefix_cache_queries_total{labels} 10.0",
         f"sluice:prefix_cache_hits_total{labels} 6.0",
+        f"sluice:spec_decode_num_draft_tokens_total{labels} 8.0",
+        f"sluice:spec_decode_num_accepted_tokens_total{labels} 5.0",
         f"sluice:group_restarts_total{labels} 2.0",
     ):
         assert sample in text.splitlines()

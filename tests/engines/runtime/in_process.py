@@ -13,7 +13,7 @@ from engines.runtime.grammar import Grammars
 from engines.runtime.leader import Leader
 from engines.runtime.mesh import single
 from engines.runtime.runner import ModelRunner
-from engines.runtime.scheduler import ContinuousScheduler
+from engines.runtime.scheduler import ContinuousScheduler, Drafter
 from engines.wire import (
     FromWorker,
     Generate,
@@ -79,6 +79,7 @@ class InProcess:
         grammars: Grammars | None = None,
         plans_in_flight: int = 1,
         run_ahead: bool = False,
+        drafter: Drafter | None = None,
     ) -> None:
         assert engine.kv_spec is not None
         self.caches = kv_cache.allocate(engine.kv_spec, num_blocks, block_size)
@@ -94,6 +95,7 @@ class InProcess:
             run_ahead=run_ahead,
             vocab_size=engine.vocab_size,
             grammars=grammars,
+            drafter=drafter,
         )
         self.inbox = LocalInbox()
         self.num_blocks = num_blocks
