@@ -20,45 +20,91 @@ template <class T> struct Cache {
 };
 
 constexpr int MAX_HEAD_DIM = 256;
+constexpr int AHEAD = 2;  // blocks
 
-// scores[g][t] = q[g] . k[t] for the `count` tokens of a block.
-template <class T, int G>
-inline void dot_products(const float* q, const T* keys, int count, int dim, float* scores, int64_t stride) {
-    for (int t = 0; t < count; t++) {
-        vfloat sums[G] = {};
-        for (int d = 0; d < dim; d += 2 * W) {
-            vfloat first = Pair<T>::first(keys + t * dim + d), second = Pair<T>::second(keys + t * dim + d);
+// scores[g][t] = q[g] . k[t] for G heads and N tokens, 1 or 4: their sums stay in registers.
+template <class T, int G, int N>
+inline void dot_products_of(const float* q, const T* keys, int dim, float* scores, int64_t stride) {
+    vfloat sums[G][N];
+    for (int n = 0; n < N; n++) {
+        for (int g = 0; g < G; g++) sums[g][n] = splat(0.0f);
+    }
+    int d = 0;
+    do {  // at least once, or the compiler has the sums in memory
+        for (int n = 0; n < N; n++) {
+            vfloat first = Pair<T>::first(keys + n * dim + d), second = Pair<T>::second(keys + n * dim + d);
             for (int g = 0; g < G; g++) {
-                sums[g] += first * load(q + g * dim + d) + second * load(q + g * dim + d + W);
+                sums[g][n] += first * load(q + g * dim + d);
+                sums[g][n] += second * load(q + g * dim + d + W);
             }
         }
-        for (int g = 0; g < G; g++) scores[g * stride + t] = sum(sums[g]);
+        d += 2 * W;
+    } while (d < dim);
+    for (int g = 0; g < G; g++) {
+        if constexpr (N == 4) {
+            store(scores + g * stride, four_sums(sums[g][0], sums[g][1], sums[g][2], sums[g][3]));
+        } else {
+            scores[g * stride] = sum(sums[g][0]);
+        }
     }
 }
 
-// out[g] += sum over t of scores[g][t] v[t], in the order of Pair<T>.
+// The same for the `count` tokens of a block.
+template <class T, int G>
+inline void dot_products(const float* q, const T* keys, int count, int dim, float* scores, int64_t stride) {
+    constexpr int AT_ONCE = G == 4 ? 2 : G;  // heads: times 4 tokens, no more sums than there are registers
+    for (int g = 0; g < G; g += AT_ONCE) {
+        int t = 0;
+        for (; t + 4 <= count; t += 4) {
+            dot_products_of<T, AT_ONCE, 4>(q + g * dim, keys + t * dim, dim, scores + g * stride + t, stride);
+        }
+        for (; t < count; t++) {
+            dot_products_of<T, AT_ONCE, 1>(q + g * dim, keys + t * dim, dim, scores + g * stride + t, stride);
+        }
+    }
+}
+
+// out[g] += sum over t of scores[g][t] v[t], P pairs of vectors of each from number d on, in the order of Pair<T>.
+template <class T, int G, int P>
+inline void weighted_sum_of(const float* scores, int64_t stride, const T* values, int count, int dim, float* out) {
+    vfloat sums[G][2 * P];
+    for (int g = 0; g < G; g++) {
+        for (int i = 0; i < 2 * P; i++) sums[g][i] = load(out + g * dim + i * W);
+    }
+    for (int t = 0; t < count; t++) {
+        vfloat parts[2 * P];
+        for (int i = 0; i < P; i++) {
+            parts[2 * i] = Pair<T>::first(values + t * dim + i * 2 * W);
+            parts[2 * i + 1] = Pair<T>::second(values + t * dim + i * 2 * W);
+        }
+        for (int g = 0; g < G; g++) {
+            vfloat weight = splat(scores[g * stride + t]);
+            for (int i = 0; i < 2 * P; i++) sums[g][i] += weight * parts[i];
+        }
+    }
+    for (int g = 0; g < G; g++) {
+        for (int i = 0; i < 2 * P; i++) store(out + g * dim + i * W, sums[g][i]);
+    }
+}
+
+// The same for all of v.
 template <class T, int G>
 inline void weighted_sum(const float* scores, int64_t stride, const T* values, int count, int dim, float* out) {
-    for (int d = 0; d < dim; d += 2 * W) {
-        vfloat first[G], second[G];
-        for (int g = 0; g < G; g++) first[g] = load(out + g * dim + d), second[g] = load(out + g * dim + d + W);
-        for (int t = 0; t < count; t++) {
-            vfloat a = Pair<T>::first(values + t * dim + d), b = Pair<T>::second(values + t * dim + d);
-            for (int g = 0; g < G; g++) {
-                vfloat weight = splat(scores[g * stride + t]);
-                first[g] += weight * a;
-                second[g] += weight * b;
-            }
-        }
-        for (int g = 0; g < G; g++) store(out + g * dim + d, first[g]), store(out + g * dim + d + W, second[g]);
+    constexpr int PAIRS = G == 1 ? 4 : G == 4 ? 1 : 2;  // 8 sums or more, for an addition takes 4 cycles, two at a time
+    int d = 0;
+    for (; d + PAIRS * 2 * W <= dim; d += PAIRS * 2 * W) {
+        weighted_sum_of<T, G, PAIRS>(scores, stride, values + d, count, dim, out + d);
     }
+    for (; d < dim; d += 2 * W) weighted_sum_of<T, G, 1>(scores, stride, values + d, count, dim, out + d);
 }
 
 // scores to weights that sum to 1; those past `count` are room for whole vectors.
 inline void softmax(float* scores, int count) {
-    float most = *std::max_element(scores, scores + count);
     for (int t = count; t % W; t++) scores[t] = -std::numeric_limits<float>::infinity();
-    vfloat total = {};
+    vfloat largest = load(scores), total = {};
+    for (int t = W; t < count; t += W) largest = larger(largest, load(scores + t));
+    float most = largest[0];
+    for (int i = 1; i < W; i++) most = std::max(most, largest[i]);
     for (int t = 0; t < count; t += W) {
         vfloat weights = exp_of_negative(load(scores + t) - splat(most));
         store(scores + t, weights);
@@ -68,20 +114,30 @@ inline void softmax(float* scores, int count) {
     for (int t = 0; t < count; t += W) store(scores + t, load(scores + t) * share);
 }
 
+// Has memory bring `size` bytes: a head's part of a block is too short for the processor to see what comes next.
+inline void prefetch(const void* from, int64_t size) {
+    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
+
 // G heads at once: q [G, dim] scaled and in the order of Pair<T>, out [G, dim] in that order; scores has room for
 // G * stride, stride a multiple of W and no less than the context.
 template <class T, int G>
 void attend(const Cache<T>& cache, const int32_t* table, int head, int context, const float* q, float* scores,
             int64_t stride, float* out) {
     int size = cache.block_size, dim = cache.head_dim;
+    auto prefetch_at = [&](int t, int kind) {
+        if (t < context) prefetch(cache.at(table[t / size], kind, head), int64_t(sizeof(T)) * size * dim);
+    };
     for (int t = 0; t < context; t += size) {
         const T* keys = cache.at(table[t / size], 0, head);
+        prefetch_at(t + AHEAD * size, 0);
         dot_products<T, G>(q, keys, std::min(size, context - t), dim, scores + t, stride);
     }
     for (int g = 0; g < G; g++) softmax(scores + g * stride, context);
     std::fill(out, out + G * dim, 0.0f);
     for (int t = 0; t < context; t += size) {
         const T* values = cache.at(table[t / size], 1, head);
+        prefetch_at(t + AHEAD * size, 1);
         weighted_sum<T, G>(scores + t, stride, values, std::min(size, context - t), dim, out);
     }
 }

@@ -142,10 +142,10 @@ void attend_heads(const Model<T, B>& model, const Cache<T>& cache, const int32_t
     float scaled[4 * MAX_HEAD_DIM], found[4 * MAX_HEAD_DIM];
     for (int g = 0; g < group;) {
         int64_t place = (int64_t(head) * group + g) * dim;
-        int count = group - g >= 4 ? 4 : group - g >= 2 ? 2 : 1;
+        int count = std::min(group - g, 4);
         take_row<T, T>(q + place, count * dim, scaled);
         for (int i = 0; i < count * dim; i++) scaled[i] *= model.scale;
-        auto run = count == 4 ? attend<T, 4> : count == 2 ? attend<T, 2> : attend<T, 1>;
+        auto run = count == 4 ? attend<T, 4> : count == 3 ? attend<T, 3> : count == 2 ? attend<T, 2> : attend<T, 1>;
         run(cache, table, head, context, scaled, scores, stride, found);
         for (int i = 0; i < count * dim; i += 2 * W) Pair<T>::put(out + place + i, load(found + i), load(found + i + W));
         g += count;

@@ -68,6 +68,9 @@ inline void store(float* p, vfloat x) { *reinterpret_cast<vfloat_at*>(p) = x; }
 
 typedef float vfloat8 __attribute__((vector_size(32)));
 typedef float vfloat4 __attribute__((vector_size(16)));
+typedef float vfloat4_at __attribute__((vector_size(16), aligned(4), may_alias));
+
+inline void store(float* p, vfloat4 x) { *reinterpret_cast<vfloat4_at*>(p) = x; }
 
 inline float sum(vfloat4 x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
@@ -81,6 +84,30 @@ inline float sum(vfloat x) {
                __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
 }
 #endif
+
+// The sum of each, in order.
+inline vfloat4 four_sums(vfloat8 a, vfloat8 b, vfloat8 c, vfloat8 d) {
+    auto halves = [](vfloat8 x, vfloat8 y) {  // x's and y's sums of two, in turn
+        return __builtin_shufflevector(x, y, 0, 8, 1, 9, 4, 12, 5, 13) +
+               __builtin_shufflevector(x, y, 2, 10, 3, 11, 6, 14, 7, 15);
+    };
+    vfloat8 ab = halves(a, b), cd = halves(c, d);
+    vfloat8 four = __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) +
+                   __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+    return __builtin_shufflevector(four, four, 0, 1, 2, 3) + __builtin_shufflevector(four, four, 4, 5, 6, 7);
+}
+
+#if defined(__AVX512F__)
+inline vfloat4 four_sums(vfloat a, vfloat b, vfloat c, vfloat d) {
+    auto folded = [](vfloat x) {
+        return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+               __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    };
+    return four_sums(folded(a), folded(b), folded(c), folded(d));
+}
+#endif
+
+inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
 
 // e to the x for x <= 0: to 2 units in the last place, 0 below -87. 2 to the n times a polynomial of the rest
 // (Cephes' expf).

@@ -96,6 +96,7 @@ def test_many_rows_are_left_to_another_linear() -> None:
 
 SHAPES = {
     "mha": Shape(hidden=64, layers=2, heads=2, kv_heads=2, head_dim=32, ffn=96, vocab=256),
+    "group of 2": Shape(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=64, ffn=128, vocab=256),
     "group of 4": Shape(hidden=96, layers=3, heads=8, kv_heads=2, head_dim=32, ffn=160, vocab=301),
     "group of 7": Shape(hidden=64, layers=2, heads=7, kv_heads=1, head_dim=64, ffn=128, vocab=256),
     "biases": Shape(
