@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from gateway import cli_admin, cli_conversion, flags
+from gateway.logs import LogFormat, last_words
 from gateway.options import ModelFlags, Options
 from gateway.settings import Settings
 
@@ -27,23 +28,25 @@ WRONG, CANNOT = 1, 2
 """Exit codes: what was asked for is wrong; this machine cannot do it."""
 
 
-def fail(message: str, code: int = WRONG) -> NoReturn:
+def fail(message: str, code: int = WRONG, log_format: LogFormat = "text") -> NoReturn:
     """End with the message on stderr, one line a problem, and no traceback."""
     for line in message.splitlines():
-        typer.echo(f"sluice: error: {line}", err=True)
+        typer.echo(last_words(line, log_format), err=True)
     raise typer.Exit(code)
 
 
 @contextmanager
-def clear_errors(*wrong: type[Exception], cannot: type[Exception] | None = None) -> Iterator[None]:
+def clear_errors(
+    *wrong: type[Exception], cannot: type[Exception] | None = None, log_format: LogFormat = "text"
+) -> Iterator[None]:
     """What users may have got wrong is said without a traceback; anything else is a bug and shows one."""
     try:
         yield
     except Exception as error:
         if cannot is not None and isinstance(error, cannot):
-            fail(str(error), CANNOT)
+            fail(str(error), CANNOT, log_format)
         if isinstance(error, wrong):
-            fail(str(error), WRONG)
+            fail(str(error), WRONG, log_format)
         raise
 
 
@@ -63,7 +66,7 @@ def serve(models: list[str] | None = None, **given: Any) -> None:
         options = Options(**flags.given_to(Options, given))
     sources: list[str | None] = [*models] if models else [None]
     wrong = (ConfigError, serving.CannotServe, CannotListen, CannotReplace)
-    with clear_errors(*wrong, cannot=DoesNotFit):
+    with clear_errors(*wrong, cannot=DoesNotFit, log_format=options.log_format):
         configs = [model_source.resolve(source, of_models.as_config()) for source in sources]
         serving.run(configs, options)
 

@@ -76,6 +76,14 @@ class JsonFormatter(_Formatter):
         return json.dumps(line)  # in ASCII: nothing in it ends the line or steers a terminal
 
 
+def last_words(message: str, log_format: LogFormat) -> str:
+    """A line for an error that ends the process, whether logging has been set up or not."""
+    if log_format == "text":
+        return f"sluice: error: {message}"
+    record = {"name": "gateway", "levelno": logging.ERROR, "levelname": "ERROR", "msg": message}
+    return JsonFormatter().format(logging.makeLogRecord(record))
+
+
 def log_access(method: str, path: bytes, status: int, seconds: float, key: str | None) -> None:
     """One request has been answered. `path` as it was sent, without its query."""
     if access.isEnabledFor(logging.INFO):

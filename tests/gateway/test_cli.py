@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -211,3 +212,14 @@ def test_bench_says_what_it_cannot_reach() -> None:
     for name in ("bench", "chat"):
         assert_one_clear_error(sluice(name, "--url", url), 1, url, "is `sluice serve` running there?")
     assert_one_clear_error(sluice("bench", "--concurrency", "1,x"), 1, "--concurrency")
+
+
+def test_with_a_log_in_json_an_error_is_an_object_too(tmp_path: Path) -> None:
+    broken = tmp_path / "model-config.yaml"
+    broken.write_text("parallelType: sideways\nmaxNumSeqs: 0\n")
+    result = sluice("serve", str(broken), "--log-format", "json")
+    assert result.exit_code == 1
+    records = [json.loads(line) for line in result.stderr.splitlines()]
+    assert len(records) >= 2  # one a problem
+    assert {(record["level"], record["logger"]) for record in records} == {("error", "gateway")}
+    assert "model-config.yaml:1: parallelType" in records[0]["message"]
