@@ -92,7 +92,11 @@ def _tenant(state: MutableMapping[str, Any]) -> Tenant | None:
 
 def _request_id(given: str | None) -> str:
     """The caller's, if it is harmless. It is only a label, never a key."""
-    return given if given and _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"
+    return given if given and _REQUEST_ID.fullmatch(given) else new_request_id()
+
+
+def new_request_id() -> str:
+    return f"req_{secrets.token_hex(16)}"
 
 
 class ApiKeys:

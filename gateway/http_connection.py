@@ -20,7 +20,8 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from gateway.auth import PROBES
+from gateway.anthropic_errors import error_body
+from gateway.auth import PROBES, new_request_id
 from gateway.errors import (
     APIError,
     HeadersTooLarge,
@@ -62,6 +63,7 @@ class ClientConnection(HttpToolsProtocol):
         super().__init__(**uvicorns)
         self._settings = settings
         self._on_refusal = on_refusal
+        self.url = b""  # until a request begins
         self._answering: RequestResponseCycle | None = None  # `cycle` is the newest, this the one in turn
         self._is_receiving = False  # a request has begun and is not whole
         self._is_in_headers = False
@@ -203,7 +205,8 @@ class ClientConnection(HttpToolsProtocol):
             return
         api_error = to_api_error(error)
         self._on_refusal(api_error)
-        self.transport.write(_response(api_error))
+        path = self.url.partition(b"?")[0].decode("latin-1")  # as much as has come
+        self.transport.write(_response(api_error, path))
         self._close_gently()
 
     def _is_answering(self) -> bool:
@@ -276,11 +279,14 @@ def _tell_disconnected(cycle: RequestResponseCycle) -> None:
         cycle.message_event.set()
 
 
-def _response(error: APIError) -> bytes:
-    headers = {"content-type": "application/json", "content-length": str(len(error.body))}
+def _response(error: APIError, path: str) -> bytes:
+    request_id = new_request_id()
+    body = error_body(error, path, request_id)
+    headers = {"content-type": "application/json", "content-length": str(len(body))}
+    headers["x-request-id"] = request_id
     lines = [f"{name}: {value}\r\n" for name, value in (headers | error.headers).items()]
     head = "".join([*lines, "connection: close\r\n\r\n"])
-    return STATUS_LINE[error.status] + head.encode("latin-1") + error.body
+    return STATUS_LINE[error.status] + head.encode("latin-1") + body
 
 
 def _notice_dead_peers(transport: asyncio.Transport, seconds: float) -> None:

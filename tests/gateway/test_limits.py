@@ -289,6 +289,21 @@ async def test_a_request_must_be_complete_in_time_however_steadily_it_comes(
     assert group.requests == []
 
 
+@pytest.mark.parametrize(
+    ("begun", "status"), [(b"", 408), (b"x: " + b"y" * MAX_HEADER_BYTES + b"\r\n\r\n", 431)]
+)
+async def test_anthropics_paths_are_refused_in_anthropics_words(
+    model_dir: Path, begun: bytes, status: int
+) -> None:
+    async with gate(model_dir, receive_timeout=0.5) as server:
+        client = await server.ask(b"POST /v1/messages?beta=true HTTP/1.1\r\nhost: x\r\n" + begun)
+        got, headers, body = await client.answer()
+    assert got == status
+    assert set(body) == {"type", "error", "request_id"}
+    assert (body["type"], body["error"]["type"]) == ("error", "invalid_request_error")
+    assert headers["x-request-id"] == body["request_id"]
+
+
 async def test_bytes_one_by_one_do_not_extend_the_time(model_dir: Path) -> None:
     async with gate(model_dir, receive_timeout=1.0) as server:
         client = await server.ask(HEAD + b"content-length: 100000\r\n\r\n")
