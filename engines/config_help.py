@@ -125,8 +125,8 @@ _BATCH = {
         otherwise="2048; in a pipeline 256 on CPUs and 512 on GPUs, more where `maxNumSeqs` needs it",
     ),
     "maxPromptSlowdown": Help(
-        "How many times as long a step of running streams may take because it reads prompts as well: these "
-        "come in pieces of such a size, by measurement.",
+        "How many times as long a step of running streams may take because it reads a long prompt as well, "
+        "of more than 256 tokens: it comes in pieces of such a size, by measurement.",
         otherwise="2 on CPUs; no limit on GPUs; a pipeline has its own rule",
     ),
     "promptLookup": Help(

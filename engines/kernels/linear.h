@@ -17,13 +17,6 @@ struct Range {
     int begin, end;
 };
 
-// The part of `count` that is `thread`'s, in whole units.
-inline Range part_of(int count, int thread, int num_threads, int unit = N_TILE) {
-    int64_t units = (count + unit - 1) / unit;
-    int begin = int(units * thread / num_threads) * unit, end = int(units * (thread + 1) / num_threads) * unit;
-    return {std::min(begin, count), std::min(end, count)};
-}
-
 // x as `linear` over weights in B wants it: float32, each 2 W numbers in the order of Pair<B>.
 template <class T, class B> inline void take_row(const T* from, int count, float* to) {
     for (int k = 0; k < count; k += 2 * W) {

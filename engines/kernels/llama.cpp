@@ -52,6 +52,8 @@ template <class T> struct Shared {
     std::vector<T> qkv, attended, gate_up, activated;
 };
 
+constexpr int UNIT = 4 * N_TILE;  // columns of a result that one thread takes at least: a cache line of it or two
+
 template <class T> void make_room(std::vector<T>& buffer, size_t size) {
     if (buffer.size() < size) buffer.resize(size);
 }
@@ -60,6 +62,15 @@ template <class T> void make_room(std::vector<T>& buffer, size_t size) {
 struct Scratch {
     std::vector<float> x, sums, scores;
 };
+
+// `work` on the parts of `count`, in whole units: by all threads of the region, who wait for each other at the end. The
+// parts are taken in turn, so that one whose core another program uses for a while leaves more of them to the others.
+template <class F> void share_out(int count, int unit, int threads, F work) {
+    constexpr int PARTS = 8;  // for each thread
+    int units = (count + unit - 1) / unit, size = (units + PARTS * threads - 1) / (PARTS * threads) * unit;
+#pragma omp for schedule(dynamic)
+    for (int begin = 0; begin < count; begin += size) work(Range{begin, std::min(count, begin + size)});
+}
 
 // Every row of hidden [rows, size] over its root mean square, times weight, into x as `linear` wants it.
 template <class T, class B>
@@ -176,8 +187,9 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
     int width = (model.num_heads + 2 * model.num_kv_heads) * dim, inner = model.num_heads * dim;
     float *x = own.x.data(), *sums = own.sums.data();
     normed<T, B>(hidden, layer.attention_norm, rows, model.hidden, model.eps, x);
-    project(layer.qkv, model.hidden, part_of(width, thread, threads), x, rows, sums, shared.qkv.data(), width);
-#pragma omp barrier
+    share_out(width, UNIT, threads, [&](Range part) {
+        project(layer.qkv, model.hidden, part, x, rows, sums, shared.qkv.data(), width);
+    });
     Cache<T> cache{layer.cache, model.num_kv_heads, model.block_size, dim};
     for (int t = 0; t < rows; t++) {
         for (int head = 0; head < model.num_kv_heads; head++) {
@@ -199,27 +211,27 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
         }
     }
     take_rows<T, B>(shared.attended.data(), rows, inner, x);
-    put(layer.output, inner, part_of(model.hidden, thread, threads), x, rows, sums, out, model.hidden);
-#pragma omp barrier
+    share_out(model.hidden, UNIT, threads,
+              [&](Range part) { put(layer.output, inner, part, x, rows, sums, out, model.hidden); });
 }
 
 template <class T, class B, class Put>
 void mlp_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step, const T* hidden, T* out,
-            Shared<T>& shared, Scratch& own, int thread, int threads, Put put) {
+            Shared<T>& shared, Scratch& own, int threads, Put put) {
     int rows = step.num_tokens, inner = model.intermediate;
     float *x = own.x.data(), *sums = own.sums.data();
     normed<T, B>(hidden, layer.mlp_norm, rows, model.hidden, model.eps, x);
-    Range part = part_of(inner, thread, threads, 2 * W);
     T *gate_up = shared.gate_up.data(), *activated = shared.activated.data();
-    for (int first : {0, inner}) {
-        Matrix<T, B> half = layer.gate_up.from(first, model.hidden);
-        project(half, model.hidden, part, x, rows, sums, gate_up + first, 2 * inner);
-    }
-    activate(gate_up, rows, inner, part, activated);
-#pragma omp barrier
+    share_out(inner, 2 * W, threads, [&](Range part) {
+        for (int first : {0, inner}) {
+            Matrix<T, B> half = layer.gate_up.from(first, model.hidden);
+            project(half, model.hidden, part, x, rows, sums, gate_up + first, 2 * inner);
+        }
+        activate(gate_up, rows, inner, part, activated);
+    });
     take_rows<T, B>(activated, rows, inner, x);
-    put(layer.down, inner, part_of(model.hidden, thread, threads), x, rows, sums, out, model.hidden);
-#pragma omp barrier
+    share_out(model.hidden, UNIT, threads,
+              [&](Range part) { put(layer.down, inner, part, x, rows, sums, out, model.hidden); });
 }
 
 enum Parts { ATTENTION = 1, MLP = 2 };
@@ -250,7 +262,7 @@ void run(const Model<T, B>& model, const Step& step, int first, int last, int pa
                              out ? project<T, B> : project_and_add<T, B>);
             }
             if (parts & MLP) {
-                mlp_of(model, layer, step, hidden, out ? out : hidden, shared, own, thread, threads,
+                mlp_of(model, layer, step, hidden, out ? out : hidden, shared, own, threads,
                        out ? project<T, B> : project_and_add<T, B>);
             }
         }
@@ -263,12 +275,12 @@ void linear_of(Matrix<T, B> w, const T* x, T* y, int num_rows, int num_k, int nu
 #pragma omp parallel num_threads(num_threads)
     {
         static thread_local Scratch own;
-        int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        Range part = part_of(num_n, thread, threads);
         make_room(own.x, size_t(num_rows) * num_k);
-        make_room(own.sums, num_k > K_BLOCK ? size_t(num_rows) * (part.end - part.begin) : 0);
+        make_room(own.sums, num_k > K_BLOCK ? size_t(num_rows) * num_n : 0);
         take_rows<T, B>(x, num_rows, num_k, own.x.data());
-        project(w, num_k, part, own.x.data(), num_rows, own.sums.data(), y, num_n);
+        share_out(num_n, UNIT, omp_get_num_threads(), [&](Range part) {
+            project(w, num_k, part, own.x.data(), num_rows, own.sums.data(), y, num_n);
+        });
     }
 }
 

@@ -1,7 +1,8 @@
 """A Llama's layers in one call of our own kernels, for steps of few tokens: decoding, mostly.
 
 Such a step is as fast as its weights are read, if nothing stands between; torch's operations, called one by
-one, take longer than the weights of a small model. Larger steps go through the layers' own modules.
+one, take longer than the weights of a small model. Where the layers' own modules are faster for larger steps,
+these go through them.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
     from engines.models.llama import Layer, Llama
 
 MOST_TOKENS = 128
-"""Of a step that is no slower so than through the modules: with AVX2 it is level at 64 and 128 tokens, and up
-to 1.7 times as fast where other programs compute beside it: its threads wait for each other less often."""
+"""Of a step, on processors with AVX-512, where larger ones have not been measured. With AVX2 these are no
+slower than through the modules: level for prompts of large models, up to 2.8 times as fast for a small one's.
+"""
+_AVX2_PAIR = 16
 _AT_ONCE = FewRowsLinear.MOST_ROWS
 _MAX_HEAD_DIM = 256  # that of attention.h
 
@@ -60,7 +63,7 @@ class FewTokens:
             weights.qkv, weights.output = qkv.matrix(), output.matrix()
             weights.gate_up, weights.down = gate_up.matrix(), down.matrix()
         self._caches: Sequence[LayerCache] = ()
-        self.takes_all = False
+        self.takes_all = kernels.pair_width == _AVX2_PAIR
         attention, rotary, config = model.layers[0].attention, model.rotary, model.config
         self._kept = (model.layers, rotary)  # the addresses are theirs
         down = operands[0][-1]

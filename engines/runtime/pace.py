@@ -1,4 +1,4 @@
-"""How many tokens of prompts a step takes beside the sequences that decode, whose next token waits for it."""
+"""How much of long prompts a step reads beside the sequences that decode, whose next token waits for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ class Pace(Protocol):
     """Asked before each plan, told after it."""
 
     def prompt_tokens(self, num_decoding: int) -> int:
-        """At most so many beside so many sequences (1 or more) that decode. May be 0, but not for long."""
+        """Of long prompts, beside so many sequences (1 or more) that decode. May be 0, but not for long."""
+
+    @property
+    def short_prompt(self) -> int:
+        """Prompts of up to so many tokens are read whole, and up to so many tokens of them in a step."""
 
     def took(self, num_decoding: int, num_prompt_tokens: int, seconds: float) -> None:
         """How long a step of these lasted; both plans of one in flight at a time only."""
@@ -18,6 +22,8 @@ class Pace(Protocol):
 class InProportion:
     """For pipelines, where a long plan leaves all stages but one without work: twice as many as the sequences
     of a micro-batch, and at least so many."""
+
+    short_prompt = 0
 
     def __init__(self, min_tokens: int, num_micro_batches: int) -> None:
         self._min_tokens, self._num_micro_batches = min_tokens, num_micro_batches
@@ -37,7 +43,8 @@ class ByStepTime:
     down by half at most, so that one delay of the machine's own is not taken for the rule.
     """
 
-    def __init__(self, max_slowdown: float) -> None:
+    def __init__(self, max_slowdown: float, short_prompt: int = 256) -> None:
+        self.short_prompt = short_prompt
         self._max_slowdown = max_slowdown
         self._tokens = _FIRST_TOKENS
         self._decode_seconds = 0.0
@@ -71,8 +78,8 @@ class ByStepTime:
     def _read(self, num_prompt_tokens: int, seconds: float) -> None:
         more_seconds = max(1e-9, seconds - self._decode_seconds)
         fitting = num_prompt_tokens * (self._max_slowdown - 1) * self._decode_seconds / more_seconds
-        if fitting < num_prompt_tokens:
-            self._tokens = max(_LEAST_TOKENS, fitting, num_prompt_tokens / 2)
+        if fitting < min(num_prompt_tokens, self._tokens):
+            self._tokens = max(_LEAST_TOKENS, fitting, self._tokens / 2)
         elif num_prompt_tokens >= int(self._tokens):  # all that it might: more is worth a try
             self._tokens = min(fitting, 1.25 * self._tokens + 1)
 

@@ -79,7 +79,8 @@ class ContinuousScheduler:
     plan takes its share of them (micro-batches). With it a sequence that only lacks its last sampled token is
     scheduled again, with LAST_SAMPLED for that token; what it sampled beyond its end is dropped.
 
-    While sequences decode, `pace` says how many prompt tokens a plan takes beside them.
+    While sequences decode, `pace` says how many tokens of long prompts a plan takes beside them. Short ones
+    may pass those that wait.
 
     Blocks are freed at once even if a plan in flight writes them: plans run in order, so a later owner's
     writes come after, and it reads only what it wrote.
@@ -114,7 +115,10 @@ class ContinuousScheduler:
         self._drafter = drafter
         self._max_draft_tokens = max_draft_tokens
         self._pace = pace
-        self._prompt_budget = 0  # of the plan that is being made
+        self._short_prompt = 0 if pace is None else pace.short_prompt
+        self._prompt_budget = self._long_budget = (
+            0  # of the plan that is being made: prompts, long ones of them
+        )
         self._pool = BlockPool(num_blocks)
         self._tables = BlockTables(max_num_seqs, -(-self.max_model_len // block_size), block_size)
         self._plans = PlanBuilder(self._tables, max_plans_in_flight)
@@ -226,23 +230,24 @@ class ContinuousScheduler:
     def schedule(self) -> StepPlan:
         chunks: list[Chunk] = []
         if self._num_plans_in_flight < self.max_plans_in_flight:
-            prompt_tokens = self._prompt_tokens_of_plan()
-            self._fill(chunks, prompt_tokens)
-            if not chunks and not prompt_tokens:  # those that decode wait for blocks: nobody is delayed
+            long_tokens = self._long_prompt_tokens()
+            self._fill(chunks, long_tokens)
+            if not chunks and not long_tokens:  # those that decode wait for blocks: nobody is delayed
                 self._fill(chunks, self.max_num_batched_tokens)
         if not chunks:
             return StepPlan.empty(StepKind.IDLE)
         self._num_plans_in_flight += 1
         return self._plans.build(chunks)
 
-    def _fill(self, chunks: list[Chunk], prompt_tokens: int) -> None:
-        """With what goes into a plan that takes so many tokens of prompts."""
-        self._prompt_budget = prompt_tokens
+    def _fill(self, chunks: list[Chunk], long_tokens: int) -> None:
+        """With what goes into a plan that takes so many tokens of long prompts."""
+        self._long_budget = long_tokens
+        self._prompt_budget = max(long_tokens, self._short_prompt)
         budget, may_admit = self._continue_running(chunks)
         if may_admit:
             self._admit(chunks, budget)
 
-    def _prompt_tokens_of_plan(self) -> int:
+    def _long_prompt_tokens(self) -> int:
         if self._pace is None:
             return self.max_num_batched_tokens
         num_decoding = sum(one.num_pending == 1 for one in self._running)
@@ -252,7 +257,9 @@ class ContinuousScheduler:
 
     def _num_tokens_of_chunk(self, sequence: Sequence, budget: int) -> int:
         num_pending = sequence.num_pending
-        return 1 if num_pending == 1 else min(num_pending, budget, self._prompt_budget)
+        if num_pending == 1:
+            return 1
+        return min(num_pending, budget, self._long_budget if sequence.is_long else self._prompt_budget)
 
     def _continue_running(self, chunks: list[Chunk]) -> tuple[int, bool]:
         """Chunks of the running sequences. Returns the budget left, and whether blocks sufficed."""
@@ -325,6 +332,7 @@ class ContinuousScheduler:
         start, num_known = sequence.num_computed_tokens, sequence.num_tokens
         if num_known - start > 1:
             self._prompt_budget -= num_tokens
+            self._long_budget -= num_tokens if sequence.is_long else 0
         samples = start + num_tokens == num_known < sequence.max_len
         drafts: tuple[int, ...] = ()
         if samples and self._drafter is not None and sequence.constraint is None:
@@ -368,6 +376,8 @@ class ContinuousScheduler:
                 break
             if not sequence.is_ready:
                 continue
+            if self._long_budget <= 0 and len(sequence.token_ids) > self._short_prompt:
+                continue  # another long one is being read
             prefix = self._find_prefix(sequence)
             if self._waits_for_sibling(sequence, len(prefix)):
                 continue
@@ -420,6 +430,7 @@ class ContinuousScheduler:
         sequence.block_table = list(prefix)
         sequence.num_hashed_blocks = len(prefix)
         sequence.num_computed_tokens = len(prefix) * self.block_size
+        sequence.is_long = sequence.num_pending > self._short_prompt
         self._tables.write(sequence.slot, 0, prefix)
         self._give_blocks(sequence, -(-len(sequence.token_ids) // self.block_size) - len(prefix))
         self._count_admission(sequence)

@@ -50,6 +50,7 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     num_hashed_blocks: int = 0  # of block_table, offered to the prefix cache (or read from it)
     slot: int = -1
+    is_long: bool = False  # what it had to compute when it was admitted is more than a short prompt
     is_finished: bool = False
     has_reported: bool = False  # what is said once; of a resumed one the group before has said it
     num_cached_tokens: int | None = None  # prompt tokens read from the cache when first admitted

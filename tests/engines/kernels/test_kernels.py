@@ -238,6 +238,7 @@ def test_a_large_step_goes_through_the_modules(tmp_path: Path, monkeypatch: pyte
     engine = native(make_llama(tmp_path, SHAPES["mha"]))
     few = engine._model.few_tokens
     assert few is not None
+    few.takes_all = False  # as with AVX-512
     taken = []
     run = few.run
     monkeypatch.setattr(few, "run", lambda hidden: taken.append(len(hidden)) or run(hidden))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.runtime.pace import InProportion
+from engines.runtime.pace import ByStepTime, InProportion
 from engines.runtime.plan import LAST_SAMPLED, RowUse, StepKind, StepResult
 from engines.runtime.scheduler import ContinuousScheduler
 from engines.wire import Generate, RequestError, SamplingParams
@@ -458,3 +458,32 @@ def test_drafts_save_steps_and_change_no_token(shift: int, num_steps: int) -> No
     assert_expected(leader, r)
     assert leader.num_steps == num_steps
     scheduler.check()
+
+
+def test_a_long_prompt_is_read_in_pieces_and_short_ones_pass_it_whole() -> None:
+    _, leader = make(max_num_batched_tokens=100, pace=ByStepTime(1.5, short_prompt=12))
+    running, long, other, short = (
+        request("running", 5, 60, first=1),
+        request("long", 60, 2, first=2),
+        request("other", 60, 2, first=3),
+        request("short", 12, 2, first=4),
+    )
+    leader.add(running)
+    leader.step()
+    leader.step()
+    for one in (long, other, short):
+        leader.add(one)
+    leader.run()
+    sizes = [np.diff(plan.query_start).tolist() for plan in leader.plans[2:]]
+    assert sizes[0] == [
+        1,
+        8,
+        4,
+    ]  # of the long one what the pace allows, and of the short one what is left of 12
+    assert max(max(one) for one in sizes) <= 12
+    begun = [
+        next(n for n, plan in enumerate(leader.plans) if first in plan.input_ids[plan.positions == 0])
+        for first in (2, 3)
+    ]
+    assert begun[1] > begun[0] + 3  # one long prompt after the other
+    assert_expected(leader, running, long, other, short)

@@ -46,7 +46,12 @@ class FakeDrafter:
 
 
 paces = st.sampled_from(
-    [lambda: None, lambda: InProportion(1, 1), lambda: InProportion(3, 2), lambda: ByStepTime(1.5)]
+    [
+        lambda: None,
+        lambda: InProportion(1, 1),
+        lambda: InProportion(3, 2),
+        lambda: ByStepTime(1.5, short_prompt=2),
+    ]
 )
 roomy_setups = st.builds(
     Setup,
