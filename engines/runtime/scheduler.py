@@ -116,9 +116,8 @@ class ContinuousScheduler:
         self._max_draft_tokens = max_draft_tokens
         self._pace = pace
         self._short_prompt = 0 if pace is None else pace.short_prompt
-        self._prompt_budget = self._long_budget = (
-            0  # of the plan that is being made: prompts, long ones of them
-        )
+        self._prompt_budget = 0  # of the plan that is being made
+        self._long_budget = 0  # of that, what may go to long prompts
         self._pool = BlockPool(num_blocks)
         self._tables = BlockTables(max_num_seqs, -(-self.max_model_len // block_size), block_size)
         self._plans = PlanBuilder(self._tables, max_plans_in_flight)
@@ -259,7 +258,8 @@ class ContinuousScheduler:
         num_pending = sequence.num_pending
         if num_pending == 1:
             return 1
-        return min(num_pending, budget, self._long_budget if sequence.is_long else self._prompt_budget)
+        most = min(budget, self._prompt_budget, self._long_budget if sequence.is_long else budget)
+        return min(num_pending, most)
 
     def _continue_running(self, chunks: list[Chunk]) -> tuple[int, bool]:
         """Chunks of the running sequences. Returns the budget left, and whether blocks sufficed."""

@@ -45,12 +45,25 @@ class FakeDrafter:
         return guesses if len(token_ids) % 3 else [(guess + 1) % VOCAB_SIZE for guess in guesses]
 
 
+class FixedPace:
+    """Long prompts may take more than all short ones together."""
+
+    short_prompt = 3
+
+    def prompt_tokens(self, num_decoding: int) -> int:
+        return 7 * (num_decoding % 3)
+
+    def took(self, num_decoding: int, num_prompt_tokens: int, seconds: float) -> None:
+        assert min(num_decoding, num_prompt_tokens, seconds) >= 0
+
+
 paces = st.sampled_from(
     [
         lambda: None,
         lambda: InProportion(1, 1),
         lambda: InProportion(3, 2),
         lambda: ByStepTime(1.5, short_prompt=2),
+        FixedPace,
     ]
 )
 roomy_setups = st.builds(
