@@ -131,8 +131,9 @@ _BATCH = {
     ),
     "promptLookup": Help(
         "Tokens that are guessed at once for each sequence, where its last ones have come before in its "
-        "text; one step checks them all. It changes no token. Answers that repeat their prompt come faster "
-        "while few run; where many run, the checks delay them. 0: none.",
+        "text; one step checks them all. It changes no token in float32, in bf16 no more than requests "
+        "beside it do. Answers that repeat their prompt come faster while few run; where many run, the "
+        "checks delay them. 0: none.",
         0,
     ),
     "kvBlockSize": Help(
