@@ -75,7 +75,7 @@ def test_a_default_that_is_written_down_changes_nothing(tmp_path: Path, split: s
 def test_another_value_than_the_default_would_be_seen(tmp_path: Path, key: str) -> None:
     """So the test above can tell."""
     file, section, name = tmp_path / "model-config.yaml", *key.rpartition(".")[::2]
-    other = DEFAULTS[key] * 2 if key != "gpuMemoryShare" else 0.5  # type: ignore[operator]
+    other = DEFAULTS[key] * 2 or 1 if key != "gpuMemoryShare" else 0.5  # type: ignore[operator]
     line = f"{name}: {other}\n"
     base = "modelName: m\n"
     changed = resolved(file, base + (f"{section}:\n  {line}" if section else line))
