@@ -195,6 +195,7 @@ import os, signal, sys, time
 from conversion import job
 from gateway.cli import app
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 write_file, written = job.write_file, []
 
 def interrupted(path, file, window_bytes, advance):
