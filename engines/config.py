@@ -62,7 +62,7 @@ class ModelConfig(BaseModel):
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
-    max_prompt_slowdown: float | None = None  # of a step, by the prompts read in it; None: no limit
+    max_prompt_slowdown: float | None = None  # of a step, by long prompts read in it; None: no limit
     kv_block_size: int = 16
     kv_cache_memory: int = 1 << 30  # per rank; CPU only
     gpu_memory_share: float = 0.9  # of each device's total

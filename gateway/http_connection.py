@@ -2,8 +2,8 @@
 
 A request has `receive_timeout` seconds from its first byte to its last, headers are bounded in number and
 size, connections in number (but for probes: a server that is full is not dead), and a client that stops
-reading is cut off. What is refused here is refused in OpenAI's words, and the connection is closed so that
-they arrive: a socket closed over unread data would send a reset that overtakes them.
+reading is cut off. What is refused here is refused in the words of its path's API, and the connection is
+closed so that they arrive: a socket closed over unread data would send a reset that overtakes them.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class ClientConnection(HttpToolsProtocol):
         num_hosts = sum(name == b"host" for name, _ in self.headers)
         if num_hosts > 1 or (num_hosts == 0 and self.parser.get_http_version() == "1.1"):
             raise MalformedRequest("A request must have exactly one Host header.")
-        if self._is_excess and self.url.partition(b"?")[0] not in PROBES:
+        if self._is_excess and self._path not in PROBES:
             raise self._too_many()
         super().on_headers_complete()
         if self._is_excess:
@@ -175,6 +175,11 @@ class ClientConnection(HttpToolsProtocol):
             self._close_gently()  # nobody knows whether the body will follow
 
     # Clients that are too many, send too slowly, or not what they should
+
+    @property
+    def _path(self) -> bytes:
+        """Of the newest request, as much as has come."""
+        return self.url.partition(b"?")[0]
 
     def _too_many(self) -> TooManyConnections:
         return TooManyConnections(f"The server holds at most {self._settings.max_connections} connections.")
@@ -205,8 +210,7 @@ class ClientConnection(HttpToolsProtocol):
             return
         api_error = to_api_error(error)
         self._on_refusal(api_error)
-        path = self.url.partition(b"?")[0].decode("latin-1")  # as much as has come
-        self.transport.write(_response(api_error, path))
+        self.transport.write(_response(api_error, self._path.decode("latin-1")))
         self._close_gently()
 
     def _is_answering(self) -> bool:

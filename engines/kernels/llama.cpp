@@ -63,11 +63,16 @@ struct Scratch {
     std::vector<float> x, sums, scores;
 };
 
+// Of the parts of `count`, in whole units, of which each thread takes several.
+inline int part_size(int count, int unit, int threads) {
+    int units = (count + unit - 1) / unit, parts = 8 * threads;
+    return (units + parts - 1) / parts * unit;
+}
+
 // `work` on the parts of `count`, in whole units: by all threads of the region, who wait for each other at the end. The
 // parts are taken in turn, so that one whose core another program uses for a while leaves more of them to the others.
 template <class F> void share_out(int count, int unit, int threads, F work) {
-    constexpr int PARTS = 8;  // for each thread
-    int units = (count + unit - 1) / unit, size = (units + PARTS * threads - 1) / (PARTS * threads) * unit;
+    int size = part_size(count, unit, threads);
 #pragma omp for schedule(dynamic)
     for (int begin = 0; begin < count; begin += size) work(Range{begin, std::min(count, begin + size)});
 }
@@ -275,10 +280,11 @@ void linear_of(Matrix<T, B> w, const T* x, T* y, int num_rows, int num_k, int nu
 #pragma omp parallel num_threads(num_threads)
     {
         static thread_local Scratch own;
+        int threads = omp_get_num_threads();
         make_room(own.x, size_t(num_rows) * num_k);
-        make_room(own.sums, num_k > K_BLOCK ? size_t(num_rows) * num_n : 0);
+        make_room(own.sums, num_k > K_BLOCK ? size_t(num_rows) * part_size(num_n, UNIT, threads) : 0);
         take_rows<T, B>(x, num_rows, num_k, own.x.data());
-        share_out(num_n, UNIT, omp_get_num_threads(), [&](Range part) {
+        share_out(num_n, UNIT, threads, [&](Range part) {
             project(w, num_k, part, own.x.data(), num_rows, own.sums.data(), y, num_n);
         });
     }

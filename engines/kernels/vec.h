@@ -79,10 +79,12 @@ inline float sum(vfloat8 x) {
 }
 
 #if defined(__AVX512F__)
-inline float sum(vfloat x) {
-    return sum(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-               __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
+inline vfloat8 folded(vfloat x) {
+    return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+           __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
 }
+
+inline float sum(vfloat x) { return sum(folded(x)); }
 #endif
 
 // The sum of each, in order.
@@ -99,10 +101,6 @@ inline vfloat4 four_sums(vfloat8 a, vfloat8 b, vfloat8 c, vfloat8 d) {
 
 #if defined(__AVX512F__)
 inline vfloat4 four_sums(vfloat a, vfloat b, vfloat c, vfloat d) {
-    auto folded = [](vfloat x) {
-        return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-               __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-    };
     return four_sums(folded(a), folded(b), folded(c), folded(d));
 }
 #endif

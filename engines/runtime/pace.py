@@ -16,7 +16,7 @@ class Pace(Protocol):
         """Prompts of up to so many tokens are read whole, and up to so many tokens of them in a step."""
 
     def took(self, num_decoding: int, num_prompt_tokens: int, seconds: float) -> None:
-        """How long a step of these lasted; both plans of one in flight at a time only."""
+        """How long a step of these lasted, in seconds."""
 
 
 class InProportion:

@@ -18,8 +18,6 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-import torch
-
 from gateway.bench import (
     BenchConfig,
     Prompt,
@@ -30,8 +28,7 @@ from gateway.bench import (
     make_prompts,
     run_request,
 )
-from tests.bench.bench_peers import SHAPES, Server, sluice, vllm
-from tests.models import make_llama
+from tests.bench.bench_peers import SHAPES, Server, model_of, others_stopped, sluice, vllm
 
 LONG, STREAMS, STREAM_PROMPT = 2048, 8, 64
 MAX_LEN = 4096
@@ -66,10 +63,10 @@ async def beside(server: Server, seed: int, output_len: int) -> dict[str, float]
     """Three long prompts, one after another, once all streams have been running for a while."""
     config, long = server.config(STREAM_PROMPT, output_len, seed), server.config(LONG, 1, seed + 1)
     tasks = [send(config, prompt) for prompt in make_prompts(config, STREAMS)]
-    prompts = make_prompts(long, 4)
+    prompts = make_prompts(long, 3)
     await send(config, make_prompts(replace(config, seed=seed + 2), 1)[0], output_len=40)  # until all run
     sent = time.perf_counter()
-    firsts = [first_token_ms(await send(long, prompt)) for prompt in prompts[:3]]
+    firsts = [first_token_ms(await send(long, prompt)) for prompt in prompts]
     read = time.perf_counter()
     traces = await asyncio.gather(*tasks)
     if any(trace.event_times[-1] < read for trace in traces):
@@ -93,14 +90,13 @@ async def beside(server: Server, seed: int, output_len: int) -> dict[str, float]
 
 
 def bench(server: Server, args: argparse.Namespace) -> dict[str, object]:
-    runs = [
-        (alone(server, 10 * round_), beside(server, 10 * round_ + 5, args.output_len))
-        for round_ in range(args.rounds + 1)
-    ]
-    found = [(asyncio.run(one), asyncio.run(other)) for one, other in runs][1:]  # the first warms up
-    return {
-        "alone": _medians([one for one, _ in found]),
-        f"beside {STREAMS} streams": _medians([other for _, other in found]),
+    by_itself, with_others = [], []
+    for seed in range(0, 10 * args.rounds + 1, 10):
+        by_itself.append(asyncio.run(alone(server, seed)))
+        with_others.append(asyncio.run(beside(server, seed + 5, args.output_len)))
+    return {  # the first round warms up
+        "alone": _medians(by_itself[1:]),
+        f"beside {STREAMS} streams": _medians(with_others[1:]),
     }
 
 
@@ -121,16 +117,18 @@ def main() -> None:
     args = parser.parse_args()
     results: dict[str, object] = {}
     for shape in args.shapes:
-        model = args.models / f"{shape}-{MAX_LEN}"
-        if not (model / "model.safetensors").exists():
-            long_shape = replace(SHAPES[shape], max_positions=MAX_LEN)
-            make_llama(model, long_shape, dtype=torch.bfloat16, tokenizer=True)
+        long_shape = replace(SHAPES[shape], max_positions=MAX_LEN)
+        model = model_of(long_shape, args.models / f"{shape}-{MAX_LEN}")
         with ExitStack() as stack:
             sides = {"sluice": stack.enter_context(sluice(model, args.models, args.serve_flag))}
             if args.vllm:
                 peer = vllm(model, args.models, args.vllm, args.vllm_dtype, MAX_LEN)
                 sides["vllm"] = stack.enter_context(peer)
-            results[shape] = {name: bench(side, args) for name, side in sides.items()}
+            measured = {}
+            for name, side in sides.items():
+                with others_stopped(side, sides.values()):
+                    measured[name] = bench(side, args)
+            results[shape] = measured
             print(json.dumps({shape: results[shape]}, indent=1), flush=True)
     record = {
         "command": f"python -m tests.bench.bench_long_prompts --shapes {' '.join(args.shapes)}",

@@ -33,7 +33,7 @@ import torch
 
 from gateway.bench import BenchConfig, machine, make_prompts, run_level
 from tests.e2e.server import free_port
-from tests.models import B1, SMALL, TINY, make_llama
+from tests.models import B1, SMALL, TINY, Shape, make_llama
 
 SHAPES = {"tiny": TINY, "small": SMALL, "b1": B1}
 PROMPT_LEN, OUTPUT_LEN = 128, 64
@@ -109,7 +109,7 @@ class Generate:
 
 
 @contextmanager
-def alone(side: Side, sides: Iterable[Side]) -> Iterator[None]:
+def others_stopped(side: Side, sides: Iterable[Side]) -> Iterator[None]:
     """All other sides are stopped for as long as the block lasts."""
     others = [other for other in sides if other is not side]
     trees = [psutil.Process(other.process.pid) for other in others]
@@ -221,11 +221,16 @@ def hf_generate(model: Path, work: Path) -> Iterator[Side]:
 PEERS = {"transformers serve": transformers_serve, "generate": hf_generate}
 
 
+def model_of(shape: Shape, directory: Path) -> Path:
+    """A model of that shape in `directory`, made unless it is there."""
+    if not (directory / "model.safetensors").exists():
+        make_llama(directory, shape, dtype=torch.bfloat16, tokenizer=True)
+    return directory
+
+
 def bench_shape(name: str, args: argparse.Namespace) -> list[dict[str, object]]:
     """Every concurrency of one shape, all sides up."""
-    model = args.models / name
-    if not (model / "model.safetensors").exists():
-        make_llama(model, SHAPES[name], dtype=torch.bfloat16, tokenizer=True)
+    model = model_of(SHAPES[name], args.models / name)
     with ExitStack() as stack:
         sides: dict[str, Side] = {
             "sluice": stack.enter_context(sluice(model, args.models, args.serve_flag)),
@@ -245,7 +250,7 @@ def _bench_level(
     rates: dict[str, list[float]] = {side: [] for side in sides}
     for round_ in range(args.rounds + 1):  # the first warms every side up and does not count
         for side, measured in sides.items():
-            with alone(measured, sides.values()):
+            with others_stopped(measured, sides.values()):
                 rate = measured.measure(concurrency, num_requests, seed=1000 * concurrency + 100 * round_)
             if round_:
                 rates[side].append(rate)
