@@ -23,6 +23,7 @@ from engines.kernels import build
 log = logging.getLogger("sluice.engine")
 
 SWITCH = "SLUICE_KERNELS"
+_AVX2_PAIR = 16
 
 
 class Parts(IntFlag):
@@ -83,6 +84,7 @@ class Step(Structure):
         ("table_width", c_int32),
         ("max_context", c_int32),
         ("num_threads", c_int32),
+        ("is_deterministic", c_int32),
     )
 
 
@@ -104,18 +106,20 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int
 
 
 class Library:
-    """What was compiled. `pair_width`: the dimensions that are summed over must be multiples of it."""
+    """What was compiled. `pair_width`: the dimensions that are summed over must be multiples of it;
+    `has_avx512`: for processors with it, where torch's own matrices are the faster from some rows on."""
 
     def __init__(self, path: Path) -> None:
         functions = ctypes.CDLL(os.fspath(path))
         self.pair_width: int = functions.sluice_pair_width()
+        self.has_avx512 = self.pair_width > _AVX2_PAIR
         self._run, self._linear = {}, {}
         for values in (torch.float32, torch.bfloat16):
             for weights in (values, torch.int8):
                 name = f"{_NAMES[values]}_{_NAMES[weights]}"
                 run, linear = functions[f"sluice_run_{name}"], functions[f"sluice_linear_{name}"]
                 run.argtypes = [POINTER(Model), POINTER(Step), c_int, c_int, c_int, c_void_p, c_void_p]
-                linear.argtypes = [c_void_p] * 5 + [c_int] * 4
+                linear.argtypes = [c_void_p] * 5 + [c_int] * 5
                 run.restype = linear.restype = None
                 self._run[values, weights], self._linear[values, weights] = run, linear
 
@@ -124,14 +128,14 @@ class Library:
         is_cpus = weight.device.type == "cpu"
         return is_cpus and (values, weight.dtype) in self._linear and weight.shape[1] % self.pair_width == 0
 
-    def linear(self, weight: Weight, x: Tensor) -> Tensor:
-        """x [T, in], contiguous, to [T, out]."""
+    def linear(self, weight: Weight, x: Tensor, *, is_deterministic: bool = False) -> Tensor:
+        """x [T, in], contiguous, to [T, out]; deterministic: no row's result depends on the number of them."""
         (num_rows, num_k), num_n = x.shape, weight.weight.shape[0]
         out = x.new_empty(num_rows, num_n)
         tensors = (weight.weight, weight.scale, weight.bias, x, out)
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         run = self._linear[x.dtype, weight.weight.dtype]
-        run(*addresses, num_rows, num_k, num_n, torch.get_num_threads())
+        run(*addresses, num_rows, num_k, num_n, torch.get_num_threads(), is_deterministic)
         return out
 
     def run(

@@ -4,7 +4,8 @@
 
 #include <omp.h>
 
-#include <vector>
+#include <cstdlib>
+#include <memory>
 
 #include "attention.h"
 #include "linear.h"
@@ -45,28 +46,57 @@ struct Step {
     const int32_t* sequences;          // [num_tokens], rows of `tables`
     const int32_t* tables;             // [., table_width]
     int32_t num_tokens, table_width, max_context, num_threads;
+    int32_t is_deterministic;  // a token's result depends on no other's
+};
+
+// Memory that grows, at the start of a cache line.
+template <class T> class Buffer {
+public:
+    T* data() const { return memory.get(); }
+
+    void make_room(size_t size) {
+        if (size <= room) return;
+        memory.reset(static_cast<T*>(std::aligned_alloc(64, (size * sizeof(T) + 63) / 64 * 64)));
+        room = size;
+    }
+
+private:
+    struct Free {
+        void operator()(T* p) const { std::free(p); }
+    };
+    std::unique_ptr<T, Free> memory;
+    size_t room = 0;
 };
 
 // What the threads hand to each other.
 template <class T> struct Shared {
-    std::vector<T> qkv, attended, gate_up, activated;
+    Buffer<T> qkv, attended, gate_up, activated;
+    Buffer<float> panels;
 };
-
-constexpr int UNIT = 4 * N_TILE;  // columns of a result that one thread takes at least: a cache line of it or two
-
-template <class T> void make_room(std::vector<T>& buffer, size_t size) {
-    if (buffer.size() < size) buffer.resize(size);
-}
 
 // What one thread has for itself.
 struct Scratch {
-    std::vector<float> x, sums, scores;
+    Buffer<float> x, turned, sums, scores;
+};
+
+constexpr int MANY = 16;           // rows from which on many_rows is the faster
+constexpr int UNIT = 4 * N_TILE;   // columns of a result that one thread takes at least: a cache line of it or two
+constexpr int MANY_UNIT = 24;      // the same where they are made in strips
+constexpr int MOST_COLUMNS = 192;  // that it takes at once: the sums stay in the second-level cache
+
+// The rows that a matrix is multiplied by, as few_rows or many_rows wants them.
+struct Input {
+    const float* x;
+    int num_rows, num_k;
+    bool is_many;
+
+    int unit() const { return is_many ? MANY_UNIT : UNIT; }
 };
 
 // Of the parts of `count`, in whole units, of which each thread takes several.
 inline int part_size(int count, int unit, int threads) {
     int units = (count + unit - 1) / unit, parts = 8 * threads;
-    return (units + parts - 1) / parts * unit;
+    return std::min((units + parts - 1) / parts * unit, MOST_COLUMNS / unit * unit);
 }
 
 // `work` on the parts of `count`, in whole units: by all threads of the region, who wait for each other at the end. The
@@ -77,43 +107,78 @@ template <class F> void share_out(int count, int unit, int threads, F work) {
     for (int begin = 0; begin < count; begin += size) work(Range{begin, std::min(count, begin + size)});
 }
 
-// Every row of hidden [rows, size] over its root mean square, times weight, into x as `linear` wants it.
-template <class T, class B>
-void normed(const T* hidden, const T* weight, int num_rows, int size, float eps, float* x) {
-    for (int row = 0; row < num_rows; row++) {
-        const T* from = hidden + int64_t(row) * size;
-        float* to = x + int64_t(row) * size;
-        take_row<T, B>(from, size, to);
-        vfloat squares = {};
-        for (int i = 0; i < size; i += W) squares += load(to + i) * load(to + i);
-        vfloat factor = splat(1.0f / std::sqrt(sum(squares) / float(size) + eps));
-        for (int i = 0; i < size; i += 2 * W) {
-            vfloat first = load(to + i) * factor * first_as<T, B>(weight + i);
-            vfloat second = load(to + i + W) * factor * second_as<T, B>(weight + i);
-            store(to + i, rounded<T>(first));
-            store(to + i + W, rounded<T>(second));
-        }
+inline size_t room_for_panels(size_t num_rows, size_t num_k) { return num_panels(int(num_rows)) * PANEL * num_k; }
+
+// What `make_input` and `multiply` write to.
+inline void make_room(Scratch& own, size_t num_rows, size_t most_k, bool is_many) {
+    size_t rows = num_panels(int(num_rows)) * PANEL;
+    own.x.make_room((is_many ? PANEL : rows) * most_k);
+    own.turned.make_room(is_many ? rows * MOST_COLUMNS : 0);
+    own.sums.make_room(rows * MOST_COLUMNS);
+}
+
+// `take(row, to)` puts a row into float32. Few rows every thread takes for itself, many they share out.
+template <class Take>
+Input make_input(int num_rows, int num_k, bool is_many, const Buffer<float>& panels, Scratch& own, Take take) {
+    float* x = own.x.data();
+    if (!is_many) {
+        for (int row = 0; row < num_rows; row++) take(row, x + int64_t(row) * num_k);
+        return {x, num_rows, num_k, false};
+    }
+#pragma omp for schedule(dynamic)
+    for (int p = 0; p < num_panels(num_rows); p++) {
+        int rows = std::min(PANEL, num_rows - p * PANEL);
+        for (int i = 0; i < rows; i++) take(p * PANEL + i, x + int64_t(i) * num_k);
+        std::fill(x + int64_t(rows) * num_k, x + int64_t(PANEL) * num_k, 0.0f);
+        pack_panel(x, num_k, panels.data() + int64_t(p) * PANEL * num_k);
+    }
+    return {panels.data(), num_rows, num_k, true};
+}
+
+// A row of hidden [size] over its root mean square, times weight.
+template <class T, class B> void take_normed(const T* from, const T* weight, int size, float eps, float* to) {
+    take_row<T, B>(from, size, to);
+    vfloat squares = {};
+    for (int i = 0; i < size; i += W) squares += load(to + i) * load(to + i);
+    vfloat factor = splat(1.0f / std::sqrt(sum(squares) / float(size) + eps));
+    for (int i = 0; i < size; i += 2 * W) {
+        vfloat first = load(to + i) * factor * first_as<T, B>(weight + i);
+        vfloat second = load(to + i + W) * factor * second_as<T, B>(weight + i);
+        store(to + i, rounded<T>(first));
+        store(to + i + W, rounded<T>(second));
     }
 }
 
-template <class T, class B> void take_rows(const T* from, int num_rows, int size, float* x) {
-    for (int64_t row = 0; row < num_rows; row++) take_row<T, B>(from + row * size, size, x + row * size);
+// `put(m, sums)` gets the sums of row m for the columns of `part`.
+template <class T, class B, class Put>
+void multiply(Matrix<T, B> w, Range part, const Input& input, Scratch& own, Put put) {
+    float* sums = own.sums.data();
+    int stride = (part.size() + W - 1) / W * W;
+    if (input.is_many) {
+        many_rows(w.weight, input.num_k, part, input.x, input.num_rows, own.turned.data(), sums, stride);
+    } else {
+        few_rows(w.weight, input.num_k, part, input.x, input.num_rows, sums, stride);
+    }
+    for (int m = 0; m < input.num_rows; m++) put(m, sums + int64_t(m) * stride);
 }
 
-// [rows, width] = x w^T + bias, the columns of `part`.
+// out [rows, width] = x w^T + bias, the columns of `part`.
 template <class T, class B>
-void project(Matrix<T, B> w, int num_k, Range part, const float* x, int num_rows, float* sums, T* out, int width) {
-    linear(w.weight, num_k, part, x, num_rows, sums,
-           [=](int m, int n, float sum) { out[int64_t(m) * width + n] = from_float<T>(w.result(n, sum)); });
+void project(Matrix<T, B> w, Range part, const Input& input, Scratch& own, T* out, int width) {
+    multiply(w, part, input, own, [=](int m, const float* sums) {
+        T* into = out + int64_t(m) * width;
+        for (int n = part.begin; n < part.end; n++) into[n] = from_float<T>(w.result(n, sums[n - part.begin]));
+    });
 }
 
 // The same, added to `out`.
 template <class T, class B>
-void project_and_add(Matrix<T, B> w, int num_k, Range part, const float* x, int num_rows, float* sums, T* out,
-                     int width) {
-    linear(w.weight, num_k, part, x, num_rows, sums, [=](int m, int n, float sum) {
-        T& into = out[int64_t(m) * width + n];
-        into = from_float<T>(to_float(into) + rounded<T>(w.result(n, sum)));
+void project_and_add(Matrix<T, B> w, Range part, const Input& input, Scratch& own, T* out, int width) {
+    multiply(w, part, input, own, [=](int m, const float* sums) {
+        T* into = out + int64_t(m) * width;
+        for (int n = part.begin; n < part.end; n++) {
+            into[n] = from_float<T>(to_float(into[n]) + rounded<T>(w.result(n, sums[n - part.begin])));
+        }
     });
 }
 
@@ -187,14 +252,14 @@ template <class T> void activate(const T* gate_up, int num_rows, int inner, Rang
 // One thread's part of a layer's attention. `put` is project or project_and_add, into `out` [num_tokens, hidden].
 template <class T, class B, class Put>
 void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step, const T* hidden, T* out,
-                  Shared<T>& shared, Scratch& own, int thread, int threads, Put put) {
+                  bool is_many, const Shared<T>& shared, Scratch& own, int thread, int threads, Put put) {
     int dim = model.head_dim, rows = step.num_tokens;
     int width = (model.num_heads + 2 * model.num_kv_heads) * dim, inner = model.num_heads * dim;
-    float *x = own.x.data(), *sums = own.sums.data();
-    normed<T, B>(hidden, layer.attention_norm, rows, model.hidden, model.eps, x);
-    share_out(width, UNIT, threads, [&](Range part) {
-        project(layer.qkv, model.hidden, part, x, rows, sums, shared.qkv.data(), width);
+    Input input = make_input(rows, model.hidden, is_many, shared.panels, own, [&](int64_t row, float* to) {
+        take_normed<T, B>(hidden + row * model.hidden, layer.attention_norm, model.hidden, model.eps, to);
     });
+    share_out(width, input.unit(), threads,
+              [&](Range part) { project(layer.qkv, part, input, own, shared.qkv.data(), width); });
     Cache<T> cache{layer.cache, model.num_kv_heads, model.block_size, dim};
     for (int t = 0; t < rows; t++) {
         for (int head = 0; head < model.num_kv_heads; head++) {
@@ -215,28 +280,33 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
                          own.scores.data());
         }
     }
-    take_rows<T, B>(shared.attended.data(), rows, inner, x);
-    share_out(model.hidden, UNIT, threads,
-              [&](Range part) { put(layer.output, inner, part, x, rows, sums, out, model.hidden); });
+    input = make_input(rows, inner, is_many, shared.panels, own, [&](int64_t row, float* to) {
+        take_row<T, B>(shared.attended.data() + row * inner, inner, to);
+    });
+    share_out(model.hidden, input.unit(), threads,
+              [&](Range part) { put(layer.output, part, input, own, out, model.hidden); });
 }
 
 template <class T, class B, class Put>
 void mlp_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step, const T* hidden, T* out,
-            Shared<T>& shared, Scratch& own, int threads, Put put) {
+            bool is_many, const Shared<T>& shared, Scratch& own, int threads, Put put) {
     int rows = step.num_tokens, inner = model.intermediate;
-    float *x = own.x.data(), *sums = own.sums.data();
-    normed<T, B>(hidden, layer.mlp_norm, rows, model.hidden, model.eps, x);
+    Input input = make_input(rows, model.hidden, is_many, shared.panels, own, [&](int64_t row, float* to) {
+        take_normed<T, B>(hidden + row * model.hidden, layer.mlp_norm, model.hidden, model.eps, to);
+    });
     T *gate_up = shared.gate_up.data(), *activated = shared.activated.data();
-    share_out(inner, 2 * W, threads, [&](Range part) {
+    share_out(inner, is_many ? 6 * W : 2 * W, threads, [&](Range part) {  // whole pairs, and whole strips
         for (int first : {0, inner}) {
             Matrix<T, B> half = layer.gate_up.from(first, model.hidden);
-            project(half, model.hidden, part, x, rows, sums, gate_up + first, 2 * inner);
+            project(half, part, input, own, gate_up + first, 2 * inner);
         }
         activate(gate_up, rows, inner, part, activated);
     });
-    take_rows<T, B>(activated, rows, inner, x);
-    share_out(model.hidden, UNIT, threads,
-              [&](Range part) { put(layer.down, inner, part, x, rows, sums, out, model.hidden); });
+    input = make_input(rows, inner, is_many, shared.panels, own, [&](int64_t row, float* to) {
+        take_row<T, B>(activated + row * inner, inner, to);
+    });
+    share_out(model.hidden, input.unit(), threads,
+              [&](Range part) { put(layer.down, part, input, own, out, model.hidden); });
 }
 
 enum Parts { ATTENTION = 1, MLP = 2 };
@@ -247,46 +317,57 @@ template <class T, class B>
 void run(const Model<T, B>& model, const Step& step, int first, int last, int parts, T* hidden, T* out) {
     static Shared<T> shared;  // one caller at a time: the rank's only thread that computes
     size_t rows = step.num_tokens, inner = size_t(model.num_heads) * model.head_dim;
-    make_room(shared.qkv, rows * (inner + 2 * size_t(model.num_kv_heads) * model.head_dim));
-    make_room(shared.attended, rows * inner);
-    make_room(shared.gate_up, rows * 2 * model.intermediate);
-    make_room(shared.activated, rows * model.intermediate);
-    size_t widest = std::max({size_t(model.hidden), size_t(model.intermediate), inner});
+    bool is_many = step.num_tokens >= MANY && !step.is_deterministic;
+    shared.qkv.make_room(rows * (inner + 2 * size_t(model.num_kv_heads) * model.head_dim));
+    shared.attended.make_room(rows * inner);
+    shared.gate_up.make_room(rows * 2 * model.intermediate);
+    shared.activated.make_room(rows * model.intermediate);
+    size_t most_k = std::max({size_t(model.hidden), size_t(model.intermediate), inner});
+    shared.panels.make_room(is_many ? room_for_panels(rows, most_k) : 0);
 #pragma omp parallel num_threads(step.num_threads)
     {
         static thread_local Scratch own;
         int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        size_t columns = std::max(widest, inner + 2 * size_t(model.num_kv_heads) * model.head_dim) / threads + 2 * W;
-        make_room(own.x, rows * widest);
-        make_room(own.sums, widest > K_BLOCK ? rows * columns : 0);
-        make_room(own.scores, 4 * (size_t(step.max_context) + W));
+        make_room(own, rows, most_k, is_many);
+        own.scores.make_room(4 * (size_t(step.max_context) + W));
         for (int i = first; i < last; i++) {
             const Layer<T, B>& layer = model.layers[i];
             if (parts & ATTENTION) {
-                attention_of(model, layer, step, hidden, out ? out : hidden, shared, own, thread, threads,
+                attention_of(model, layer, step, hidden, out ? out : hidden, is_many, shared, own, thread, threads,
                              out ? project<T, B> : project_and_add<T, B>);
             }
             if (parts & MLP) {
-                mlp_of(model, layer, step, hidden, out ? out : hidden, shared, own, threads,
+                mlp_of(model, layer, step, hidden, out ? out : hidden, is_many, shared, own, threads,
                        out ? project<T, B> : project_and_add<T, B>);
             }
         }
     }
 }
 
+constexpr int ROWS_AT_ONCE = 128;  // of a matrix alone: they stay in the third-level cache
+
 // y [num_rows, num_n] = x [num_rows, num_k] w^T + bias.
 template <class T, class B>
-void linear_of(Matrix<T, B> w, const T* x, T* y, int num_rows, int num_k, int num_n, int num_threads) {
+void linear_of(Matrix<T, B> w, const T* x, T* y, int num_rows, int num_k, int num_n, int num_threads,
+               bool is_deterministic) {
+    static Buffer<float> panels;
+    int most_rows = std::min(num_rows, ROWS_AT_ONCE);
+    bool may_be_many = num_rows >= MANY && !is_deterministic;
+    panels.make_room(may_be_many ? room_for_panels(most_rows, num_k) : 0);
 #pragma omp parallel num_threads(num_threads)
     {
         static thread_local Scratch own;
-        int threads = omp_get_num_threads();
-        make_room(own.x, size_t(num_rows) * num_k);
-        make_room(own.sums, num_k > K_BLOCK ? size_t(num_rows) * part_size(num_n, UNIT, threads) : 0);
-        take_rows<T, B>(x, num_rows, num_k, own.x.data());
-        share_out(num_n, UNIT, threads, [&](Range part) {
-            project(w, num_k, part, own.x.data(), num_rows, own.sums.data(), y, num_n);
-        });
+        make_room(own, most_rows, num_k, may_be_many);
+        for (int begin = 0; begin < num_rows; begin += ROWS_AT_ONCE) {
+            int rows = std::min(ROWS_AT_ONCE, num_rows - begin);
+            bool is_many = may_be_many && rows >= MANY;
+            Input input = make_input(rows, num_k, is_many, panels, own, [&](int64_t row, float* to) {
+                take_row<T, B>(x + (begin + row) * num_k, num_k, to);
+            });
+            share_out(num_n, input.unit(), omp_get_num_threads(), [&](Range part) {
+                project(w, part, input, own, y + int64_t(begin) * num_n, num_n);
+            });
+        }
     }
 }
 
@@ -299,8 +380,10 @@ void linear_of(Matrix<T, B> w, const T* x, T* y, int num_rows, int num_k, int nu
         sluice::run(*model, *step, first, last, parts, hidden, out);                                              \
     }                                                                                                             \
     extern "C" void sluice_linear_##NAME(const B* weight, const float* scale, const T* bias, const T* x, T* y,    \
-                                         int num_rows, int num_k, int num_n, int num_threads) {                   \
-        sluice::linear_of<T, B>({weight, scale, bias}, x, y, num_rows, num_k, num_n, num_threads);                \
+                                         int num_rows, int num_k, int num_n, int num_threads,                     \
+                                         int is_deterministic) {                                                  \
+        sluice::linear_of<T, B>({weight, scale, bias}, x, y, num_rows, num_k, num_n, num_threads,                 \
+                                is_deterministic);                                                                \
     }
 
 SLUICE_EXPORT(float32_float32, float, float)

@@ -1,6 +1,7 @@
 // Vectors of float32 as wide as the processor's, by GCC's and Clang's vector extension, and bfloat16 in memory.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -104,6 +105,35 @@ inline vfloat4 four_sums(vfloat a, vfloat b, vfloat c, vfloat d) {
     return four_sums(folded(a), folded(b), folded(c), folded(d));
 }
 #endif
+
+// The first halves of two in turn, and the second ones.
+#if defined(__AVX512F__)
+inline vfloat low_in_turn(vfloat a, vfloat b) {
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+
+inline vfloat high_in_turn(vfloat a, vfloat b) {
+    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+#else
+inline vfloat low_in_turn(vfloat a, vfloat b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+
+inline vfloat high_in_turn(vfloat a, vfloat b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+#endif
+
+// W rows of W numbers to the columns of `to`.
+inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    vfloat rows[W], turned[W];
+    for (int i = 0; i < W; i++) rows[i] = load(from + i * from_stride);
+    for (int done = 1; done < W; done *= 2) {
+        for (int i = 0; i < W / 2; i++) {
+            turned[2 * i] = low_in_turn(rows[i], rows[i + W / 2]);
+            turned[2 * i + 1] = high_in_turn(rows[i], rows[i + W / 2]);
+        }
+        std::copy(turned, turned + W, rows);
+    }
+    for (int i = 0; i < W; i++) store(to + i * to_stride, rows[i]);
+}
 
 inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
 

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from engines.models.llama import Layer, Llama
 
 MOST_TOKENS = 128
-"""Of a step, on processors with AVX-512, where larger ones have not been measured. With AVX2 these are no
-slower than through the modules: level for prompts of large models, up to 2.8 times as fast for a small one's.
+"""Of a step, on processors with AVX-512, where larger ones have not been measured. With AVX2 these are the
+faster at any size.
 """
-_AVX2_PAIR = 16
-_AT_ONCE = FewRowsLinear.MOST_ROWS
+_AT_ONCE = 128
+"""Of a step's tokens: what the layers hand on stays in the caches."""
+_AT_ONCE_DETERMINISTIC = 32
 _MAX_HEAD_DIM = 256  # that of attention.h
 
 
@@ -63,7 +64,8 @@ class FewTokens:
             weights.qkv, weights.output = qkv.matrix(), output.matrix()
             weights.gate_up, weights.down = gate_up.matrix(), down.matrix()
         self._caches: Sequence[LayerCache] = ()
-        self.takes_all = kernels.pair_width == _AVX2_PAIR
+        self.takes_all = not kernels.has_avx512
+        self.is_deterministic = False
         attention, rotary, config = model.layers[0].attention, model.rotary, model.config
         self._kept = (model.layers, rotary)  # the addresses are theirs
         down = operands[0][-1]
@@ -86,13 +88,12 @@ class FewTokens:
         return self.takes_all or hidden.shape[0] <= MOST_TOKENS
 
     def run(self, hidden: Tensor) -> Tensor:
-        """[T, H] through all layers, in place, _AT_ONCE at a time. Inside a forward context."""
+        """[T, H] through all layers, in place, some at a time. Inside a forward context."""
         context = current()
         self._use(context.caches)
-        tokens = _Tokens(context.batch)
-        for start in range(0, hidden.shape[0], _AT_ONCE):
-            piece = hidden[start : start + _AT_ONCE]
-            self._run(piece, tokens.step(start, len(piece)))
+        tokens = _Tokens(context.batch, self.is_deterministic)
+        for piece in torch.split(hidden, _AT_ONCE_DETERMINISTIC if self.is_deterministic else _AT_ONCE):
+            self._run(piece, tokens.next(len(piece)))
         return hidden
 
     def _run(self, hidden: Tensor, step: library.Step) -> None:
@@ -121,20 +122,22 @@ def require_deterministic(layers: FewTokens | None) -> FewTokens:
     on how its prompt was cut into steps. Raises UnsupportedModel where there are none."""
     if layers is None:
         raise not_deterministic(library.reason() or "do not fit its sizes")
-    layers.takes_all = True
+    layers.takes_all = layers.is_deterministic = True
     return layers
 
 
 class _Tokens:
     """The batch as the kernels read it. Keeps alive what the steps point to."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, is_deterministic: bool) -> None:
         self._batch, self._tables = batch, batch.block_tables.contiguous()
+        self._is_deterministic, self._start = is_deterministic, 0
         lengths = np.diff(batch.query_start_list)
         self._sequences = torch.from_numpy(np.repeat(np.arange(len(lengths), dtype=np.int32), lengths))
 
-    def step(self, start: int, count: int) -> library.Step:
-        """For `count` of the tokens."""
+    def next(self, count: int) -> library.Step:
+        """For `count` tokens more."""
+        start, self._start = self._start, self._start + count
         return library.Step(
             positions=self._batch.positions[start:].data_ptr(),
             slots=self._batch.slot_mapping[start:].data_ptr(),
@@ -144,6 +147,7 @@ class _Tokens:
             table_width=self._tables.shape[1],
             max_context=self._batch.max_context_len,
             num_threads=torch.get_num_threads(),
+            is_deterministic=self._is_deterministic,
         )
 
 

@@ -58,7 +58,7 @@ def test_linear_is_exact_to_rounding(dtype: torch.dtype, num_n: int, num_k: int,
             random(num_n, dtype=torch.float32).abs() / 40,
         )
     exact_weight = weight.double() if scale is None else weight.double() * scale.double().unsqueeze(1)
-    for num_rows in (1, 2, 3, 4, 5, 7, 11, 32):
+    for num_rows in (1, 2, 3, 4, 5, 7, 11, 16, 24, 33, 150):
         x = random(num_rows, num_k, dtype=dtype, seed=num_rows)
         for used in (None, bias):
             exact = x.double() @ exact_weight.T + (0 if used is None else used.double())
@@ -71,23 +71,23 @@ def test_a_row_of_a_linear_depends_on_no_other(dtype: torch.dtype) -> None:
     weight, x = random(70, 4128, dtype=dtype), random(32, 4128, dtype=dtype, seed=1)
     alone = torch.cat([linear(weight, row.unsqueeze(0)) for row in x])
     x[5] = torch.nan
-    for num_rows in (2, 3, 4, 31, 32):
-        got = linear(weight, x[:num_rows])
+    for num_rows in (2, 3, 4, 31, 32):  # of them from 16 on are multiplied in another way, else
+        got = linear(weight, x[:num_rows], is_deterministic=True)
         same = [row for row in range(num_rows) if row != 5]
         assert torch.equal(got[same], alone[same])
         assert num_rows <= 5 or got[5].isnan().all()
 
 
-def linear(weight: Tensor, x: Tensor, **others: Tensor | None) -> Tensor:
+def linear(weight: Tensor, x: Tensor, *, is_deterministic: bool = False, **others: Tensor | None) -> Tensor:
     assert KERNELS is not None
-    return KERNELS.linear(library.Weight(weight, **others), x)
+    return KERNELS.linear(library.Weight(weight, **others), x, is_deterministic=is_deterministic)
 
 
 def test_many_rows_are_left_to_another_linear() -> None:
     assert KERNELS is not None
     weight, x = random(40, 64, dtype=torch.float32), random(11, 3, 64, dtype=torch.float32)
     marked = PlainLinear(weight + 1, None)
-    few = FewRowsLinear(KERNELS, library.Weight(weight), marked)
+    few = FewRowsLinear(KERNELS, library.Weight(weight), many=marked)
     assert torch.equal(few(x), marked(x))
     torch.testing.assert_close(few(x[:10]), x[:10] @ weight.T)
     pieces = FewRowsLinear(KERNELS, library.Weight(weight))
