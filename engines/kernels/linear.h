@@ -31,7 +31,7 @@ constexpr int K_BLOCK = 2048;            // numbers that are summed before the s
 
 // sums[m][n] of N rows of weights and M of x, added to what is there if `goes_on`.
 template <class B, int N, int M>
-inline void tile(const B* w, int64_t w_stride, const float* x, int64_t x_stride, int num_k, float* out, int stride,
+__attribute__((noinline)) void tile(const B* w, int64_t w_stride, const float* x, int64_t x_stride, int num_k, float* out, int stride,
                  bool goes_on) {
     vfloat sums[N][M] = {};
     for (int k = 0; k < num_k; k += 2 * W) {
@@ -48,8 +48,13 @@ inline void tile(const B* w, int64_t w_stride, const float* x, int64_t x_stride,
             for (int m = 0; m < M; m++) sums[n][m] += weight * rows[m];
         }
     }
-    for (int m = 0; m < M; m++) {
-        for (int n = 0; n < N; n++) out[m * stride + n] = sum(sums[n][m]) + (goes_on ? out[m * stride + n] : 0.0f);
+    for (int m = 0; m < M; m++, out += stride) {
+        if constexpr (N == 4) {
+            vfloat4 four = four_sums(sums[0][m], sums[1][m], sums[2][m], sums[3][m]);
+            store(out, goes_on ? load4(out) + four : four);
+        } else {
+            for (int n = 0; n < N; n++) out[n] = sum(sums[n][m]) + (goes_on ? out[n] : 0.0f);
+        }
     }
 }
 
