@@ -24,21 +24,23 @@ template <class T, class B> inline void take_row(const T* from, int count, float
 
 // ---- Few rows: dot products, each row's result the same whatever others there are.
 
-constexpr int N_TILE = 4;                // rows of the weights at a time
+constexpr int N_TILE = 4;                // rows of the weights at a time, each of another quarter of a part: memory is
+                                         // read in so many streams, each in order, 1.3 to 1.8 times as fast as in one
+constexpr int AHEAD_BYTES = 512;         // of each stream
 constexpr int M_TILE = W == 16 ? 6 : 3;  // rows of x: N_TILE * M_TILE sums stay in registers
 constexpr int K_BLOCK = 2048;            // numbers that are summed before the sums are added: of x they stay in the
                                          // second-level cache
 
-// sums[m][n] of N rows of weights and M of x, added to what is there if `goes_on`.
+// sums[m][n * spacing] of N rows of weights and M of x, added to what is there if `goes_on`.
 template <class B, int N, int M>
 __attribute__((noinline)) void tile(const B* w, int64_t w_stride, const float* x, int64_t x_stride, int num_k, float* out, int stride,
-                 bool goes_on) {
+                 int spacing, bool goes_on) {
     vfloat sums[N][M] = {};
     for (int k = 0; k < num_k; k += 2 * W) {
         vfloat rows[M];
         for (int m = 0; m < M; m++) rows[m] = load(x + m * x_stride + k);
         for (int n = 0; n < N; n++) {
-            __builtin_prefetch(w + (n + N) * w_stride + k);  // the next tile
+            __builtin_prefetch(reinterpret_cast<const char*>(w + n * w_stride + k) + AHEAD_BYTES);
             vfloat weight = Pair<B>::first(w + n * w_stride + k);
             for (int m = 0; m < M; m++) sums[n][m] += weight * rows[m];
         }
@@ -51,7 +53,7 @@ __attribute__((noinline)) void tile(const B* w, int64_t w_stride, const float* x
     for (int m = 0; m < M; m++, out += stride) {
         if constexpr (N == 4) {
             vfloat4 four = four_sums(sums[0][m], sums[1][m], sums[2][m], sums[3][m]);
-            store(out, goes_on ? load4(out) + four : four);
+            for (int n = 0; n < N; n++) out[n * spacing] = four[n] + (goes_on ? out[n * spacing] : 0.0f);
         } else {
             for (int n = 0; n < N; n++) out[n] = sum(sums[n][m]) + (goes_on ? out[n] : 0.0f);
         }
@@ -63,14 +65,15 @@ template <class B, int N, int M = M_TILE, class... Rest> inline void tile_of(int
     if constexpr (M > 1) tile_of<B, N, M - 1>(m, rest...);
 }
 
-// All of x's rows against N of the weights', which stay in the first-level cache.
+// All of x's rows against N of the weights', `spacing` apart, which stay in the first-level cache.
 template <class B, int N>
-inline void strip(const B* w, int num_k, int width, const float* x, int num_rows, float* out, int stride, bool goes_on) {
+inline void strip(const B* w, int num_k, int spacing, int width, const float* x, int num_rows, float* out, int stride,
+                  bool goes_on) {
     int num_pieces = (num_rows + M_TILE - 1) / M_TILE;
     for (int piece = 0, m = 0; piece < num_pieces; piece++) {
         int rows = (num_rows - m + num_pieces - piece - 1) / (num_pieces - piece);  // as equal as can be
-        tile_of<B, N>(rows, w, int64_t(num_k), x + int64_t(m) * num_k, int64_t(num_k), width, out + m * stride, stride,
-                      goes_on);
+        tile_of<B, N>(rows, w, int64_t(spacing) * num_k, x + int64_t(m) * num_k, int64_t(num_k), width,
+                      out + m * stride, stride, spacing, goes_on);
         m += rows;
     }
 }
@@ -78,17 +81,16 @@ inline void strip(const B* w, int num_k, int width, const float* x, int num_rows
 // sums [num_rows, stride] = x [num_rows, num_k] times rows `part` of w [., num_k]. num_k is a multiple of 2 W.
 template <class B>
 void few_rows(const B* w, int num_k, Range part, const float* x, int num_rows, float* sums, int stride) {
+    int spacing = part.size() / N_TILE;
     for (int k = 0; k < num_k; k += K_BLOCK) {
-        int n = part.begin, width = std::min(K_BLOCK, num_k - k);
-        auto strips = [&](auto height) {
-            constexpr int N = decltype(height)::value;
-            for (; n + N <= part.end; n += N) {
-                strip<B, N>(w + int64_t(n) * num_k + k, num_k, width, x + k, num_rows, sums + n - part.begin, stride,
-                            k > 0);
-            }
-        };
-        strips(std::integral_constant<int, N_TILE>{});
-        strips(std::integral_constant<int, 1>{});
+        const B* from = w + int64_t(part.begin) * num_k + k;
+        int width = std::min(K_BLOCK, num_k - k);
+        for (int n = 0; n < spacing; n++) {
+            strip<B, N_TILE>(from + int64_t(n) * num_k, num_k, spacing, width, x + k, num_rows, sums + n, stride, k > 0);
+        }
+        for (int n = N_TILE * spacing; n < part.size(); n++) {
+            strip<B, 1>(from + int64_t(n) * num_k, num_k, 0, width, x + k, num_rows, sums + n, stride, k > 0);
+        }
     }
 }
 
