@@ -113,9 +113,9 @@ class Engine(Protocol):
     def forward(self, batch: Batch) -> Tensor | None:
         """Hidden states [T, H] after the last norm on the last stage, None on the others.
 
-        Called on every rank with the same batch inside `forward_context`; attention goes through
-        `runtime.attention.paged_attention`, which writes and reads the K/V. Sends and receives between
-        stages happen in here.
+        Called on every rank with the same batch inside `forward_context`, in torch's inference mode, as
+        `logits` is; attention goes through `runtime.attention.paged_attention`, which writes and reads the
+        K/V. Sends and receives between stages happen in here.
         """
 
     def logits(self, hidden: Tensor) -> Tensor | None:

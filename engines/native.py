@@ -59,12 +59,10 @@ class NativeEngine:
     def plans_in_flight(self) -> int:
         return 1
 
-    @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """[T, H] on every rank: one stage is the first and the last."""
         return self._model.forward(batch.input_ids, batch.positions)
 
-    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor | None:
         return self._model.logits(hidden)
 

@@ -107,7 +107,6 @@ class PipelineEngine:
         """One micro-batch for each stage, unless pippy.chunks says how many."""
         return self._plans_in_flight
 
-    @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor | None:
         """[T, H] on the ranks of the last stage."""
         is_first = self._mesh.is_first_stage
@@ -118,7 +117,6 @@ class PipelineEngine:
         self._link.send(hidden)
         return None
 
-    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor | None:
         return self._model.logits(hidden)
 

@@ -113,8 +113,11 @@ class Library:
         functions = ctypes.CDLL(os.fspath(path))
         self.pair_width: int = functions.sluice_pair_width()
         self.has_avx512 = self.pair_width > _AVX2_PAIR
-        self._run, self._linear = {}, {}
+        self._run, self._linear, self._norm = {}, {}, {}
         for values in (torch.float32, torch.bfloat16):
+            self._norm[values] = norm = functions[f"sluice_norm_{_NAMES[values]}"]
+            norm.argtypes = [c_void_p] * 3 + [c_int, c_int, c_float, c_int]
+            norm.restype = None
             for weights in (values, torch.int8):
                 name = f"{_NAMES[values]}_{_NAMES[weights]}"
                 run, linear = functions[f"sluice_run_{name}"], functions[f"sluice_linear_{name}"]
@@ -129,13 +132,26 @@ class Library:
         return is_cpus and (values, weight.dtype) in self._linear and weight.shape[1] % self.pair_width == 0
 
     def linear(self, weight: Weight, x: Tensor, *, is_deterministic: bool = False) -> Tensor:
-        """x [T, in], contiguous, to [T, out]; deterministic: no row's result depends on the number of them."""
+        """x [T, in], contiguous, to [T, out]; deterministic: no row depends on how many there are."""
         (num_rows, num_k), num_n = x.shape, weight.weight.shape[0]
         out = x.new_empty(num_rows, num_n)
         tensors = (weight.weight, weight.scale, weight.bias, x, out)
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         run = self._linear[x.dtype, weight.weight.dtype]
         run(*addresses, num_rows, num_k, num_n, torch.get_num_threads(), is_deterministic)
+        return out
+
+    def takes_norm(self, weight: Tensor) -> bool:
+        """Whether `norm` takes values of this weight's size and dtype."""
+        is_cpus = weight.device.type == "cpu" and weight.is_contiguous()
+        return is_cpus and weight.dtype in self._norm and len(weight) % self.pair_width == 0
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [T, H], contiguous, over the root mean square of each row, times `weight`."""
+        out = torch.empty_like(x)
+        num_rows, size = x.shape
+        run = self._norm[x.dtype]
+        run(x.data_ptr(), weight.data_ptr(), out.data_ptr(), num_rows, size, eps, torch.get_num_threads())
         return out
 
     def run(

@@ -371,6 +371,22 @@ void linear_of(Matrix<T, B> w, const T* x, T* y, int num_rows, int num_k, int nu
     }
 }
 
+// out [num_rows, size] = the rows of x over their root mean square, times weight.
+template <class T>
+void norm(const T* x, const T* weight, T* out, int num_rows, int size, float eps, int num_threads) {
+#pragma omp parallel num_threads(num_rows < MANY ? 1 : num_threads)
+    {
+        static thread_local Scratch own;
+        own.x.make_room(size);
+        float* row = own.x.data();
+#pragma omp for
+        for (int m = 0; m < num_rows; m++) {
+            take_normed<T, T>(x + int64_t(m) * size, weight, size, eps, row);
+            for (int i = 0; i < size; i += 2 * W) Pair<T>::put(out + int64_t(m) * size + i, load(row + i), load(row + i + W));
+        }
+    }
+}
+
 }  // namespace sluice
 
 // Each for values and weights in these types: sluice_run_float32_int8 and so on.
@@ -390,5 +406,14 @@ SLUICE_EXPORT(float32_float32, float, float)
 SLUICE_EXPORT(bfloat16_bfloat16, sluice::bfloat16, sluice::bfloat16)
 SLUICE_EXPORT(float32_int8, float, int8_t)
 SLUICE_EXPORT(bfloat16_int8, sluice::bfloat16, int8_t)
+
+#define SLUICE_EXPORT_NORM(NAME, T)                                                                               \
+    extern "C" void sluice_norm_##NAME(const T* x, const T* weight, T* out, int num_rows, int size, float eps,    \
+                                       int num_threads) {                                                         \
+        sluice::norm(x, weight, out, num_rows, size, eps, num_threads);                                           \
+    }
+
+SLUICE_EXPORT_NORM(float32, float)
+SLUICE_EXPORT_NORM(bfloat16, sluice::bfloat16)
 
 extern "C" int sluice_pair_width() { return 2 * sluice::W; }

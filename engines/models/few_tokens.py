@@ -92,8 +92,12 @@ class FewTokens:
         context = current()
         self._use(context.caches)
         tokens = _Tokens(context.batch, self.is_deterministic)
-        for piece in torch.split(hidden, _AT_ONCE_DETERMINISTIC if self.is_deterministic else _AT_ONCE):
-            self._run(piece, tokens.next(len(piece)))
+        num_tokens, most = hidden.shape[0], _AT_ONCE_DETERMINISTIC if self.is_deterministic else _AT_ONCE
+        if num_tokens <= most:
+            self._run(hidden, tokens.next(num_tokens))
+        else:
+            for piece in torch.split(hidden, most):
+                self._run(piece, tokens.next(piece.shape[0]))
         return hidden
 
     def _run(self, hidden: Tensor, step: library.Step) -> None:
@@ -132,16 +136,18 @@ class _Tokens:
     def __init__(self, batch: Batch, is_deterministic: bool) -> None:
         self._batch, self._tables = batch, batch.block_tables.contiguous()
         self._is_deterministic, self._start = is_deterministic, 0
-        lengths = np.diff(batch.query_start_list)
-        self._sequences = torch.from_numpy(np.repeat(np.arange(len(lengths), dtype=np.int32), lengths))
+        sequences = np.arange(batch.num_seqs, dtype=np.int32)
+        if batch.max_query_len > 1:
+            sequences = np.repeat(sequences, np.diff(batch.query_start_list))
+        self._sequences = sequences
 
     def next(self, count: int) -> library.Step:
         """For `count` tokens more."""
         start, self._start = self._start, self._start + count
         return library.Step(
-            positions=self._batch.positions[start:].data_ptr(),
-            slots=self._batch.slot_mapping[start:].data_ptr(),
-            sequences=self._sequences[start:].data_ptr(),
+            positions=self._batch.positions.data_ptr() + 8 * start,
+            slots=self._batch.slot_mapping.data_ptr() + 8 * start,
+            sequences=self._sequences.ctypes.data + 4 * start,
             tables=self._tables.data_ptr(),
             num_tokens=count,
             table_width=self._tables.shape[1],

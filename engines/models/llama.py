@@ -213,7 +213,11 @@ class Llama:
     def logits(self, hidden: Tensor) -> Tensor | None:
         """[L, H] to [L, V] float32 on tensor-parallel rank 0, None on the others."""
         logits = self.mesh.gather_columns(self.head(hidden))
-        return None if logits is None else logits[:, : self.config.vocab_size].float()
+        if logits is None:
+            return None
+        if logits.shape[1] > self.config.vocab_size:  # filled up so that the ranks' shares are equal
+            logits = logits[:, : self.config.vocab_size]
+        return logits.float()
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """[T] to [T, H]: each rank looks up what its part of the vocabulary holds, zeros elsewhere."""

@@ -105,6 +105,14 @@ class StepPlan:
         return len(self.context_lens)
 
     @property
+    def has_a_row_for_each_token(self) -> bool:
+        """Whether `logit_rows` is 0 .. T: all decode. Else a token may have two rows, or none."""
+        num_tokens = self.num_tokens
+        return len(self.logit_rows) == num_tokens and not np.count_nonzero(
+            self.logit_rows != np.arange(num_tokens, dtype=np.int32)
+        )
+
+    @property
     def drawn_positions(self) -> Int32:
         """[L]: of the token that each row draws, counted from its sequence's first."""
         return self.positions[self.logit_rows] + np.int32(1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from time import perf_counter
 
 import numpy as np
 import torch
@@ -68,8 +69,10 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult | None:
         """This rank's part of `plan`. The result on the leader, None elsewhere."""
-        with self._mesh.clock.busy():
-            return self._execute(plan)
+        started = perf_counter()
+        result = self._execute(plan)
+        self._mesh.clock.add(perf_counter() - started)
+        return result
 
     def _execute(self, plan: StepPlan) -> StepResult | None:
         batch = self._to_batch(plan)
@@ -79,10 +82,8 @@ class ModelRunner:
             return None
         self.hidden_size = hidden.shape[1]
         uses: list[int] = plan.row_use.tolist()
-        results = [
-            self._sample(plan, uses, hidden.index_select(0, batch.logit_rows[rows]), rows)
-            for rows in _slices(len(uses))
-        ]
+        wanted = hidden if plan.has_a_row_for_each_token else hidden.index_select(0, batch.logit_rows)
+        results = [self._sample(plan, uses, wanted[rows], rows) for rows in _slices(len(uses))]
         if not self._mesh.is_leader:
             return None
         result = _joined([r for r in results if r is not None])
@@ -96,7 +97,7 @@ class ModelRunner:
         logits = self._engine.logits(hidden)
         if logits is None or not self._mesh.is_leader:
             return None
-        return sampler.sample(logits, plan.sampling[rows], uses[rows], plan.drawn_positions[rows])
+        return sampler.sample(logits, plan.sampling[rows], uses[rows], lambda: plan.drawn_positions[rows])
 
     def _remember(self, plan: StepPlan, result: StepResult) -> None:
         """What each slot sampled last, for plans made before this one was collected."""

@@ -21,12 +21,13 @@ from engines.runtime.plan import Int32, RowSampling, RowUse, StepResult
 from engines.runtime.random import uniforms
 from engines.wire import RequestError, TokenLogprob
 
+Positions = Callable[[], Int32]
 _FIRST_TOP = 1024
 """How many candidates to sort before giving up on a short list: top_p rarely needs more."""
 
 
 def sample(
-    logits: Tensor, rows: Sequence[RowSampling], row_use: Sequence[int], positions: Int32
+    logits: Tensor, rows: Sequence[RowSampling], row_use: Sequence[int], positions: Positions
 ) -> StepResult:
     """Draw a token for every row.
 
@@ -34,7 +35,8 @@ def sample(
         logits: [L, V] float32; changed in place.
         rows: how to treat each row.
         row_use: RowUse of each row; only rows for SAMPLE and VERIFY draw.
-        positions: [L], of the token that a row draws, counted from its sequence's first.
+        positions: gives those of the tokens that the rows draw [L], counted from their sequences' first;
+            asked for only if one is drawn at random.
     """
     errors: dict[int, RequestError] = {}
     asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
@@ -139,11 +141,15 @@ def _penalise(logits: Tensor, row: RowSampling) -> None:
 
 
 def _put_random(
-    tokens: np.ndarray, logits: Tensor, rows: Sequence[RowSampling], positions: Int32, random: list[int]
+    tokens: np.ndarray,
+    logits: Tensor,
+    rows: Sequence[RowSampling],
+    positions: Positions,
+    random: list[int],
 ) -> None:
     """Draw for the rows `random` into `tokens`."""
     chosen = logits if len(random) == len(rows) else logits[random]
-    drawn = _draw_random(chosen, [rows[i] for i in random], positions[random].tolist())
+    drawn = _draw_random(chosen, [rows[i] for i in random], positions()[random].tolist())
     tokens[random] = drawn.cpu().numpy()
 
 

@@ -27,15 +27,12 @@ class StageClock:
     def busy_seconds(self) -> float:
         return self._cell[0]
 
-    @contextmanager
-    def busy(self) -> Iterator[None]:
-        started = perf_counter()
-        yield
-        self._cell[0] += perf_counter() - started
+    def add(self, seconds: float) -> None:
+        self._cell[0] += seconds
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Within `busy`: this time does not count."""
+        """Within what is added afterwards: this time does not count."""
         started = perf_counter()
         yield
         self._cell[0] -= perf_counter() - started

@@ -62,6 +62,7 @@ def test_ranks_hold_slices_of_the_same_numbers(tmp_path: Path, kind: str) -> Non
     assert torch.equal(torch.cat([r[f"{column}_scale"] for r in ranks]), whole[f"{column}_scale"])
 
 
+@torch.inference_mode()
 def logits_of(engine: Engine, ids: list[int]) -> torch.Tensor:
     driver = Driver(engine, len(ids), 16)
     batch = make_batch([driver.add(ids, 0)], [len(ids)], 16)

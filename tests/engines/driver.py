@@ -101,6 +101,7 @@ class Driver:
         blocks = [self._free.pop() for _ in range(num_blocks)]
         return Row(list(prompt), blocks, len(prompt))
 
+    @torch.inference_mode()
     def step(self, rows: Sequence[Row], chunk: int) -> torch.Tensor | None:
         """Feed each row at most `chunk` pending tokens; rows without any left get their next token."""
         counts = [min(len(row.token_ids) - row.num_computed, chunk) for row in rows]

@@ -52,6 +52,7 @@ def test_greedy_tokens_equal_hugging_face(tmp_path: Path, shape: Shape) -> None:
     assert generate(engine, prompts, NUM_TOKENS, chunk=5, stagger=1, block_size=3) == expected
 
 
+@torch.inference_mode()
 def logits_of(engine: NativeEngine, ids: list[int], num_prefilled: int) -> torch.Tensor:
     """[T, V] of one sequence, the tokens after `num_prefilled` decoded one by one."""
     driver = Driver(engine, len(ids), 16)
