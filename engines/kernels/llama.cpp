@@ -374,7 +374,7 @@ void linear_of(Matrix<T, B> w, const T* x, T* y, int num_rows, int num_k, int nu
 // out [num_rows, size] = the rows of x over their root mean square, times weight.
 template <class T>
 void norm(const T* x, const T* weight, T* out, int num_rows, int size, float eps, int num_threads) {
-#pragma omp parallel num_threads(num_rows < MANY ? 1 : num_threads)
+#pragma omp parallel num_threads(num_threads)
     {
         static thread_local Scratch own;
         own.x.make_room(size);

@@ -70,6 +70,7 @@ class FewTokens:
         self._kept = (model.layers, rotary)  # the addresses are theirs
         down = operands[0][-1]
         self._dtype = down.weight.dtype
+        self._num_bytes = sum(operand.weight.nbytes for layer in operands for operand in layer)
         self._model = library.Model(
             layers=cast(self._weights, POINTER(library.LayerWeights)),
             cos=rotary.cos.data_ptr(),
@@ -91,7 +92,7 @@ class FewTokens:
         """[T, H] through all layers, in place, some at a time. Inside a forward context."""
         context = current()
         self._use(context.caches)
-        tokens = _Tokens(context.batch, self.is_deterministic)
+        tokens = _Tokens(context.batch, self.is_deterministic, self._num_bytes)
         num_tokens, most = hidden.shape[0], _AT_ONCE_DETERMINISTIC if self.is_deterministic else _AT_ONCE
         if num_tokens <= most:
             self._run(hidden, tokens.next(num_tokens))
@@ -133,9 +134,9 @@ def require_deterministic(layers: FewTokens | None) -> FewTokens:
 class _Tokens:
     """The batch as the kernels read it. Keeps alive what the steps point to."""
 
-    def __init__(self, batch: Batch, is_deterministic: bool) -> None:
+    def __init__(self, batch: Batch, is_deterministic: bool, num_bytes: int) -> None:
         self._batch, self._tables = batch, batch.block_tables.contiguous()
-        self._is_deterministic, self._start = is_deterministic, 0
+        self._is_deterministic, self._num_bytes, self._start = is_deterministic, num_bytes, 0
         sequences = np.arange(batch.num_seqs, dtype=np.int32)
         if batch.max_query_len > 1:
             sequences = np.repeat(sequences, np.diff(batch.query_start_list))
@@ -152,7 +153,7 @@ class _Tokens:
             num_tokens=count,
             table_width=self._tables.shape[1],
             max_context=self._batch.max_context_len,
-            num_threads=torch.get_num_threads(),
+            num_threads=library.threads_for(self._num_bytes, count),
             is_deterministic=self._is_deterministic,
         )
 

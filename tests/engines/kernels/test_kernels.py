@@ -13,7 +13,7 @@ from conversion.plan import Target
 from engines.base import UnsupportedModel
 from engines.kernels import library
 from engines.models.few_tokens import MOST_TOKENS
-from engines.models.layers import FewRowsLinear, PlainLinear
+from engines.models.layers import FewRowsLinear, PlainLinear, RMSNorm
 from engines.native import NativeEngine
 from engines.runtime import cpu
 from tests.conversion.helpers import convert
@@ -29,7 +29,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True, params=[1, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All of them for any work."""
+    monkeypatch.setattr(library, "_BYTES_A_THREAD", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield
@@ -81,6 +83,26 @@ def test_a_row_of_a_linear_depends_on_no_other(dtype: torch.dtype) -> None:
 def linear(weight: Tensor, x: Tensor, *, is_deterministic: bool = False, **others: Tensor | None) -> Tensor:
     assert KERNELS is not None
     return KERNELS.linear(library.Weight(weight, **others), x, is_deterministic=is_deterministic)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 3, 40])
+def test_norm_is_exact_to_rounding(dtype: torch.dtype, num_rows: int) -> None:
+    x, weight = random(num_rows, 96, dtype=dtype), random(96, dtype=dtype, seed=1)
+    wide = x.double()
+    exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    norm = RMSNorm(weight, 1e-5)
+    assert norm._kernels is KERNELS
+    torch.testing.assert_close(norm(x).double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+def test_little_work_is_one_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    torch.set_num_threads(3)
+    assert library.threads_for(4 << 20, 1) == 1
+    assert library.threads_for(4 << 20, 8) == 3
+    assert library.threads_for(6 << 20, 1) == 2
+    assert library.threads_for(1 << 30, 1) == 3
 
 
 def test_many_rows_are_left_to_another_linear() -> None:
