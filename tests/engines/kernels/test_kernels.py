@@ -93,7 +93,7 @@ def test_norm_is_exact_to_rounding(dtype: torch.dtype, num_rows: int) -> None:
     exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
     norm = RMSNorm(weight, 1e-5)
     assert norm._kernels is KERNELS
-    torch.testing.assert_close(norm(x).double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+    torch.testing.assert_close(norm(x).double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
 
 
 def test_little_work_is_one_threads(monkeypatch: pytest.MonkeyPatch) -> None:
