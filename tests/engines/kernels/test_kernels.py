@@ -92,7 +92,7 @@ def test_norm_is_exact_to_rounding(dtype: torch.dtype, num_rows: int) -> None:
     wide = x.double()
     exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
     norm = RMSNorm(weight, 1e-5)
-    assert norm._kernels is KERNELS
+    assert norm._kernels is not None
     torch.testing.assert_close(norm(x).double(), exact, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
 
 
