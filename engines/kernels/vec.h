@@ -1,6 +1,8 @@
 // Vectors of float32 as wide as the processor's, by GCC's and Clang's vector extension, and bfloat16 in memory.
 #pragma once
 
+#include <immintrin.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -179,9 +181,12 @@ template <> struct Pair<bfloat16> {
 };
 
 template <> struct Pair<int8_t> {
-    typedef int8_t vbyte_at __attribute__((vector_size(W), aligned(1), may_alias));
-    static vfloat first(const int8_t* p) {
-        return __builtin_convertvector(*reinterpret_cast<const vbyte_at*>(p), vfloat);
+    static vfloat first(const int8_t* p) {  // by its own instruction, which the compiler does not find
+#if defined(__AVX512F__)
+        return vfloat(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+#else
+        return vfloat(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+#endif
     }
     static vfloat second(const int8_t* p) { return first(p + W); }
 };
