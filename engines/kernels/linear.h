@@ -14,13 +14,66 @@ struct Range {
     int size() const { return end - begin; }
 };
 
-// x as both ways want it: float32, each 2 W numbers in the order of Pair<B>.
+// x as both ways want it for weights in B: float32, each 2 W numbers in the order of Pair<B>.
 template <class T, class B> inline void take_row(const T* from, int count, float* to) {
     for (int k = 0; k < count; k += 2 * W) {
         store(to + k, first_as<T, B>(from + k));
         store(to + k + W, second_as<T, B>(from + k));
     }
 }
+
+// ---- In which numbers it is done. A word of x, the room of a float32, holds NUMBERS of them.
+
+template <class B> struct Floats {
+    typedef B Weight;
+    typedef vfloat Sum;
+    static constexpr int NUMBERS = 1;
+
+    static vfloat load(const float* x) { return sluice::load(x); }
+    static vfloat weight(const B* w, int word) { return word ? Pair<B>::second(w) : Pair<B>::first(w); }
+    static vfloat spread(const float* wide) { return splat(*wide); }
+    static vfloat product(vfloat weight, vfloat x) { return weight * x; }
+    static vfloat to_float(vfloat sum) { return sum; }
+    static void store(float* to, vfloat weight) { sluice::store(to, weight); }
+};
+
+// Weights of 8 bits by a row of 16, which has a scale of its own: of the row's largest number one part in 65,534 is
+// lost, and nothing after that, for K_BLOCK / W of the products fit into 32 bits. Half the work of Floats.
+struct Ints {
+    typedef int8_t Weight;
+    typedef vint Sum;
+    static constexpr int NUMBERS = 2;
+
+    static vshort load(const float* x) { return vshort(*reinterpret_cast<const vshort_at*>(x)); }
+    static vshort weight(const int8_t* w, int) { return widened(w); }
+    static vshort spread(const float* wide) {
+        uint32_t pair;
+        std::memcpy(&pair, wide, 4);
+        return vshort(pair + vuint{});
+    }
+    static vint product(vshort weight, vshort x) { return products(weight, x); }
+    static vfloat to_float(vint sum) { return __builtin_convertvector(sum, vfloat); }
+    static void store(float* to, vshort weight) { *reinterpret_cast<vshort_at*>(to) = weight; }
+
+    // Returns the scale.
+    static float take(const float* from, int count, float* to) {
+        vfloat largest = {}, zero = {};
+        for (int k = 0; k < count; k += W) {
+            vfloat x = sluice::load(from + k);
+            largest = larger(largest, larger(x, -x));
+            zero += x * 0.0f;
+        }
+        float most = sum(zero);  // or what is not finite stays so
+        for (int i = 0; i < W; i++) most = std::max(most, largest[i]);
+        float factor = most > 0.0f ? 32767.0f / most : 0.0f;
+        auto* numbers = reinterpret_cast<vnarrow_at*>(to);
+        for (int k = 0; k < count; k += W) {
+            vfloat shifted = sluice::load(from + k) * factor + 12582912.0f;  // 1.5 * 2^23: the whole number ends the bits
+            numbers[k / W] = __builtin_convertvector(vint(shifted), vnarrow_at);
+        }
+        return most / 32767.0f + sum(zero);
+    }
+};
 
 // ---- Few rows: dot products, each row's result the same whatever others there are.
 
@@ -32,134 +85,142 @@ constexpr int K_BLOCK = 2048;            // numbers that are summed before the s
                                          // second-level cache
 
 // sums[m][n * spacing] of N rows of weights and M of x, added to what is there if `goes_on`.
-template <class B, int N, int M>
-__attribute__((noinline)) void tile(const B* w, int64_t w_stride, const float* x, int64_t x_stride, int num_k, float* out, int stride,
+template <class A, int N, int M>
+__attribute__((noinline)) void tile(const typename A::Weight* w, int64_t w_stride, const float* x, int64_t x_stride, int num_k, float* out, int stride,
                  int spacing, bool goes_on) {
-    vfloat sums[N][M] = {};
-    for (int k = 0; k < num_k; k += 2 * W) {
-        vfloat rows[M];
-        for (int m = 0; m < M; m++) rows[m] = load(x + m * x_stride + k);
-        for (int n = 0; n < N; n++) {
-            __builtin_prefetch(reinterpret_cast<const char*>(w + n * w_stride + k) + AHEAD_BYTES);
-            vfloat weight = Pair<B>::first(w + n * w_stride + k);
-            for (int m = 0; m < M; m++) sums[n][m] += weight * rows[m];
-        }
-        for (int m = 0; m < M; m++) rows[m] = load(x + m * x_stride + k + W);
-        for (int n = 0; n < N; n++) {
-            vfloat weight = Pair<B>::second(w + n * w_stride + k);
-            for (int m = 0; m < M; m++) sums[n][m] += weight * rows[m];
+    typename A::Sum sums[N][M] = {};
+    for (int k = 0; k < num_k; k += 2 * W, x += 2 * W / A::NUMBERS) {
+        for (int word = 0; word < 2 * W / A::NUMBERS; word += W) {
+            decltype(A::load(x)) rows[M];
+            for (int m = 0; m < M; m++) rows[m] = A::load(x + m * x_stride + word);
+            for (int n = 0; n < N; n++) {
+                if (!word) __builtin_prefetch(reinterpret_cast<const char*>(w + n * w_stride + k) + AHEAD_BYTES);
+                auto weight = A::weight(w + n * w_stride + k, word);
+                for (int m = 0; m < M; m++) sums[n][m] += A::product(weight, rows[m]);
+            }
         }
     }
     for (int m = 0; m < M; m++, out += stride) {
         if constexpr (N == 4) {
-            vfloat4 four = four_sums(sums[0][m], sums[1][m], sums[2][m], sums[3][m]);
+            vfloat4 four = four_sums(A::to_float(sums[0][m]), A::to_float(sums[1][m]), A::to_float(sums[2][m]),
+                                     A::to_float(sums[3][m]));
             for (int n = 0; n < N; n++) out[n * spacing] = four[n] + (goes_on ? out[n * spacing] : 0.0f);
         } else {
-            for (int n = 0; n < N; n++) out[n] = sum(sums[n][m]) + (goes_on ? out[n] : 0.0f);
+            for (int n = 0; n < N; n++) out[n] = sum(A::to_float(sums[n][m])) + (goes_on ? out[n] : 0.0f);
         }
     }
 }
 
-template <class B, int N, int M = M_TILE, class... Rest> inline void tile_of(int m, Rest... rest) {
-    if (m == M) return tile<B, N, M>(rest...);
-    if constexpr (M > 1) tile_of<B, N, M - 1>(m, rest...);
+template <class A, int N, int M = M_TILE, class... Rest> inline void tile_of(int m, Rest... rest) {
+    if (m == M) return tile<A, N, M>(rest...);
+    if constexpr (M > 1) tile_of<A, N, M - 1>(m, rest...);
 }
 
 // All of x's rows against N of the weights', `spacing` apart, which stay in the first-level cache.
-template <class B, int N>
-inline void strip(const B* w, int num_k, int spacing, int width, const float* x, int num_rows, float* out, int stride,
+template <class A, int N>
+inline void strip(const typename A::Weight* w, int num_k, int spacing, int width, const float* x, int num_rows, float* out, int stride,
                   bool goes_on) {
     int num_pieces = (num_rows + M_TILE - 1) / M_TILE;
     for (int piece = 0, m = 0; piece < num_pieces; piece++) {
         int rows = (num_rows - m + num_pieces - piece - 1) / (num_pieces - piece);  // as equal as can be
-        tile_of<B, N>(rows, w, int64_t(spacing) * num_k, x + int64_t(m) * num_k, int64_t(num_k), width,
-                      out + m * stride, stride, spacing, goes_on);
+        int64_t x_stride = num_k / A::NUMBERS;
+        tile_of<A, N>(rows, w, int64_t(spacing) * num_k, x + m * x_stride, x_stride, width, out + m * stride, stride,
+                      spacing, goes_on);
         m += rows;
     }
 }
 
 // sums [num_rows, stride] = x [num_rows, num_k] times rows `part` of w [., num_k]. num_k is a multiple of 2 W.
-template <class B>
-void few_rows(const B* w, int num_k, Range part, const float* x, int num_rows, float* sums, int stride) {
+template <class A>
+void few_rows(const typename A::Weight* w, int num_k, Range part, const float* x, int num_rows, float* sums, int stride) {
     int spacing = part.size() / N_TILE;
     for (int k = 0; k < num_k; k += K_BLOCK) {
-        const B* from = w + int64_t(part.begin) * num_k + k;
+        const auto* from = w + int64_t(part.begin) * num_k + k;
         int width = std::min(K_BLOCK, num_k - k);
         for (int n = 0; n < spacing; n++) {
-            strip<B, N_TILE>(from + int64_t(n) * num_k, num_k, spacing, width, x + k, num_rows, sums + n, stride, k > 0);
+            strip<A, N_TILE>(from + int64_t(n) * num_k, num_k, spacing, width, x + k / A::NUMBERS, num_rows, sums + n,
+                             stride, k > 0);
         }
         for (int n = N_TILE * spacing; n < part.size(); n++) {
-            strip<B, 1>(from + int64_t(n) * num_k, num_k, 0, width, x + k, num_rows, sums + n, stride, k > 0);
+            strip<A, 1>(from + int64_t(n) * num_k, num_k, 0, width, x + k / A::NUMBERS, num_rows, sums + n, stride,
+                        k > 0);
         }
     }
 }
 
-// ---- Many rows: outer products, with x in panels and every weight made float32 once for all of them.
+// ---- Many rows: outer products, with x in panels and every weight widened once for all of them.
 
-constexpr int PANEL = 2 * W;               // rows of x, beside each other: [num_k, PANEL]
+constexpr int PANEL = 2 * W;               // rows of x, beside each other: [words, PANEL]
 constexpr int STRIP = W == 16 ? 12 : 6;    // rows of the weights: STRIP * 2 vectors of sums stay in registers
 constexpr int DEPTH = 256;                 // numbers at a time: of a panel they stay in the first-level cache
-constexpr int WIDE_STRIDE = DEPTH + W;     // between rows of weights made float32: not a power of two
+constexpr int WIDE_STRIDE = DEPTH + W;     // words between rows of widened weights: not a power of two
 
 inline int num_panels(int num_rows) { return (num_rows + PANEL - 1) / PANEL; }
 
-// A panel of PANEL rows x [PANEL, num_k].
-inline void pack_panel(const float* x, int num_k, float* panel) {
-    for (int k = 0; k < num_k; k += W) {
-        for (int m = 0; m < PANEL; m += W) transpose(x + int64_t(m) * num_k + k, num_k, panel + k * PANEL + m, PANEL);
+// A panel of PANEL rows x [PANEL, size].
+inline void pack_panel(const float* x, int size, float* panel) {
+    for (int i = 0; i < size; i += W) {
+        for (int m = 0; m < PANEL; m += W) transpose(x + int64_t(m) * size + i, size, panel + i * PANEL + m, PANEL);
     }
 }
 
-// out[n][m] of N rows of weights and M vectors of a panel's rows, added to what is there if `goes_on`.
-template <int N, int M>
-inline void outer_products(const float* w, const float* panel, int num_k, float* out, bool goes_on) {
-    vfloat sums[N][M] = {};
-    int k = 0;
+// out[n][m] of N rows of widened weights and M vectors of a panel's rows, added to what is there if `goes_on`.
+template <class A, int N, int M>
+inline void outer_products(const float* wide, const float* panel, int size, float* out, bool goes_on) {
+    typename A::Sum sums[N][M] = {};
+    int i = 0;
     do {  // at least once, or the compiler has the sums in memory
-        vfloat rows[M];
-        for (int m = 0; m < M; m++) rows[m] = load(panel + k * PANEL + m * W);
+        decltype(A::load(panel)) rows[M];
+        for (int m = 0; m < M; m++) rows[m] = A::load(panel + i * PANEL + m * W);
         for (int n = 0; n < N; n++) {
-            vfloat weight = splat(w[n * WIDE_STRIDE + k]);
-            for (int m = 0; m < M; m++) sums[n][m] += weight * rows[m];
+            auto weight = A::spread(wide + n * WIDE_STRIDE + i);
+            for (int m = 0; m < M; m++) sums[n][m] += A::product(weight, rows[m]);
         }
-    } while (++k < num_k);
+    } while (++i < size);
     for (int n = 0; n < N; n++) {
         for (int m = 0; m < M; m++) {
             float* to = out + n * PANEL + m * W;
-            store(to, goes_on ? load(to) + sums[n][m] : sums[n][m]);
+            vfloat found = A::to_float(sums[n][m]);
+            store(to, goes_on ? load(to) + found : found);
         }
     }
 }
 
-template <int N, class... Rest> inline void outer_products_of(int n, bool is_half, Rest... rest) {
-    if (n == N) return is_half ? outer_products<N, 1>(rest...) : outer_products<N, 2>(rest...);
-    if constexpr (N > 1) outer_products_of<N - 1>(n, is_half, rest...);
+template <class A, int N, class... Rest> inline void outer_products_of(int n, bool is_half, Rest... rest) {
+    if (n == N) return is_half ? outer_products<A, N, 1>(rest...) : outer_products<A, N, 2>(rest...);
+    if constexpr (N > 1) outer_products_of<A, N - 1>(n, is_half, rest...);
 }
 
-// What few_rows does, to the rounding. panels: [num_panels, num_k, PANEL]. turned has room for
+// `height` rows of weights, `depth` numbers of each.
+template <class A>
+inline void widen(const typename A::Weight* from, int64_t stride, int height, int depth, float* wide) {
+    for (int i = 0; i < height; i++) {
+        for (int k = 0; k < depth; k += 2 * W) {
+            __builtin_prefetch(from + (i + STRIP) * stride + k);  // the next strip
+            for (int word = 0; word < 2 * W / A::NUMBERS; word += W) {
+                A::store(wide + i * WIDE_STRIDE + k / A::NUMBERS + word, A::weight(from + i * stride + k, word));
+            }
+        }
+    }
+}
+
+// What few_rows does, to the rounding. panels: [num_panels, words, PANEL]. turned has room for
 // num_panels * (part.size() up to a multiple of W) * PANEL numbers, stride is no less than that multiple.
-template <class B>
-void many_rows(const B* w, int num_k, Range part, const float* panels, int num_rows, float* turned, float* sums,
-               int stride) {
+template <class A>
+void many_rows(const typename A::Weight* w, int num_k, Range part, const float* panels, int num_rows, float* turned,
+               float* sums, int stride) {
     float wide[STRIP * WIDE_STRIDE];
     int count = num_panels(num_rows), columns = (part.size() + W - 1) / W * W;
     for (int k = 0; k < num_k; k += DEPTH) {
         int depth = std::min(DEPTH, num_k - k);
         for (int n = 0; n < part.size(); n += STRIP) {
             int height = std::min(STRIP, part.size() - n);
-            const B* from = w + int64_t(part.begin + n) * num_k + k;
-            for (int i = 0; i < height; i++) {
-                for (int j = 0; j < depth; j += 2 * W) {
-                    __builtin_prefetch(from + int64_t(i + STRIP) * num_k + j);  // the next strip
-                    store(wide + i * WIDE_STRIDE + j, Pair<B>::first(from + int64_t(i) * num_k + j));
-                    store(wide + i * WIDE_STRIDE + j + W, Pair<B>::second(from + int64_t(i) * num_k + j));
-                }
-            }
+            widen<A>(w + int64_t(part.begin + n) * num_k + k, num_k, height, depth, wide);
             for (int p = 0; p < count; p++) {
                 bool is_half = num_rows - p * PANEL <= W;
-                const float* panel = panels + (int64_t(p) * num_k + k) * PANEL;
-                outer_products_of<STRIP>(height, is_half, wide, panel, depth, turned + (int64_t(p) * columns + n) * PANEL,
-                                         k > 0);
+                const float* panel = panels + (int64_t(p) * num_k + k) / A::NUMBERS * PANEL;
+                outer_products_of<A, STRIP>(height, is_half, wide, panel, depth / A::NUMBERS,
+                                            turned + (int64_t(p) * columns + n) * PANEL, k > 0);
             }
         }
     }

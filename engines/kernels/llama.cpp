@@ -68,16 +68,25 @@ private:
     size_t room = 0;
 };
 
+// Rows in panels, with their scales.
+struct Panels {
+    Buffer<float> x, scales;
+};
+
 // What the threads hand to each other.
 template <class T> struct Shared {
     Buffer<T> qkv, attended, gate_up, activated;
-    Buffer<float> panels;
+    Panels panels;
 };
 
 // What one thread has for itself.
 struct Scratch {
-    Buffer<float> x, turned, sums, scores;
+    Buffer<float> x, row, scales, turned, sums, scores;
 };
+
+// float32 keeps float32 rows whatever the weights are.
+template <class T, class B>
+using Arithmetic = std::conditional_t<std::is_same_v<B, int8_t> && !std::is_same_v<T, float>, Ints, Floats<B>>;
 
 constexpr int MANY = 16;           // rows from which on many_rows is the faster
 constexpr int UNIT = 4 * N_TILE;   // columns of a result that one thread takes at least: a cache line of it or two
@@ -86,7 +95,7 @@ constexpr int MOST_COLUMNS = 192;  // that it takes at once: the sums stay in th
 
 // The rows that a matrix is multiplied by, as few_rows or many_rows wants them.
 struct Input {
-    const float* x;
+    const float *x, *scales;
     int num_rows, num_k;
     bool is_many;
 
@@ -107,32 +116,47 @@ template <class F> void share_out(int count, int unit, int threads, F work) {
     for (int begin = 0; begin < count; begin += size) work(Range{begin, std::min(count, begin + size)});
 }
 
-inline size_t room_for_panels(size_t num_rows, size_t num_k) { return num_panels(int(num_rows)) * PANEL * num_k; }
+// What `make_input` and `multiply` write to, one for all threads and one for each.
+inline void make_room(Panels& panels, size_t num_rows, size_t most_k) {
+    size_t rows = num_panels(int(num_rows)) * PANEL;
+    panels.x.make_room(rows * most_k);
+    panels.scales.make_room(rows);
+}
 
-// What `make_input` and `multiply` write to.
 inline void make_room(Scratch& own, size_t num_rows, size_t most_k, bool is_many) {
     size_t rows = num_panels(int(num_rows)) * PANEL;
     own.x.make_room((is_many ? PANEL : rows) * most_k);
+    own.row.make_room(most_k);
+    own.scales.make_room(rows);
     own.turned.make_room(is_many ? rows * MOST_COLUMNS : 0);
     own.sums.make_room(rows * MOST_COLUMNS);
 }
 
 // `take(row, to)` puts a row into float32. Few rows every thread takes for itself, many they share out.
-template <class Take>
-Input make_input(int num_rows, int num_k, bool is_many, const Buffer<float>& panels, Scratch& own, Take take) {
-    float* x = own.x.data();
+template <class A, class Take>
+Input make_input(int num_rows, int num_k, bool is_many, const Panels& panels, Scratch& own, Take take) {
+    float *x = own.x.data(), *scales = (is_many ? panels.scales : own.scales).data();
+    int64_t size = num_k / A::NUMBERS;
+    auto put = [&](int row, float* to) {
+        if constexpr (A::NUMBERS == 1) {
+            take(row, to);
+        } else {
+            take(row, own.row.data());
+            scales[row] = A::take(own.row.data(), num_k, to);
+        }
+    };
     if (!is_many) {
-        for (int row = 0; row < num_rows; row++) take(row, x + int64_t(row) * num_k);
-        return {x, num_rows, num_k, false};
+        for (int row = 0; row < num_rows; row++) put(row, x + row * size);
+        return {x, scales, num_rows, num_k, false};
     }
 #pragma omp for schedule(dynamic)
     for (int p = 0; p < num_panels(num_rows); p++) {
         int rows = std::min(PANEL, num_rows - p * PANEL);
-        for (int i = 0; i < rows; i++) take(p * PANEL + i, x + int64_t(i) * num_k);
-        std::fill(x + int64_t(rows) * num_k, x + int64_t(PANEL) * num_k, 0.0f);
-        pack_panel(x, num_k, panels.data() + int64_t(p) * PANEL * num_k);
+        for (int i = 0; i < rows; i++) put(p * PANEL + i, x + i * size);
+        std::fill(x + rows * size, x + PANEL * size, 0.0f);
+        pack_panel(x, int(size), panels.x.data() + p * PANEL * size);
     }
-    return {panels.data(), num_rows, num_k, true};
+    return {panels.x.data(), scales, num_rows, num_k, true};
 }
 
 // A row of hidden [size] over its root mean square, times weight.
@@ -152,14 +176,20 @@ template <class T, class B> void take_normed(const T* from, const T* weight, int
 // `put(m, sums)` gets the sums of row m for the columns of `part`.
 template <class T, class B, class Put>
 void multiply(Matrix<T, B> w, Range part, const Input& input, Scratch& own, Put put) {
+    typedef Arithmetic<T, B> A;
     float* sums = own.sums.data();
     int stride = (part.size() + W - 1) / W * W;
     if (input.is_many) {
-        many_rows(w.weight, input.num_k, part, input.x, input.num_rows, own.turned.data(), sums, stride);
+        many_rows<A>(w.weight, input.num_k, part, input.x, input.num_rows, own.turned.data(), sums, stride);
     } else {
-        few_rows(w.weight, input.num_k, part, input.x, input.num_rows, sums, stride);
+        few_rows<A>(w.weight, input.num_k, part, input.x, input.num_rows, sums, stride);
     }
-    for (int m = 0; m < input.num_rows; m++) put(m, sums + int64_t(m) * stride);
+    for (int m = 0; m < input.num_rows; m++, sums += stride) {
+        if constexpr (A::NUMBERS > 1) {
+            for (int n = 0; n < part.size(); n++) sums[n] *= input.scales[m];
+        }
+        put(m, sums);
+    }
 }
 
 // out [rows, width] = x w^T + bias, the columns of `part`.
@@ -255,7 +285,7 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
                   bool is_many, const Shared<T>& shared, Scratch& own, int thread, int threads, Put put) {
     int dim = model.head_dim, rows = step.num_tokens;
     int width = (model.num_heads + 2 * model.num_kv_heads) * dim, inner = model.num_heads * dim;
-    Input input = make_input(rows, model.hidden, is_many, shared.panels, own, [&](int64_t row, float* to) {
+    Input input = make_input<Arithmetic<T, B>>(rows, model.hidden, is_many, shared.panels, own, [&](int64_t row, float* to) {
         take_normed<T, B>(hidden + row * model.hidden, layer.attention_norm, model.hidden, model.eps, to);
     });
     share_out(width, input.unit(), threads,
@@ -280,7 +310,7 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
                          own.scores.data());
         }
     }
-    input = make_input(rows, inner, is_many, shared.panels, own, [&](int64_t row, float* to) {
+    input = make_input<Arithmetic<T, B>>(rows, inner, is_many, shared.panels, own, [&](int64_t row, float* to) {
         take_row<T, B>(shared.attended.data() + row * inner, inner, to);
     });
     share_out(model.hidden, input.unit(), threads,
@@ -291,7 +321,7 @@ template <class T, class B, class Put>
 void mlp_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step, const T* hidden, T* out,
             bool is_many, const Shared<T>& shared, Scratch& own, int threads, Put put) {
     int rows = step.num_tokens, inner = model.intermediate;
-    Input input = make_input(rows, model.hidden, is_many, shared.panels, own, [&](int64_t row, float* to) {
+    Input input = make_input<Arithmetic<T, B>>(rows, model.hidden, is_many, shared.panels, own, [&](int64_t row, float* to) {
         take_normed<T, B>(hidden + row * model.hidden, layer.mlp_norm, model.hidden, model.eps, to);
     });
     T *gate_up = shared.gate_up.data(), *activated = shared.activated.data();
@@ -302,7 +332,7 @@ void mlp_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step
         }
         activate(gate_up, rows, inner, part, activated);
     });
-    input = make_input(rows, inner, is_many, shared.panels, own, [&](int64_t row, float* to) {
+    input = make_input<Arithmetic<T, B>>(rows, inner, is_many, shared.panels, own, [&](int64_t row, float* to) {
         take_row<T, B>(activated + row * inner, inner, to);
     });
     share_out(model.hidden, input.unit(), threads,
@@ -323,7 +353,7 @@ void run(const Model<T, B>& model, const Step& step, int first, int last, int pa
     shared.gate_up.make_room(rows * 2 * model.intermediate);
     shared.activated.make_room(rows * model.intermediate);
     size_t most_k = std::max({size_t(model.hidden), size_t(model.intermediate), inner});
-    shared.panels.make_room(is_many ? room_for_panels(rows, most_k) : 0);
+    if (is_many) make_room(shared.panels, rows, most_k);
 #pragma omp parallel num_threads(step.num_threads)
     {
         static thread_local Scratch own;
@@ -350,10 +380,10 @@ constexpr int ROWS_AT_ONCE = 128;  // of a matrix alone: they stay in the third-
 template <class T, class B>
 void linear_of(Matrix<T, B> w, const T* x, T* y, int num_rows, int num_k, int num_n, int num_threads,
                bool is_deterministic) {
-    static Buffer<float> panels;
+    static Panels panels;
     int most_rows = std::min(num_rows, ROWS_AT_ONCE);
     bool may_be_many = num_rows >= MANY && !is_deterministic;
-    panels.make_room(may_be_many ? room_for_panels(most_rows, num_k) : 0);
+    if (may_be_many) make_room(panels, most_rows, num_k);
 #pragma omp parallel num_threads(num_threads)
     {
         static thread_local Scratch own;
@@ -361,7 +391,7 @@ void linear_of(Matrix<T, B> w, const T* x, T* y, int num_rows, int num_k, int nu
         for (int begin = 0; begin < num_rows; begin += ROWS_AT_ONCE) {
             int rows = std::min(ROWS_AT_ONCE, num_rows - begin);
             bool is_many = may_be_many && rows >= MANY;
-            Input input = make_input(rows, num_k, is_many, panels, own, [&](int64_t row, float* to) {
+            Input input = make_input<Arithmetic<T, B>>(rows, num_k, is_many, panels, own, [&](int64_t row, float* to) {
                 take_row<T, B>(x + (begin + row) * num_k, num_k, to);
             });
             share_out(num_n, input.unit(), omp_get_num_threads(), [&](Range part) {

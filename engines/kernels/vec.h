@@ -20,9 +20,12 @@ constexpr int W = 8;
 typedef float vfloat __attribute__((vector_size(4 * W)));
 typedef int32_t vint __attribute__((vector_size(4 * W)));
 typedef uint32_t vuint __attribute__((vector_size(4 * W)));
+typedef int16_t vshort __attribute__((vector_size(4 * W)));
 // The same at any address.
 typedef float vfloat_at __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef uint32_t vuint_at __attribute__((vector_size(4 * W), aligned(2), may_alias));
+typedef int16_t vnarrow_at __attribute__((vector_size(2 * W), aligned(2), may_alias));
+typedef int16_t vshort_at __attribute__((vector_size(4 * W), aligned(2), may_alias));
 
 struct bfloat16 {
     uint16_t bits;
@@ -180,8 +183,9 @@ template <> struct Pair<bfloat16> {
     }
 };
 
+// GCC does not find the instructions for the following.
 template <> struct Pair<int8_t> {
-    static vfloat first(const int8_t* p) {  // by its own instruction, which the compiler does not find
+    static vfloat first(const int8_t* p) {
 #if defined(__AVX512F__)
         return vfloat(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
 #else
@@ -190,6 +194,24 @@ template <> struct Pair<int8_t> {
     }
     static vfloat second(const int8_t* p) { return first(p + W); }
 };
+
+// 2 W numbers in 16 bits each.
+inline vshort widened(const int8_t* p) {
+#if defined(__AVX512F__)
+    return vshort(_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#else
+    return vshort(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#endif
+}
+
+// The sums of each two products.
+inline vint products(vshort a, vshort b) {
+#if defined(__AVX512F__)
+    return vint(_mm512_madd_epi16(__m512i(a), __m512i(b)));
+#else
+    return vint(_mm256_madd_epi16(__m256i(a), __m256i(b)));
+#endif
+}
 
 // W consecutive numbers, as they lie.
 inline vfloat consecutive(const float* p) { return load(p); }

@@ -1,17 +1,22 @@
-"""What int8 changes in the answers of the native engine on this CPU, beside the same model as it is.
+"""What int8 changes on this CPU in the native engine's answers and speed, beside the same model as it is.
 
-    python -m tests.bench.bench_quantized [--prompts N] [--json FILE]
+    python -m tests.bench.bench_quantized [--prompts N] [--shape b1] [--json FILE]
 
-The demo model in bfloat16. Greedy tokens are counted up to the first that differs, for after it the texts are
-different ones; logits are those of the prompts' last tokens, error over the norm of the plain ones.
+Answers are the demo model's in bfloat16. Greedy tokens are counted up to the first that differs, for after it
+the texts are different ones; logits are those of the prompts' last tokens, error over the norm of the plain ones.
+Times are of decoding steps of a random model after prompts of 16 tokens, on all cores, the two in turn; medians.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 import torch
 from tokenizers import Tokenizer
@@ -21,7 +26,8 @@ from engines.base import Engine
 from gateway import bench
 from tests.conversion.helpers import convert
 from tests.conversion.test_quantize import logits_of
-from tests.engines.driver import generate, native
+from tests.engines.driver import Driver, generate, native
+from tests.models import B1, SMALL, TINY, make_llama
 
 DEMO = Path(__file__).parents[2] / "gateway" / "demo_model"
 TOPICS = (
@@ -49,9 +55,43 @@ def logit_error(plain: Engine, small: Engine, prompts: list[list[int]]) -> float
     return max(float((b - a).norm() / a.norm()) for a, b in pairs)
 
 
+def step_seconds(engines: Sequence[Engine], batch: int, vocab: int, steps: int = 20) -> list[list[float]]:
+    """Of each engine, taking turns."""
+    sides = []
+    for engine in engines:
+        driver = Driver(engine, num_blocks=4 * batch, block_size=16)
+        rows = [driver.add([(7 * i + j) % vocab for j in range(16)], 48) for i in range(batch)]
+        driver.step(rows, 16)
+        sides.append((driver, rows))
+    seconds: list[list[float]] = [[] for _ in sides]
+    for _ in range(steps):
+        for own, (driver, rows) in zip(seconds, sides, strict=True):
+            started = time.perf_counter()
+            driver.step(rows, 1)
+            own.append(time.perf_counter() - started)
+    return seconds
+
+
+def speeds(name: str, root: Path) -> list[dict[str, object]]:
+    """Of int8 over bfloat16, at several sequences."""
+    shape = {"tiny": TINY, "small": SMALL, "b1": B1}[name]
+    plain = make_llama(root / "plain", shape, dtype=torch.bfloat16)
+    convert(plain, root / "int8", Target("sluice", quantize="int8"))
+    engines = [native(root / directory, dtype="bfloat16") for directory in ("plain", "int8")]
+    torch.set_num_threads(os.cpu_count() or 1)
+    found = []
+    for batch in (1, 8, 32):
+        bfloat16, int8 = step_seconds(engines, batch, shape.vocab)
+        ratio = median(a / b for a, b in zip(bfloat16, int8, strict=True))
+        milliseconds = {"bfloat16": 1e3 * median(bfloat16), "int8": 1e3 * median(int8)}
+        found.append({"shape": name, "sequences": batch, "step_ms": milliseconds, "ratio": ratio})
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--prompts", type=int, default=len(TOPICS) * len(FORMS))
+    parser.add_argument("--shape", choices=("tiny", "small", "b1"), help="of the model whose steps are timed")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -65,8 +105,9 @@ def main() -> None:
         tensors = [
             t for file in manifest.files.values() for t in file.tensors.values() if t.error is not None
         ]
+        shape = f" --shape {args.shape}" if args.shape else ""
         record = {
-            "command": f"python -m tests.bench.bench_quantized --prompts {len(prompts)}",
+            "command": f"python -m tests.bench.bench_quantized --prompts {len(prompts)}{shape}",
             "machine": bench.machine(),
             "greedy_tokens": sum(len(one) for one, _ in pairs),
             "agreeing_before_the_first_difference": sum(agreeing(one, other) for one, other in pairs),
@@ -74,6 +115,7 @@ def main() -> None:
             "answers_identical": sum(one == other for one, other in pairs),
             "largest_relative_logit_error": logit_error(plain, small, prompts),
             "mean_relative_weight_error": sum(t.error or 0 for t in tensors) / len(tensors),
+            "speed": speeds(args.shape, Path(root) / "timed") if args.shape else [],
         }
     print(json.dumps(record, indent=2))
     if args.json is not None:
