@@ -1,4 +1,4 @@
-// Decoder layers of a Llama for few tokens: everything between two of torch's calls in one parallel region.
+// Decoder layers of a Llama: everything between two of torch's calls in one parallel region.
 // Between its parts values are rounded to the model's dtype wherever torch's own layers round them.
 // The structs are mirrored in engines/kernels/library.py.
 

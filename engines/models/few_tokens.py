@@ -1,8 +1,8 @@
-"""A Llama's layers in one call of our own kernels, for steps of few tokens: decoding, mostly.
+"""A Llama's layers in one call of our own kernels.
 
-Such a step is as fast as its weights are read, if nothing stands between; torch's operations, called one by
-one, take longer than the weights of a small model. Where the layers' own modules are faster for larger steps,
-these go through them.
+A step of few tokens is as fast as its weights are read, if nothing stands between; torch's operations, called
+one by one, take longer than the weights of a small model. Where the layers' own modules are faster for larger
+steps (AVX-512), these go through them.
 """
 
 from __future__ import annotations

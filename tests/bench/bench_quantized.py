@@ -3,9 +3,9 @@
     python -m tests.bench.bench_quantized [--prompts N] [--shape b1] [--json FILE]
 
 Answers are the demo model's in bfloat16. Greedy tokens are counted up to the first that differs, for after
-it the texts are different ones; logits are those of the prompts' last tokens, error over the norm of the plain
-ones. Times are of decoding steps of a random model after prompts of 16 tokens, on all cores, the two in turn;
-medians.
+it the texts are different ones; logits are those of the prompts' last tokens, error over the norm of the
+plain ones. Times are of decoding steps of a random model after prompts of 16 tokens, on all cores, the two in
+turn; medians.
 """
 
 from __future__ import annotations
