@@ -22,6 +22,11 @@ template <class T, class B> inline void take_row(const T* from, int count, float
     }
 }
 
+// What take_row made of a row of T's own, back again.
+template <class T> inline void put_row(const float* from, int count, T* to) {
+    for (int i = 0; i < count; i += 2 * W) Pair<T>::put(to + i, load(from + i), load(from + i + W));
+}
+
 // ---- In which numbers it is done. A word of x, the room of a float32, holds NUMBERS of them.
 
 template <class B> struct Floats {
@@ -55,7 +60,7 @@ struct Ints {
     static vfloat to_float(vint sum) { return __builtin_convertvector(sum, vfloat); }
     static void store(float* to, vshort weight) { *reinterpret_cast<vshort_at*>(to) = weight; }
 
-    // Returns the scale.
+    // A row of float32 into one of 16 bits. Returns its scale.
     static float take(const float* from, int count, float* to) {
         vfloat largest = {}, zero = {};
         for (int k = 0; k < count; k += W) {
@@ -68,7 +73,7 @@ struct Ints {
         float factor = most > 0.0f ? 32767.0f / most : 0.0f;
         auto* numbers = reinterpret_cast<vnarrow_at*>(to);
         for (int k = 0; k < count; k += W) {
-            vfloat shifted = sluice::load(from + k) * factor + 12582912.0f;  // 1.5 * 2^23: the whole number ends the bits
+            vfloat shifted = sluice::load(from + k) * factor + 12582912.0f;  // 1.5 * 2^23: rounds, to its last bits
             numbers[k / W] = __builtin_convertvector(vint(shifted), vnarrow_at);
         }
         return most / 32767.0f + sum(zero);
@@ -84,10 +89,11 @@ constexpr int M_TILE = W == 16 ? 6 : 3;  // rows of x: N_TILE * M_TILE sums stay
 constexpr int K_BLOCK = 2048;            // numbers that are summed before the sums are added: of x they stay in the
                                          // second-level cache
 
-// sums[m][n * spacing] of N rows of weights and M of x, added to what is there if `goes_on`.
+// sums[m][n * spacing] of N rows of weights and M of x, added to what is there if `goes_on`. Not inline, or GCC keeps
+// some of the sums in memory.
 template <class A, int N, int M>
-__attribute__((noinline)) void tile(const typename A::Weight* w, int64_t w_stride, const float* x, int64_t x_stride, int num_k, float* out, int stride,
-                 int spacing, bool goes_on) {
+__attribute__((noinline)) void tile(const typename A::Weight* w, int64_t w_stride, const float* x, int64_t x_stride,
+                                    int num_k, float* out, int stride, int spacing, bool goes_on) {
     typename A::Sum sums[N][M] = {};
     for (int k = 0; k < num_k; k += 2 * W, x += 2 * W / A::NUMBERS) {
         for (int word = 0; word < 2 * W / A::NUMBERS; word += W) {
@@ -118,8 +124,8 @@ template <class A, int N, int M = M_TILE, class... Rest> inline void tile_of(int
 
 // All of x's rows against N of the weights', `spacing` apart, which stay in the first-level cache.
 template <class A, int N>
-inline void strip(const typename A::Weight* w, int num_k, int spacing, int width, const float* x, int num_rows, float* out, int stride,
-                  bool goes_on) {
+inline void strip(const typename A::Weight* w, int num_k, int spacing, int width, const float* x, int num_rows,
+                  float* out, int stride, bool goes_on) {
     int num_pieces = (num_rows + M_TILE - 1) / M_TILE;
     for (int piece = 0, m = 0; piece < num_pieces; piece++) {
         int rows = (num_rows - m + num_pieces - piece - 1) / (num_pieces - piece);  // as equal as can be
@@ -132,7 +138,8 @@ inline void strip(const typename A::Weight* w, int num_k, int spacing, int width
 
 // sums [num_rows, stride] = x [num_rows, num_k] times rows `part` of w [., num_k]. num_k is a multiple of 2 W.
 template <class A>
-void few_rows(const typename A::Weight* w, int num_k, Range part, const float* x, int num_rows, float* sums, int stride) {
+void few_rows(const typename A::Weight* w, int num_k, Range part, const float* x, int num_rows, float* sums,
+              int stride) {
     int spacing = part.size() / N_TILE;
     for (int k = 0; k < num_k; k += K_BLOCK) {
         const auto* from = w + int64_t(part.begin) * num_k + k;
@@ -150,10 +157,10 @@ void few_rows(const typename A::Weight* w, int num_k, Range part, const float* x
 
 // ---- Many rows: outer products, with x in panels and every weight widened once for all of them.
 
-constexpr int PANEL = 2 * W;               // rows of x, beside each other: [words, PANEL]
-constexpr int STRIP = W == 16 ? 12 : 6;    // rows of the weights: STRIP * 2 vectors of sums stay in registers
-constexpr int DEPTH = 256;                 // numbers at a time: of a panel they stay in the first-level cache
-constexpr int WIDE_STRIDE = DEPTH + W;     // words between rows of widened weights: not a power of two
+constexpr int PANEL = 2 * W;             // rows of x, beside each other: [words, PANEL]
+constexpr int STRIP = W == 16 ? 12 : 6;  // rows of the weights: STRIP * 2 vectors of sums stay in registers
+constexpr int DEPTH = 256;               // numbers at a time: of a panel they stay in the first-level cache
+constexpr int WIDE_STRIDE = DEPTH + W;   // words between rows of widened weights: not a power of two
 
 inline int num_panels(int num_rows) { return (num_rows + PANEL - 1) / PANEL; }
 

@@ -258,7 +258,7 @@ void attend_heads(const Model<T, B>& model, const Cache<T>& cache, const int32_t
         for (int i = 0; i < count * dim; i++) scaled[i] *= model.scale;
         auto run = count == 4 ? attend<T, 4> : count == 3 ? attend<T, 3> : count == 2 ? attend<T, 2> : attend<T, 1>;
         run(cache, table, head, context, scaled, scores, stride, found);
-        for (int i = 0; i < count * dim; i += 2 * W) Pair<T>::put(out + place + i, load(found + i), load(found + i + W));
+        put_row(found, count * dim, out + place);
         g += count;
     }
 }
@@ -283,9 +283,10 @@ template <class T> void activate(const T* gate_up, int num_rows, int inner, Rang
 template <class T, class B, class Put>
 void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step, const T* hidden, T* out,
                   bool is_many, const Shared<T>& shared, Scratch& own, int thread, int threads, Put put) {
+    typedef Arithmetic<T, B> A;
     int dim = model.head_dim, rows = step.num_tokens;
     int width = (model.num_heads + 2 * model.num_kv_heads) * dim, inner = model.num_heads * dim;
-    Input input = make_input<Arithmetic<T, B>>(rows, model.hidden, is_many, shared.panels, own, [&](int64_t row, float* to) {
+    Input input = make_input<A>(rows, model.hidden, is_many, shared.panels, own, [&](int64_t row, float* to) {
         take_normed<T, B>(hidden + row * model.hidden, layer.attention_norm, model.hidden, model.eps, to);
     });
     share_out(width, input.unit(), threads,
@@ -310,7 +311,7 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
                          own.scores.data());
         }
     }
-    input = make_input<Arithmetic<T, B>>(rows, inner, is_many, shared.panels, own, [&](int64_t row, float* to) {
+    input = make_input<A>(rows, inner, is_many, shared.panels, own, [&](int64_t row, float* to) {
         take_row<T, B>(shared.attended.data() + row * inner, inner, to);
     });
     share_out(model.hidden, input.unit(), threads,
@@ -320,8 +321,9 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
 template <class T, class B, class Put>
 void mlp_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step, const T* hidden, T* out,
             bool is_many, const Shared<T>& shared, Scratch& own, int threads, Put put) {
+    typedef Arithmetic<T, B> A;
     int rows = step.num_tokens, inner = model.intermediate;
-    Input input = make_input<Arithmetic<T, B>>(rows, model.hidden, is_many, shared.panels, own, [&](int64_t row, float* to) {
+    Input input = make_input<A>(rows, model.hidden, is_many, shared.panels, own, [&](int64_t row, float* to) {
         take_normed<T, B>(hidden + row * model.hidden, layer.mlp_norm, model.hidden, model.eps, to);
     });
     T *gate_up = shared.gate_up.data(), *activated = shared.activated.data();
@@ -332,7 +334,7 @@ void mlp_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step
         }
         activate(gate_up, rows, inner, part, activated);
     });
-    input = make_input<Arithmetic<T, B>>(rows, inner, is_many, shared.panels, own, [&](int64_t row, float* to) {
+    input = make_input<A>(rows, inner, is_many, shared.panels, own, [&](int64_t row, float* to) {
         take_row<T, B>(activated + row * inner, inner, to);
     });
     share_out(model.hidden, input.unit(), threads,
@@ -380,6 +382,7 @@ constexpr int ROWS_AT_ONCE = 128;  // of a matrix alone: they stay in the third-
 template <class T, class B>
 void linear_of(Matrix<T, B> w, const T* x, T* y, int num_rows, int num_k, int num_n, int num_threads,
                bool is_deterministic) {
+    typedef Arithmetic<T, B> A;
     static Panels panels;
     int most_rows = std::min(num_rows, ROWS_AT_ONCE);
     bool may_be_many = num_rows >= MANY && !is_deterministic;
@@ -391,7 +394,7 @@ void linear_of(Matrix<T, B> w, const T* x, T* y, int num_rows, int num_k, int nu
         for (int begin = 0; begin < num_rows; begin += ROWS_AT_ONCE) {
             int rows = std::min(ROWS_AT_ONCE, num_rows - begin);
             bool is_many = may_be_many && rows >= MANY;
-            Input input = make_input<Arithmetic<T, B>>(rows, num_k, is_many, panels, own, [&](int64_t row, float* to) {
+            Input input = make_input<A>(rows, num_k, is_many, panels, own, [&](int64_t row, float* to) {
                 take_row<T, B>(x + (begin + row) * num_k, num_k, to);
             });
             share_out(num_n, input.unit(), omp_get_num_threads(), [&](Range part) {
@@ -412,7 +415,7 @@ void norm(const T* x, const T* weight, T* out, int num_rows, int size, float eps
 #pragma omp for
         for (int m = 0; m < num_rows; m++) {
             take_normed<T, T>(x + int64_t(m) * size, weight, size, eps, row);
-            for (int i = 0; i < size; i += 2 * W) Pair<T>::put(out + int64_t(m) * size + i, load(row + i), load(row + i + W));
+            put_row(row, size, out + int64_t(m) * size);
         }
     }
 }
