@@ -20,7 +20,12 @@ template <class T> struct Cache {
 };
 
 constexpr int MAX_HEAD_DIM = 256;
-constexpr int AHEAD = 2;  // blocks
+constexpr int AHEAD = 2;  // blocks: a head's part of one is too short for the processor to see what comes next
+
+// Has memory bring `size` bytes.
+inline void prefetch(const void* from, int64_t size) {
+    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
 
 // scores[g][t] = q[g] . k[t] for G heads and N tokens, 1 or 4: their sums stay in registers.
 template <class T, int G, int N>
@@ -49,13 +54,15 @@ inline void dot_products_of(const float* q, const T* keys, int dim, float* score
     }
 }
 
-// The same for the `count` tokens of a block.
+// The same for the `count` tokens of a block. Of `next` a bit is brought with each: memory takes few requests at once.
 template <class T, int G>
-inline void dot_products(const float* q, const T* keys, int count, int dim, float* scores, int64_t stride) {
+inline void dot_products(const float* q, const T* keys, int count, int dim, float* scores, int64_t stride,
+                         const T* next) {
     constexpr int AT_ONCE = G == 4 ? 2 : G;  // heads: times 4 tokens, no more sums than there are registers
     for (int g = 0; g < G; g += AT_ONCE) {
         int t = 0;
         for (; t + 4 <= count; t += 4) {
+            if (g == 0) prefetch(next + t * dim, int64_t(sizeof(T)) * 4 * dim);
             dot_products_of<T, AT_ONCE, 4>(q + g * dim, keys + t * dim, dim, scores + g * stride + t, stride);
         }
         for (; t < count; t++) {
@@ -66,12 +73,14 @@ inline void dot_products(const float* q, const T* keys, int count, int dim, floa
 
 // out[g] += sum over t of scores[g][t] v[t], P pairs of vectors of each from number d on, in the order of Pair<T>.
 template <class T, int G, int P>
-inline void weighted_sum_of(const float* scores, int64_t stride, const T* values, int count, int dim, float* out) {
+inline void weighted_sum_of(const float* scores, int64_t stride, const T* values, int count, int dim, float* out,
+                            const T* next) {
     vfloat sums[G][2 * P];
     for (int g = 0; g < G; g++) {
         for (int i = 0; i < 2 * P; i++) sums[g][i] = load(out + g * dim + i * W);
     }
     for (int t = 0; t < count; t++) {
+        prefetch(next + t * dim, int64_t(sizeof(T)) * P * 2 * W);
         vfloat parts[2 * P];
         for (int i = 0; i < P; i++) {
             parts[2 * i] = Pair<T>::first(values + t * dim + i * 2 * W);
@@ -89,13 +98,14 @@ inline void weighted_sum_of(const float* scores, int64_t stride, const T* values
 
 // The same for all of v.
 template <class T, int G>
-inline void weighted_sum(const float* scores, int64_t stride, const T* values, int count, int dim, float* out) {
+inline void weighted_sum(const float* scores, int64_t stride, const T* values, int count, int dim, float* out,
+                         const T* next) {
     constexpr int PAIRS = G == 1 ? 4 : G == 4 ? 1 : 2;  // 8 sums or more, for an addition takes 4 cycles, two at a time
     int d = 0;
     for (; d + PAIRS * 2 * W <= dim; d += PAIRS * 2 * W) {
-        weighted_sum_of<T, G, PAIRS>(scores, stride, values + d, count, dim, out + d);
+        weighted_sum_of<T, G, PAIRS>(scores, stride, values + d, count, dim, out + d, next + d);
     }
-    for (; d < dim; d += 2 * W) weighted_sum_of<T, G, 1>(scores, stride, values + d, count, dim, out + d);
+    for (; d < dim; d += 2 * W) weighted_sum_of<T, G, 1>(scores, stride, values + d, count, dim, out + d, next + d);
 }
 
 // scores to weights that sum to 1; those past `count` are room for whole vectors.
@@ -114,31 +124,24 @@ inline void softmax(float* scores, int count) {
     for (int t = 0; t < count; t += W) store(scores + t, load(scores + t) * share);
 }
 
-// Has memory bring `size` bytes: a head's part of a block is too short for the processor to see what comes next.
-inline void prefetch(const void* from, int64_t size) {
-    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
-}
-
 // G heads at once: q [G, dim] scaled and in the order of Pair<T>, out [G, dim] in that order; scores has room for
 // G * stride, stride a multiple of W and no less than the context.
 template <class T, int G>
 void attend(const Cache<T>& cache, const int32_t* table, int head, int context, const float* q, float* scores,
             int64_t stride, float* out) {
     int size = cache.block_size, dim = cache.head_dim;
-    auto prefetch_at = [&](int t, int kind) {
-        if (t < context) prefetch(cache.at(table[t / size], kind, head), int64_t(sizeof(T)) * size * dim);
+    auto next = [&](int t, int kind) {
+        return cache.at(table[std::min(t + AHEAD * size, context - 1) / size], kind, head);
     };
     for (int t = 0; t < context; t += size) {
         const T* keys = cache.at(table[t / size], 0, head);
-        prefetch_at(t + AHEAD * size, 0);
-        dot_products<T, G>(q, keys, std::min(size, context - t), dim, scores + t, stride);
+        dot_products<T, G>(q, keys, std::min(size, context - t), dim, scores + t, stride, next(t, 0));
     }
     for (int g = 0; g < G; g++) softmax(scores + g * stride, context);
     std::fill(out, out + G * dim, 0.0f);
     for (int t = 0; t < context; t += size) {
         const T* values = cache.at(table[t / size], 1, head);
-        prefetch_at(t + AHEAD * size, 1);
-        weighted_sum<T, G>(scores + t, stride, values, std::min(size, context - t), dim, out);
+        weighted_sum<T, G>(scores + t, stride, values, std::min(size, context - t), dim, out, next(t, 1));
     }
 }
 
