@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -75,10 +76,15 @@ def _allocate_layer(spec: KVSpec, device: torch.device, num_blocks: int, block_s
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that, on a CPU, take memory only once they are written: a fresh mapping, page by page."""
+    """Zeros that, on a CPU, take memory only once they are written: a fresh mapping, page by page.
+
+    Of huge pages, where Linux has them to give: every page of a long context is looked up at every step.
+    """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(AttributeError, OSError):  # no such advice on this system, or no such pages in its kernel
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 

@@ -53,7 +53,7 @@ def step_seconds(directory: Path, batch: int, context: int) -> tuple[float, int]
 def bandwidth() -> dict[str, float]:
     """GB/s."""
     weight = torch.randn(100_000, 2048).bfloat16()
-    found = {"torch.sum": weight.nbytes / seconds(lambda: weight.view(torch.int32).sum(), 5) / 1e9}
+    found = {"torch.sum": weight.nbytes / seconds(lambda: weight.view(torch.float32).sum(), 5) / 1e9}
     kernels = library.load()
     if kernels is not None:
         x, operand = torch.randn(1, 2048).bfloat16(), library.Weight(weight)
