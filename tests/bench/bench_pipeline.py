@@ -1,10 +1,10 @@
-"""Pipeline stages beside one rank: output tokens per second, busy share of each stage, bubble.
+"""Pipeline stages, and tensor parallelism, beside one rank: output tokens a second, busy shares, bubble.
 
     OMP_NUM_THREADS=1 python -m tests.bench.bench_pipeline --shape small --concurrency 32
 
 Real worker groups, taking turns; a closed loop of greedy sequences of 128 prompt and 32 to 96 output
-tokens in bfloat16. pp=2 has a thread a rank; tp=1 has as many threads as pp has ranks, and runs at the
-concurrency of a micro-batch too, which is what each stage computes. Reported: medians over the rounds, and
+tokens in bfloat16. pp=2 and tp=2 have a thread a rank; tp=1 has as many threads as they have ranks, and runs at
+the concurrency of a micro-batch too, which is what each stage computes. Reported: medians over the rounds, and
 of the ratios.
 """
 
@@ -137,6 +137,7 @@ def main() -> None:
     pp, shape = args.stages, SHAPES[args.shape]
     layouts = [
         Layout(f"pp={pp}", 1, pp, 1, args.concurrency),
+        Layout(f"tp={pp}", pp, 1, 1, args.concurrency),
         Layout(f"tp=1, {pp} threads", 1, 1, pp, args.concurrency),
         Layout(f"tp=1, {pp} threads, a micro-batch", 1, 1, pp, args.concurrency // pp),
     ]
@@ -165,13 +166,12 @@ def main() -> None:
 
 def report(layouts: list[Layout], results: dict[str, list[Measured]]) -> dict[str, object]:
     """Prints the medians; returns all there is to keep."""
-    first, *others = layouts
     ratios = {}
-    for layout in others:
-        pairs = zip(results[first.name], results[layout.name], strict=True)
-        ratio = median(one.tokens_per_second / other.tokens_per_second for one, other in pairs)
-        ratios[f"{first.name} / {layout.name}"] = round(ratio, 3)
-    bubble = round(median(found.bubble for found in results[first.name]), 3)
+    for first, other in itertools.combinations([layout.name for layout in layouts], 2):
+        pairs = zip(results[first], results[other], strict=True)
+        ratio = median(one.tokens_per_second / two.tokens_per_second for one, two in pairs)
+        ratios[f"{first} / {other}"] = round(ratio, 3)
+    bubble = round(median(found.bubble for found in results[layouts[0].name]), 3)
     print(json.dumps({"median ratios": ratios, "median bubble": bubble}, indent=2))
     return {
         "machine": machine(),
