@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python -m tests.bench.bench_pipeline --shape small --concurrency 32
 
 Real worker groups, taking turns; a closed loop of greedy sequences of 128 prompt and 32 to 96 output
-tokens in bfloat16. pp=2 and tp=2 have a thread a rank; tp=1 has as many threads as they have ranks, and runs at
-the concurrency of a micro-batch too, which is what each stage computes. Reported: medians over the rounds, and
-of the ratios.
+tokens in bfloat16. pp=2 and tp=2 have a thread a rank; tp=1 has as many threads as they have ranks, and runs
+at the concurrency of a micro-batch too, which is what each stage computes. Reported: medians over the rounds,
+and of the ratios.
 """
 
 from __future__ import annotations
