@@ -58,6 +58,8 @@ class Shape:
 TINY = Shape(hidden=256, layers=4, heads=8, kv_heads=4, head_dim=32, ffn=512, vocab=8192, tied=True)
 SMALL = Shape(hidden=768, layers=12, heads=12, kv_heads=4, head_dim=64, ffn=2048, vocab=32000)
 B1 = Shape(hidden=2048, layers=16, heads=32, kv_heads=8, head_dim=64, ffn=8192, vocab=32000, tied=True)
+SHAPES = {"tiny": TINY, "small": SMALL, "b1": B1}
+"""Those that benchmarks take by name."""
 
 LLAMA3_8B = Shape(
     hidden=4096,

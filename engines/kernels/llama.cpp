@@ -41,6 +41,10 @@ template <class T, class B> struct Model {
     float eps, scale;
 };
 
+constexpr int MANY = 16;  // rows from which on many_rows is the faster
+
+inline bool is_many(int num_rows, bool is_deterministic) { return num_rows >= MANY && !is_deterministic; }
+
 struct Step {
     const int64_t *positions, *slots;  // [num_tokens]
     const int32_t* sequences;          // [num_tokens], rows of `tables`
@@ -88,7 +92,6 @@ struct Scratch {
 template <class T, class B>
 using Arithmetic = std::conditional_t<std::is_same_v<B, int8_t> && !std::is_same_v<T, float>, Ints, Floats<B>>;
 
-constexpr int MANY = 16;           // rows from which on many_rows is the faster
 constexpr int UNIT = 4 * N_TILE;   // columns of a result that one thread takes at least: a cache line of it or two
 constexpr int MANY_UNIT = 24;      // the same where they are made in strips
 constexpr int MOST_COLUMNS = 192;  // that it takes at once: the sums stay in the second-level cache
@@ -123,19 +126,20 @@ inline void make_room(Panels& panels, size_t num_rows, size_t most_k) {
     panels.scales.make_room(rows);
 }
 
-inline void make_room(Scratch& own, size_t num_rows, size_t most_k, bool is_many) {
+inline void make_room(Scratch& own, size_t num_rows, size_t most_k, bool in_panels) {
     size_t rows = num_panels(int(num_rows)) * PANEL;
-    own.x.make_room((is_many ? PANEL : rows) * most_k);
+    own.x.make_room((in_panels ? PANEL : rows) * most_k);
     own.row.make_room(most_k);
     own.scales.make_room(rows);
-    own.turned.make_room(is_many ? rows * MOST_COLUMNS : 0);
+    own.turned.make_room(in_panels ? rows * MOST_COLUMNS : 0);
     own.sums.make_room(rows * MOST_COLUMNS);
 }
 
 // `take(row, to)` puts a row into float32. Few rows every thread takes for itself, many they share out.
 template <class A, class Take>
-Input make_input(int num_rows, int num_k, bool is_many, const Panels& panels, Scratch& own, Take take) {
-    float *x = own.x.data(), *scales = (is_many ? panels.scales : own.scales).data();
+Input make_input(int num_rows, int num_k, bool is_deterministic, const Panels& panels, Scratch& own, Take take) {
+    bool in_panels = is_many(num_rows, is_deterministic);
+    float *x = own.x.data(), *scales = (in_panels ? panels.scales : own.scales).data();
     int64_t size = num_k / A::NUMBERS;
     auto put = [&](int row, float* to) {
         if constexpr (A::NUMBERS == 1) {
@@ -145,7 +149,7 @@ Input make_input(int num_rows, int num_k, bool is_many, const Panels& panels, Sc
             scales[row] = A::take(own.row.data(), num_k, to);
         }
     };
-    if (!is_many) {
+    if (!in_panels) {
         for (int row = 0; row < num_rows; row++) put(row, x + row * size);
         return {x, scales, num_rows, num_k, false};
     }
@@ -282,11 +286,11 @@ template <class T> void activate(const T* gate_up, int num_rows, int inner, Rang
 // One thread's part of a layer's attention. `put` is project or project_and_add, into `out` [num_tokens, hidden].
 template <class T, class B, class Put>
 void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step, const T* hidden, T* out,
-                  bool is_many, const Shared<T>& shared, Scratch& own, int thread, int threads, Put put) {
+                  const Shared<T>& shared, Scratch& own, int thread, int threads, Put put) {
     typedef Arithmetic<T, B> A;
     int dim = model.head_dim, rows = step.num_tokens;
     int width = (model.num_heads + 2 * model.num_kv_heads) * dim, inner = model.num_heads * dim;
-    Input input = make_input<A>(rows, model.hidden, is_many, shared.panels, own, [&](int64_t row, float* to) {
+    Input input = make_input<A>(rows, model.hidden, step.is_deterministic, shared.panels, own, [&](int64_t row, float* to) {
         take_normed<T, B>(hidden + row * model.hidden, layer.attention_norm, model.hidden, model.eps, to);
     });
     share_out(width, input.unit(), threads,
@@ -311,7 +315,7 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
                          own.scores.data());
         }
     }
-    input = make_input<A>(rows, inner, is_many, shared.panels, own, [&](int64_t row, float* to) {
+    input = make_input<A>(rows, inner, step.is_deterministic, shared.panels, own, [&](int64_t row, float* to) {
         take_row<T, B>(shared.attended.data() + row * inner, inner, to);
     });
     share_out(model.hidden, input.unit(), threads,
@@ -320,21 +324,21 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
 
 template <class T, class B, class Put>
 void mlp_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step, const T* hidden, T* out,
-            bool is_many, const Shared<T>& shared, Scratch& own, int threads, Put put) {
+            const Shared<T>& shared, Scratch& own, int threads, Put put) {
     typedef Arithmetic<T, B> A;
     int rows = step.num_tokens, inner = model.intermediate;
-    Input input = make_input<A>(rows, model.hidden, is_many, shared.panels, own, [&](int64_t row, float* to) {
+    Input input = make_input<A>(rows, model.hidden, step.is_deterministic, shared.panels, own, [&](int64_t row, float* to) {
         take_normed<T, B>(hidden + row * model.hidden, layer.mlp_norm, model.hidden, model.eps, to);
     });
     T *gate_up = shared.gate_up.data(), *activated = shared.activated.data();
-    share_out(inner, is_many ? 6 * W : 2 * W, threads, [&](Range part) {  // whole pairs, and whole strips
+    share_out(inner, input.is_many ? 6 * W : 2 * W, threads, [&](Range part) {  // whole pairs, and whole strips
         for (int first : {0, inner}) {
             Matrix<T, B> half = layer.gate_up.from(first, model.hidden);
             project(half, part, input, own, gate_up + first, 2 * inner);
         }
         activate(gate_up, rows, inner, part, activated);
     });
-    input = make_input<A>(rows, inner, is_many, shared.panels, own, [&](int64_t row, float* to) {
+    input = make_input<A>(rows, inner, step.is_deterministic, shared.panels, own, [&](int64_t row, float* to) {
         take_row<T, B>(activated + row * inner, inner, to);
     });
     share_out(model.hidden, input.unit(), threads,
@@ -349,27 +353,27 @@ template <class T, class B>
 void run(const Model<T, B>& model, const Step& step, int first, int last, int parts, T* hidden, T* out) {
     static Shared<T> shared;  // one caller at a time: the rank's only thread that computes
     size_t rows = step.num_tokens, inner = size_t(model.num_heads) * model.head_dim;
-    bool is_many = step.num_tokens >= MANY && !step.is_deterministic;
+    bool in_panels = is_many(step.num_tokens, step.is_deterministic);
     shared.qkv.make_room(rows * (inner + 2 * size_t(model.num_kv_heads) * model.head_dim));
     shared.attended.make_room(rows * inner);
     shared.gate_up.make_room(rows * 2 * model.intermediate);
     shared.activated.make_room(rows * model.intermediate);
     size_t most_k = std::max({size_t(model.hidden), size_t(model.intermediate), inner});
-    if (is_many) make_room(shared.panels, rows, most_k);
+    if (in_panels) make_room(shared.panels, rows, most_k);
 #pragma omp parallel num_threads(step.num_threads)
     {
         static thread_local Scratch own;
         int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        make_room(own, rows, most_k, is_many);
+        make_room(own, rows, most_k, in_panels);
         own.scores.make_room(4 * (size_t(step.max_context) + W));
         for (int i = first; i < last; i++) {
             const Layer<T, B>& layer = model.layers[i];
             if (parts & ATTENTION) {
-                attention_of(model, layer, step, hidden, out ? out : hidden, is_many, shared, own, thread, threads,
+                attention_of(model, layer, step, hidden, out ? out : hidden, shared, own, thread, threads,
                              out ? project<T, B> : project_and_add<T, B>);
             }
             if (parts & MLP) {
-                mlp_of(model, layer, step, hidden, out ? out : hidden, is_many, shared, own, threads,
+                mlp_of(model, layer, step, hidden, out ? out : hidden, shared, own, threads,
                        out ? project<T, B> : project_and_add<T, B>);
             }
         }
@@ -385,16 +389,15 @@ void linear_of(Matrix<T, B> w, const T* x, T* y, int num_rows, int num_k, int nu
     typedef Arithmetic<T, B> A;
     static Panels panels;
     int most_rows = std::min(num_rows, ROWS_AT_ONCE);
-    bool may_be_many = num_rows >= MANY && !is_deterministic;
-    if (may_be_many) make_room(panels, most_rows, num_k);
+    bool in_panels = is_many(most_rows, is_deterministic);  // but for a few rows at the end
+    if (in_panels) make_room(panels, most_rows, num_k);
 #pragma omp parallel num_threads(num_threads)
     {
         static thread_local Scratch own;
-        make_room(own, most_rows, num_k, may_be_many);
+        make_room(own, most_rows, num_k, in_panels);
         for (int begin = 0; begin < num_rows; begin += ROWS_AT_ONCE) {
             int rows = std::min(ROWS_AT_ONCE, num_rows - begin);
-            bool is_many = may_be_many && rows >= MANY;
-            Input input = make_input<A>(rows, num_k, is_many, panels, own, [&](int64_t row, float* to) {
+            Input input = make_input<A>(rows, num_k, is_deterministic, panels, own, [&](int64_t row, float* to) {
                 take_row<T, B>(x + (begin + row) * num_k, num_k, to);
             });
             share_out(num_n, input.unit(), omp_get_num_threads(), [&](Range part) {

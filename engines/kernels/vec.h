@@ -76,8 +76,6 @@ typedef float vfloat8 __attribute__((vector_size(32)));
 typedef float vfloat4 __attribute__((vector_size(16)));
 typedef float vfloat4_at __attribute__((vector_size(16), aligned(4), may_alias));
 
-inline vfloat4 load4(const float* p) { return *reinterpret_cast<const vfloat4_at*>(p); }
-
 inline void store(float* p, vfloat4 x) { *reinterpret_cast<vfloat4_at*>(p) = x; }
 
 inline float sum(vfloat4 x) { return (x[0] + x[2]) + (x[1] + x[3]); }

@@ -93,12 +93,10 @@ class FewTokens:
         context = current()
         self._use(context.caches)
         tokens = _Tokens(context.batch, self.is_deterministic, self._num_bytes)
-        num_tokens, most = hidden.shape[0], _AT_ONCE_DETERMINISTIC if self.is_deterministic else _AT_ONCE
-        if num_tokens <= most:
-            self._run(hidden, tokens.next(num_tokens))
-        else:
-            for piece in torch.split(hidden, most):
-                self._run(piece, tokens.next(piece.shape[0]))
+        most = _AT_ONCE_DETERMINISTIC if self.is_deterministic else _AT_ONCE
+        for start in range(0, hidden.shape[0], most):
+            piece = hidden[start : start + most]
+            self._run(piece, tokens.step(start, piece.shape[0]))
         return hidden
 
     def _run(self, hidden: Tensor, step: library.Step) -> None:
@@ -136,15 +134,14 @@ class _Tokens:
 
     def __init__(self, batch: Batch, is_deterministic: bool, num_bytes: int) -> None:
         self._batch, self._tables = batch, batch.block_tables.contiguous()
-        self._is_deterministic, self._num_bytes, self._start = is_deterministic, num_bytes, 0
+        self._is_deterministic, self._num_bytes = is_deterministic, num_bytes
         sequences = np.arange(batch.num_seqs, dtype=np.int32)
         if batch.max_query_len > 1:
             sequences = np.repeat(sequences, np.diff(batch.query_start_list))
         self._sequences = sequences
 
-    def next(self, count: int) -> library.Step:
-        """For `count` tokens more."""
-        start, self._start = self._start, self._start + count
+    def step(self, start: int, count: int) -> library.Step:
+        """For `count` of the tokens."""
         return library.Step(
             positions=self._batch.positions.data_ptr() + 8 * start,
             slots=self._batch.slot_mapping.data_ptr() + 8 * start,

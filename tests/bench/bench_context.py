@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,26 +19,21 @@ from statistics import median
 import torch
 
 from engines.kernels import library
+from engines.native import NativeEngine
 from gateway.bench import machine
+from tests.bench.bench_quantized import in_turn
 from tests.engines.driver import Driver, native
-from tests.models import B1, SMALL, TINY, make_llama
+from tests.models import SHAPES, make_llama
 
-SHAPES = {"tiny": TINY, "small": SMALL, "b1": B1}
 SHORTEST, STEPS, BLOCK_SIZE = 64, 15, 16
 
 
 def seconds(work: Callable[[], object], count: int = STEPS) -> float:
-    times = []
-    for _ in range(count):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return median(times)
+    return median(in_turn([work], count)[0])
 
 
-def step_seconds(directory: Path, batch: int, context: int) -> tuple[float, int]:
+def step_seconds(engine: NativeEngine, batch: int, context: int) -> tuple[float, int]:
     """Of a step, and the bytes of K/V that it reads."""
-    engine = native(directory, dtype="bfloat16")
     blocks = -(-(context + STEPS + 1) // BLOCK_SIZE)
     driver = Driver(engine, num_blocks=batch * blocks, block_size=BLOCK_SIZE)
     for cache in driver.caches:
@@ -72,11 +66,11 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as root:
         shape = replace(SHAPES[args.shape], max_positions=max(args.contexts) + 2 * STEPS)
-        directory = make_llama(Path(root), shape, dtype=torch.bfloat16)
+        engine = native(make_llama(Path(root), shape, dtype=torch.bfloat16), dtype="bfloat16")
         before = bandwidth()
-        shortest, least = step_seconds(directory, args.batch, SHORTEST)
+        shortest, least = step_seconds(engine, args.batch, SHORTEST)
         for context in args.contexts:
-            taken, read = step_seconds(directory, args.batch, context)
+            taken, read = step_seconds(engine, args.batch, context)
             grown = taken - shortest
             rate = (read - least) / grown / 1e9
             results.append(

@@ -10,25 +10,22 @@ import argparse
 import json
 import os
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 
 from gateway.bench import machine
-from tests.bench.bench_quantized import step_seconds
+from tests.bench.bench_quantized import in_turn, step_seconds
 from tests.engines.driver import Driver, native
-from tests.models import B1, SMALL, TINY, make_llama
+from tests.models import SHAPES, make_llama
 
-SHAPES = {"tiny": TINY, "small": SMALL, "b1": B1}
 PROMPT, ROUNDS = 512, 5
 
 
-def prompt_seconds(driver: Driver) -> float:
-    started = time.perf_counter()
+def read_prompt(driver: Driver) -> None:
     driver.step([driver.add(list(range(2, 2 + PROMPT)), 1)], PROMPT)
-    return time.perf_counter() - started
 
 
 def main() -> None:
@@ -46,8 +43,8 @@ def main() -> None:
         drivers = [
             Driver(engine, num_blocks=(PROMPT // 16 + 1) * ROUNDS, block_size=16) for engine in engines
         ]
-        rounds = [[prompt_seconds(driver) for driver in drivers] for _ in range(ROUNDS)]
-        timed[f"a prompt of {PROMPT}"] = [list(side) for side in zip(*rounds, strict=True)]
+        works = [partial(read_prompt, driver) for driver in drivers]
+        timed[f"a prompt of {PROMPT}"] = in_turn(works, ROUNDS)
     results = [
         {
             "what": what,

@@ -27,9 +27,8 @@ from engines.wire import Generate, SamplingParams
 from gateway.bench import machine
 from tests.bench.hf_generate import tokens_per_second
 from tests.engines.harness import Group, running
-from tests.models import B1, SMALL, TINY, make_llama
+from tests.models import SHAPES, make_llama
 
-SHAPES = {"tiny": TINY, "small": SMALL, "b1": B1}
 SIDES = {
     "native tp=1": ("tp", "native", 1, 2),
     "native tp=2": ("tp", "native", 2, 1),

@@ -28,7 +28,8 @@ from gateway.bench import (
     make_prompts,
     run_request,
 )
-from tests.bench.bench_peers import SHAPES, Server, model_of, others_stopped, sluice, vllm
+from tests.bench.bench_peers import Server, model_of, others_stopped, sluice, vllm
+from tests.models import SHAPES
 
 LONG, STREAMS, STREAM_PROMPT = 2048, 8, 64
 MAX_LEN = 4096

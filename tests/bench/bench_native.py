@@ -22,9 +22,8 @@ from typing import Any
 import torch
 
 from tests.engines.driver import Driver, native
-from tests.models import B1, SMALL, TINY, make_llama
+from tests.models import SHAPES, make_llama
 
-SHAPES = {"tiny": TINY, "small": SMALL, "b1": B1}
 PROMPT_TOKENS, NEW_TOKENS, BLOCK_SIZE = 128, 64, 16
 
 Decode = Callable[[list[list[int]]], list[float]]

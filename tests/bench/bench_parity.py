@@ -97,6 +97,7 @@ def main() -> None:
     record = {
         "command": (
             f"python -m tests.bench.bench_parity --prompts {args.prompts} --output-len {args.output_len}"
+            f" --engines {' '.join(args.engines)}"
         ),
         "prompts": sum(int(str(row.get("prompts", 0))) for row in rows),
         "tokens_compared": sum(int(str(row.get("tokens_compared", 0))) for row in rows),

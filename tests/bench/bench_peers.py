@@ -33,9 +33,8 @@ import torch
 
 from gateway.bench import BenchConfig, machine, make_prompts, run_level
 from tests.e2e.server import free_port
-from tests.models import B1, SMALL, TINY, Shape, make_llama
+from tests.models import SHAPES, Shape, make_llama
 
-SHAPES = {"tiny": TINY, "small": SMALL, "b1": B1}
 PROMPT_LEN, OUTPUT_LEN = 128, 64
 BIN = Path(sys.executable).parent
 

@@ -15,7 +15,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -28,7 +29,7 @@ from gateway import bench
 from tests.conversion.helpers import convert
 from tests.conversion.test_quantize import logits_of
 from tests.engines.driver import Driver, generate, native
-from tests.models import B1, SMALL, TINY, make_llama
+from tests.models import SHAPES, make_llama
 
 DEMO = Path(__file__).parents[2] / "gateway" / "demo_model"
 TOPICS = (
@@ -56,26 +57,31 @@ def logit_error(plain: Engine, small: Engine, prompts: list[list[int]]) -> float
     return max(float((b - a).norm() / a.norm()) for a, b in pairs)
 
 
-def step_seconds(engines: Sequence[Engine], batch: int, vocab: int, steps: int = 20) -> list[list[float]]:
-    """Of each engine, taking turns."""
-    sides = []
-    for engine in engines:
-        driver = Driver(engine, num_blocks=4 * batch, block_size=16)
-        rows = [driver.add([(7 * i + j) % vocab for j in range(16)], 48) for i in range(batch)]
-        driver.step(rows, 16)
-        sides.append((driver, rows))
-    seconds: list[list[float]] = [[] for _ in sides]
-    for _ in range(steps):
-        for own, (driver, rows) in zip(seconds, sides, strict=True):
+def in_turn(works: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
+    """The seconds that each takes, round after round."""
+    seconds: list[list[float]] = [[] for _ in works]
+    for _ in range(rounds):
+        for own, work in zip(seconds, works, strict=True):
             started = time.perf_counter()
-            driver.step(rows, 1)
+            work()
             own.append(time.perf_counter() - started)
     return seconds
 
 
+def step_seconds(engines: Sequence[Engine], batch: int, vocab: int, steps: int = 20) -> list[list[float]]:
+    """Of each engine, taking turns."""
+    works = []
+    for engine in engines:
+        driver = Driver(engine, num_blocks=4 * batch, block_size=16)
+        rows = [driver.add([(7 * i + j) % vocab for j in range(16)], 48) for i in range(batch)]
+        driver.step(rows, 16)
+        works.append(partial(driver.step, rows, 1))
+    return in_turn(works, steps)
+
+
 def speeds(name: str, root: Path) -> list[dict[str, object]]:
     """Of int8 over bfloat16, at several sequences."""
-    shape = {"tiny": TINY, "small": SMALL, "b1": B1}[name]
+    shape = SHAPES[name]
     plain = make_llama(root / "plain", shape, dtype=torch.bfloat16)
     convert(plain, root / "int8", Target("sluice", quantize="int8"))
     engines = [native(root / directory, dtype="bfloat16") for directory in ("plain", "int8")]
@@ -92,7 +98,7 @@ def speeds(name: str, root: Path) -> list[dict[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--prompts", type=int, default=len(TOPICS) * len(FORMS))
-    parser.add_argument("--shape", choices=("tiny", "small", "b1"), help="of the model whose steps are timed")
+    parser.add_argument("--shape", choices=SHAPES, help="of the model whose steps are timed")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
