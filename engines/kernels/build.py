@@ -22,8 +22,15 @@ log = logging.getLogger("sluice.engine")
 _HERE = Path(__file__).parent
 _SOURCES = ("llama.cpp", "attention.h", "linear.h", "vec.h")
 _FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno")
-_LEVELS = {"x86-64-v4": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}, "x86-64-v3": {"avx2", "fma", "bmi2"}}
+_V4 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
+_LEVELS = {
+    "x86-64-v4-bf16": _V4 | {"avx512_bf16", "avx512_vnni"},
+    "x86-64-v4": _V4,
+    "x86-64-v3": frozenset({"avx2", "fma", "bmi2"}),
+}
 """Of x86 processors, the best first, with what Linux calls the instructions that tell them apart."""
+_ARCHITECTURES = {"x86-64-v4-bf16": ("x86-64-v4", "-mavx512bf16", "-mavx512vnni")}
+"""What the compiler calls a level, where it has no such name."""
 _COMPILE_SECONDS = 300
 
 
@@ -78,11 +85,17 @@ def compile_for(level: str, path: Path) -> Path:
     return path
 
 
+def _options(level: str) -> tuple[str, ...]:
+    """What has the compiler make code for it."""
+    architecture, *more = _ARCHITECTURES.get(level, (level,))
+    return (f"-march={architecture}", *more)
+
+
 def _run(compiler: str, level: str, path: Path) -> None:
     log.info("kernels: compiled for %s, once", level)
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         made = Path(directory, path.name)
-        command = [compiler, *_FLAGS, f"-march={level}", "-o", str(made), str(_HERE / _SOURCES[0])]
+        command = [compiler, *_FLAGS, *_options(level), "-o", str(made), str(_HERE / _SOURCES[0])]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
         except subprocess.TimeoutExpired:

@@ -23,7 +23,6 @@ from engines.kernels import build
 log = logging.getLogger("sluice.engine")
 
 SWITCH = "SLUICE_KERNELS"
-_AVX2_PAIR = 16
 
 
 class Parts(IntFlag):
@@ -120,13 +119,11 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int
 
 
 class Library:
-    """What was compiled. `pair_width`: the dimensions that are summed over must be multiples of it;
-    `has_avx512`: for processors with it, where torch's own matrices are the faster from some rows on."""
+    """What was compiled. `pair_width`: the dimensions that are summed over must be multiples of it."""
 
     def __init__(self, path: Path) -> None:
         functions = ctypes.CDLL(os.fspath(path))
         self.pair_width: int = functions.sluice_pair_width()
-        self.has_avx512 = self.pair_width > _AVX2_PAIR
         self._run, self._linear, self._norm = {}, {}, {}
         for values in (torch.float32, torch.bfloat16):
             self._norm[values] = norm = functions[f"sluice_norm_{_NAMES[values]}"]

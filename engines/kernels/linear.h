@@ -30,35 +30,62 @@ template <class T> inline void put_row(const float* from, int count, T* to) {
 // ---- In which numbers it is done. A word of x, the room of a float32, holds NUMBERS of them.
 
 template <class B> struct Floats {
-    typedef B Weight;
+    typedef B Weight, Order;
     typedef vfloat Sum;
     static constexpr int NUMBERS = 1;
+    static constexpr bool HAS_SCALES = false;  // of rows of x
 
     static vfloat load(const float* x) { return sluice::load(x); }
     static vfloat weight(const B* w, int word) { return word ? Pair<B>::second(w) : Pair<B>::first(w); }
     static vfloat spread(const float* wide) { return splat(*wide); }
-    static vfloat product(vfloat weight, vfloat x) { return weight * x; }
+    static vfloat add_product(vfloat sum, vfloat weight, vfloat x) { return sum + weight * x; }
     static vfloat to_float(vfloat sum) { return sum; }
     static void store(float* to, vfloat weight) { sluice::store(to, weight); }
 };
 
-// Weights of 8 bits by a row of 16, which has a scale of its own: of the row's largest number one part in 65,534 is
-// lost, and nothing after that, for K_BLOCK / W of the products fit into 32 bits. Half the work of Floats.
-struct Ints {
-    typedef int8_t Weight;
-    typedef vint Sum;
+// A word is two numbers of 16 bits.
+struct Pairs {
     static constexpr int NUMBERS = 2;
 
     static vshort load(const float* x) { return vshort(*reinterpret_cast<const vshort_at*>(x)); }
-    static vshort weight(const int8_t* w, int) { return widened(w); }
     static vshort spread(const float* wide) {
         uint32_t pair;
         std::memcpy(&pair, wide, 4);
         return vshort(pair + vuint{});
     }
-    static vint product(vshort weight, vshort x) { return products(weight, x); }
-    static vfloat to_float(vint sum) { return __builtin_convertvector(sum, vfloat); }
     static void store(float* to, vshort weight) { *reinterpret_cast<vshort_at*>(to) = weight; }
+};
+
+#if defined(__AVX512BF16__)
+// Rows of bfloat16, by processors that multiply it: twice what they do of float32.
+template <class B> struct Halves : Pairs {
+    typedef B Weight;
+    typedef bfloat16 Order;
+    typedef vfloat Sum;
+    static constexpr bool HAS_SCALES = false;
+
+    static vshort weight(const B* w, int) { return halves(w); }
+    static vfloat add_product(vfloat sum, vshort weight, vshort x) { return add_products(sum, weight, x); }
+    static vfloat to_float(vfloat sum) { return sum; }
+
+    // A row of float32 that are bfloat16's. Returns its scale.
+    static float take(const float* from, int count, float* to) {
+        put_row(from, count, reinterpret_cast<bfloat16*>(to));
+        return 1.0f;
+    }
+};
+#endif
+
+// Weights of 8 bits by a row of 16, which has a scale of its own: of the row's largest number one part in 65,534 is
+// lost, and nothing after that, for K_BLOCK / W of the products fit into 32 bits. Half the work of Floats.
+struct Ints : Pairs {
+    typedef int8_t Weight, Order;
+    typedef vint Sum;
+    static constexpr bool HAS_SCALES = true;
+
+    static vshort weight(const int8_t* w, int) { return widened(w); }
+    static vint add_product(vint sum, vshort weight, vshort x) { return add_products(sum, weight, x); }
+    static vfloat to_float(vint sum) { return __builtin_convertvector(sum, vfloat); }
 
     // A row of float32 into one of 16 bits. Returns its scale.
     static float take(const float* from, int count, float* to) {
@@ -84,28 +111,37 @@ struct Ints {
 
 constexpr int N_TILE = 4;                // rows of the weights at a time, each of another quarter of a part: memory is
                                          // read in so many streams, each in order, 1.3 to 1.8 times as fast as in one
-constexpr int AHEAD_BYTES = 512;         // of each stream
 constexpr int M_TILE = W == 16 ? 6 : 3;  // rows of x: N_TILE * M_TILE sums stay in registers
 constexpr int K_BLOCK = 2048;            // numbers that are summed before the sums are added: of x they stay in the
                                          // second-level cache
+
+// Where the weights are that are wanted next: of as many streams, one piece of x's rows after the other asks for its
+// share. Memory takes few requests at once.
+struct Ahead {
+    const char* from;
+    int num_pieces;
+};
 
 // sums[m][n * spacing] of N rows of weights and M of x, added to what is there if `goes_on`. Not inline, or GCC keeps
 // some of the sums in memory.
 template <class A, int N, int M>
 __attribute__((noinline)) void tile(const typename A::Weight* w, int64_t w_stride, const float* x, int64_t x_stride,
-                                    int num_k, float* out, int stride, int spacing, bool goes_on) {
+                                    int num_k, float* out, int stride, int spacing, bool goes_on, Ahead ahead) {
     typename A::Sum sums[N][M] = {};
-    for (int k = 0; k < num_k; k += 2 * W, x += 2 * W / A::NUMBERS) {
+    int k = 0;
+    int64_t ahead_step = 2 * W * sizeof(*w) / ahead.num_pieces, stream = w_stride * sizeof(*w);
+    do {  // at least once, or the compiler has the sums in memory
         for (int word = 0; word < 2 * W / A::NUMBERS; word += W) {
             decltype(A::load(x)) rows[M];
             for (int m = 0; m < M; m++) rows[m] = A::load(x + m * x_stride + word);
             for (int n = 0; n < N; n++) {
-                if (!word) __builtin_prefetch(reinterpret_cast<const char*>(w + n * w_stride + k) + AHEAD_BYTES);
+                if (!word) __builtin_prefetch(ahead.from + n * stream);
                 auto weight = A::weight(w + n * w_stride + k, word);
-                for (int m = 0; m < M; m++) sums[n][m] += A::product(weight, rows[m]);
+                for (int m = 0; m < M; m++) sums[n][m] = A::add_product(sums[n][m], weight, rows[m]);
             }
         }
-    }
+        k += 2 * W, x += 2 * W / A::NUMBERS, ahead.from += ahead_step;
+    } while (k < num_k);
     for (int m = 0; m < M; m++, out += stride) {
         if constexpr (N == 4) {
             vfloat4 four = four_sums(A::to_float(sums[0][m]), A::to_float(sums[1][m]), A::to_float(sums[2][m]),
@@ -130,8 +166,9 @@ inline void strip(const typename A::Weight* w, int num_k, int spacing, int width
     for (int piece = 0, m = 0; piece < num_pieces; piece++) {
         int rows = (num_rows - m + num_pieces - piece - 1) / (num_pieces - piece);  // as equal as can be
         int64_t x_stride = num_k / A::NUMBERS;
+        Ahead ahead{reinterpret_cast<const char*>(w + num_k + piece * width / num_pieces), num_pieces};
         tile_of<A, N>(rows, w, int64_t(spacing) * num_k, x + m * x_stride, x_stride, width, out + m * stride, stride,
-                      spacing, goes_on);
+                      spacing, goes_on, ahead);
         m += rows;
     }
 }
@@ -171,17 +208,30 @@ inline void pack_panel(const float* x, int size, float* panel) {
     }
 }
 
+// Weights that memory is asked for bit by bit: it takes few requests at once.
+template <class B> struct NextStrip {
+    const B* from;
+    int64_t stride;
+
+    void ask(int line) const {
+        constexpr int LINES = DEPTH * sizeof(B) / 64;
+        __builtin_prefetch(reinterpret_cast<const char*>(from + line / LINES * stride) + line % LINES * 64);
+    }
+};
+
 // out[n][m] of N rows of widened weights and M vectors of a panel's rows, added to what is there if `goes_on`.
 template <class A, int N, int M>
-inline void outer_products(const float* wide, const float* panel, int size, float* out, bool goes_on) {
+inline void outer_products(const float* wide, const float* panel, int size, float* out, bool goes_on,
+                           NextStrip<typename A::Weight> ahead) {
     typename A::Sum sums[N][M] = {};
     int i = 0;
     do {  // at least once, or the compiler has the sums in memory
+        ahead.ask(i);
         decltype(A::load(panel)) rows[M];
         for (int m = 0; m < M; m++) rows[m] = A::load(panel + i * PANEL + m * W);
         for (int n = 0; n < N; n++) {
             auto weight = A::spread(wide + n * WIDE_STRIDE + i);
-            for (int m = 0; m < M; m++) sums[n][m] += A::product(weight, rows[m]);
+            for (int m = 0; m < M; m++) sums[n][m] = A::add_product(sums[n][m], weight, rows[m]);
         }
     } while (++i < size);
     for (int n = 0; n < N; n++) {
@@ -203,7 +253,6 @@ template <class A>
 inline void widen(const typename A::Weight* from, int64_t stride, int height, int depth, float* wide) {
     for (int i = 0; i < height; i++) {
         for (int k = 0; k < depth; k += 2 * W) {
-            __builtin_prefetch(from + (i + STRIP) * stride + k);  // the next strip
             for (int word = 0; word < 2 * W / A::NUMBERS; word += W) {
                 A::store(wide + i * WIDE_STRIDE + k / A::NUMBERS + word, A::weight(from + i * stride + k, word));
             }
@@ -222,12 +271,14 @@ void many_rows(const typename A::Weight* w, int num_k, Range part, const float* 
         int depth = std::min(DEPTH, num_k - k);
         for (int n = 0; n < part.size(); n += STRIP) {
             int height = std::min(STRIP, part.size() - n);
-            widen<A>(w + int64_t(part.begin + n) * num_k + k, num_k, height, depth, wide);
+            const auto* from = w + int64_t(part.begin + n) * num_k + k;
+            widen<A>(from, num_k, height, depth, wide);
+            NextStrip<typename A::Weight> ahead{from + int64_t(height) * num_k, num_k};
             for (int p = 0; p < count; p++) {
                 bool is_half = num_rows - p * PANEL <= W;
                 const float* panel = panels + (int64_t(p) * num_k + k) / A::NUMBERS * PANEL;
                 outer_products_of<A, STRIP>(height, is_half, wide, panel, depth / A::NUMBERS,
-                                            turned + (int64_t(p) * columns + n) * PANEL, k > 0);
+                                            turned + (int64_t(p) * columns + n) * PANEL, k > 0, ahead);
             }
         }
     }

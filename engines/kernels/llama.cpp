@@ -23,6 +23,12 @@ template <class T, class B> struct Matrix {
         return bias ? sum + to_float(bias[n]) : sum;
     }
 
+    // Of W columns from n on.
+    vfloat result(int n, vfloat sums) const {
+        if (scale) sums *= load(scale + n);
+        return bias ? sums + consecutive(bias + n) : sums;
+    }
+
     Matrix from(int64_t row, int num_k) const {
         return {weight + row * num_k, scale ? scale + row : nullptr, bias ? bias + row : nullptr};
     }
@@ -88,9 +94,22 @@ struct Scratch {
     Buffer<float> x, row, scales, turned, sums, scores;
 };
 
-// float32 keeps float32 rows whatever the weights are.
-template <class T, class B>
-using Arithmetic = std::conditional_t<std::is_same_v<B, int8_t> && !std::is_same_v<T, float>, Ints, Floats<B>>;
+// In which rows of T are multiplied by weights in B. float32 keeps float32 rows whatever the weights are.
+template <class T, class B> struct ArithmeticOf {
+    typedef Floats<B> type;
+};
+
+#if defined(__AVX512BF16__)
+template <class B> struct ArithmeticOf<bfloat16, B> {
+    typedef Halves<B> type;
+};
+#else
+template <> struct ArithmeticOf<bfloat16, int8_t> {
+    typedef Ints type;
+};
+#endif
+
+template <class T, class B> using Arithmetic = typename ArithmeticOf<T, B>::type;
 
 constexpr int UNIT = 4 * N_TILE;   // columns of a result that one thread takes at least: a cache line of it or two
 constexpr int MANY_UNIT = 24;      // the same where they are made in strips
@@ -146,7 +165,8 @@ Input make_input(int num_rows, int num_k, bool is_deterministic, const Panels& p
             take(row, to);
         } else {
             take(row, own.row.data());
-            scales[row] = A::take(own.row.data(), num_k, to);
+            float scale = A::take(own.row.data(), num_k, to);
+            if constexpr (A::HAS_SCALES) scales[row] = scale;
         }
     };
     if (!in_panels) {
@@ -189,8 +209,8 @@ void multiply(Matrix<T, B> w, Range part, const Input& input, Scratch& own, Put 
         few_rows<A>(w.weight, input.num_k, part, input.x, input.num_rows, sums, stride);
     }
     for (int m = 0; m < input.num_rows; m++, sums += stride) {
-        if constexpr (A::NUMBERS > 1) {
-            for (int n = 0; n < part.size(); n++) sums[n] *= input.scales[m];
+        if constexpr (A::HAS_SCALES) {
+            for (int n = 0; n < stride; n += W) store(sums + n, load(sums + n) * input.scales[m]);
         }
         put(m, sums);
     }
@@ -201,7 +221,9 @@ template <class T, class B>
 void project(Matrix<T, B> w, Range part, const Input& input, Scratch& own, T* out, int width) {
     multiply(w, part, input, own, [=](int m, const float* sums) {
         T* into = out + int64_t(m) * width;
-        for (int n = part.begin; n < part.end; n++) into[n] = from_float<T>(w.result(n, sums[n - part.begin]));
+        int n = part.begin;
+        for (; n + W <= part.end; n += W, sums += W) put_consecutive(into + n, w.result(n, load(sums)));
+        for (; n < part.end; n++) into[n] = from_float<T>(w.result(n, *sums++));
     });
 }
 
@@ -210,9 +232,11 @@ template <class T, class B>
 void project_and_add(Matrix<T, B> w, Range part, const Input& input, Scratch& own, T* out, int width) {
     multiply(w, part, input, own, [=](int m, const float* sums) {
         T* into = out + int64_t(m) * width;
-        for (int n = part.begin; n < part.end; n++) {
-            into[n] = from_float<T>(to_float(into[n]) + rounded<T>(w.result(n, sums[n - part.begin])));
+        int n = part.begin;
+        for (; n + W <= part.end; n += W, sums += W) {
+            put_consecutive(into + n, consecutive(into + n) + rounded<T>(w.result(n, load(sums))));
         }
+        for (; n < part.end; n++) into[n] = from_float<T>(to_float(into[n]) + rounded<T>(w.result(n, *sums++)));
     });
 }
 
@@ -291,7 +315,7 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
     int dim = model.head_dim, rows = step.num_tokens;
     int width = (model.num_heads + 2 * model.num_kv_heads) * dim, inner = model.num_heads * dim;
     Input input = make_input<A>(rows, model.hidden, step.is_deterministic, shared.panels, own, [&](int64_t row, float* to) {
-        take_normed<T, B>(hidden + row * model.hidden, layer.attention_norm, model.hidden, model.eps, to);
+        take_normed<T, typename A::Order>(hidden + row * model.hidden, layer.attention_norm, model.hidden, model.eps, to);
     });
     share_out(width, input.unit(), threads,
               [&](Range part) { project(layer.qkv, part, input, own, shared.qkv.data(), width); });
@@ -316,7 +340,7 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
         }
     }
     input = make_input<A>(rows, inner, step.is_deterministic, shared.panels, own, [&](int64_t row, float* to) {
-        take_row<T, B>(shared.attended.data() + row * inner, inner, to);
+        take_row<T, typename A::Order>(shared.attended.data() + row * inner, inner, to);
     });
     share_out(model.hidden, input.unit(), threads,
               [&](Range part) { put(layer.output, part, input, own, out, model.hidden); });
@@ -328,7 +352,7 @@ void mlp_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step
     typedef Arithmetic<T, B> A;
     int rows = step.num_tokens, inner = model.intermediate;
     Input input = make_input<A>(rows, model.hidden, step.is_deterministic, shared.panels, own, [&](int64_t row, float* to) {
-        take_normed<T, B>(hidden + row * model.hidden, layer.mlp_norm, model.hidden, model.eps, to);
+        take_normed<T, typename A::Order>(hidden + row * model.hidden, layer.mlp_norm, model.hidden, model.eps, to);
     });
     T *gate_up = shared.gate_up.data(), *activated = shared.activated.data();
     share_out(inner, input.is_many ? 6 * W : 2 * W, threads, [&](Range part) {  // whole pairs, and whole strips
@@ -339,7 +363,7 @@ void mlp_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step
         activate(gate_up, rows, inner, part, activated);
     });
     input = make_input<A>(rows, inner, step.is_deterministic, shared.panels, own, [&](int64_t row, float* to) {
-        take_row<T, B>(activated + row * inner, inner, to);
+        take_row<T, typename A::Order>(activated + row * inner, inner, to);
     });
     share_out(model.hidden, input.unit(), threads,
               [&](Range part) { put(layer.down, part, input, own, out, model.hidden); });
@@ -398,7 +422,7 @@ void linear_of(Matrix<T, B> w, const T* x, T* y, int num_rows, int num_k, int nu
         for (int begin = 0; begin < num_rows; begin += ROWS_AT_ONCE) {
             int rows = std::min(ROWS_AT_ONCE, num_rows - begin);
             Input input = make_input<A>(rows, num_k, is_deterministic, panels, own, [&](int64_t row, float* to) {
-                take_row<T, B>(x + (begin + row) * num_k, num_k, to);
+                take_row<T, typename A::Order>(x + (begin + row) * num_k, num_k, to);
             });
             share_out(num_n, input.unit(), omp_get_num_threads(), [&](Range part) {
                 project(w, part, input, own, y + int64_t(begin) * num_n, num_n);

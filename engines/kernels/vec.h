@@ -24,6 +24,7 @@ typedef int16_t vshort __attribute__((vector_size(4 * W)));
 // The same at any address.
 typedef float vfloat_at __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef uint32_t vuint_at __attribute__((vector_size(4 * W), aligned(2), may_alias));
+typedef uint16_t vhalf_at __attribute__((vector_size(2 * W), aligned(2), may_alias));
 typedef int16_t vnarrow_at __attribute__((vector_size(2 * W), aligned(2), may_alias));
 typedef int16_t vshort_at __attribute__((vector_size(4 * W), aligned(2), may_alias));
 
@@ -202,21 +203,41 @@ inline vshort widened(const int8_t* p) {
 #endif
 }
 
-// The sums of each two products.
-inline vint products(vshort a, vshort b) {
-#if defined(__AVX512F__)
-    return vint(_mm512_madd_epi16(__m512i(a), __m512i(b)));
+// sums and each two products of a and b.
+inline vint add_products(vint sums, vshort a, vshort b) {
+#if defined(__AVX512VNNI__)
+    return vint(_mm512_dpwssd_epi32(__m512i(sums), __m512i(a), __m512i(b)));
+#elif defined(__AVX512F__)
+    return sums + vint(_mm512_madd_epi16(__m512i(a), __m512i(b)));
 #else
-    return vint(_mm256_madd_epi16(__m256i(a), __m256i(b)));
+    return sums + vint(_mm256_madd_epi16(__m256i(a), __m256i(b)));
 #endif
 }
+
+#if defined(__AVX512BF16__)
+// 2 W bfloat16 numbers, of which the processor multiplies each two at once.
+inline vshort halves(const bfloat16* p) { return vshort(*reinterpret_cast<const vshort_at*>(p)); }
+
+inline vshort halves(const int8_t* p) {
+    return vshort(_mm512_cvtne2ps_pbh(__m512(Pair<int8_t>::second(p)), __m512(Pair<int8_t>::first(p))));
+}
+
+inline vfloat add_products(vfloat sums, vshort a, vshort b) {
+    return vfloat(_mm512_dpbf16_ps(__m512(sums), __m512bh(a), __m512bh(b)));
+}
+#endif
 
 // W consecutive numbers, as they lie.
 inline vfloat consecutive(const float* p) { return load(p); }
 
 inline vfloat consecutive(const bfloat16* p) {
-    typedef uint16_t vhalf_at __attribute__((vector_size(2 * W), aligned(2), may_alias));
     return vfloat(__builtin_convertvector(*reinterpret_cast<const vhalf_at*>(p), vuint) << 16);
+}
+
+inline void put_consecutive(float* p, vfloat x) { store(p, x); }
+
+inline void put_consecutive(bfloat16* p, vfloat x) {
+    *reinterpret_cast<vhalf_at*>(p) = __builtin_convertvector(vuint(rounded<bfloat16>(x)) >> 16, vhalf_at);
 }
 
 // 2 W numbers in T, in the order in which Pair<B> takes its own apart.

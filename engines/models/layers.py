@@ -108,14 +108,13 @@ def _scratch(numel: int) -> Tensor:
     return torch.empty(numel)
 
 
-class FewRowsLinear:
+class KernelLinear:
     """Our own kernel, which reads the weight as it lies; `many`, if given, for more than MOST_ROWS rows.
 
-    With AVX2 alone in bfloat16 1.5 to 3 times as fast as torch at 1 row, 5 times at 8. Deterministic: no
-    row's result depends on how many others there are.
+    In bfloat16 with AVX2 alone 1.5 to 3 times as fast as torch at 1 row, 5 times at 8; with AVX512-BF16 level
+    with oneDNN (PackedLinear), whose weights are a second copy. Deterministic: no row's result depends on how
+    many others there are.
     """
-
-    MOST_ROWS = 32
 
     def __init__(
         self,
@@ -130,33 +129,40 @@ class FewRowsLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        if self._many is not None and rows.shape[0] > self.MOST_ROWS:
+        if self._many is not None and rows.shape[0] > MOST_ROWS:
             return self._many(x)
         out = self._kernels.linear(self.operand, rows.contiguous(), is_deterministic=self._is_deterministic)
         return out.view(*x.shape[:-1], -1)
 
 
-def few_rows(
+MOST_ROWS = 32
+"""That our kernels take where torch's matrices are the faster for more."""
+
+
+def is_torch_faster(dtype: torch.dtype) -> bool:
+    """Whether it is, for many rows of that dtype: oneDNN is, with AMX, which our kernels do not use."""
+    return dtype == torch.bfloat16 and cpu.has_amx()
+
+
+def kernel_linear(
     operand: library.Weight, dtype: torch.dtype, make_many: Callable[[], LinearOp]
-) -> FewRowsLinear | None:
-    """For values of `dtype`. None where there are no kernels for it, or torch's own are as fast: in bfloat16
-    on CPUs that multiply it."""
+) -> KernelLinear | None:
+    """For values of `dtype`, with what `make_many` makes where torch is faster. None where there are no
+    kernels for it."""
     kernels = library.load()
     if kernels is None or not kernels.takes(dtype, operand.weight):
         return None
-    if dtype == torch.bfloat16 and cpu.has_bfloat16():
-        return None
-    return FewRowsLinear(kernels, operand, many=make_many() if kernels.has_avx512 else None)
+    return KernelLinear(kernels, operand, many=make_many() if is_torch_faster(dtype) else None)
 
 
-def deterministic_linear(operand: library.Weight, dtype: torch.dtype) -> FewRowsLinear:
+def deterministic_linear(operand: library.Weight, dtype: torch.dtype) -> KernelLinear:
     """One whose rows depend on no others, however many there are. Raises UnsupportedModel."""
     kernels = library.load()
     if kernels is None or not kernels.takes(dtype, operand.weight):
         raise not_deterministic(
             library.reason() or f"do not fit {dtype} with {operand.weight.shape[1]} inputs"
         )
-    return FewRowsLinear(kernels, operand, is_deterministic=True)
+    return KernelLinear(kernels, operand, is_deterministic=True)
 
 
 def not_deterministic(reason: str) -> UnsupportedModel:
@@ -175,7 +181,7 @@ def make_linear(weight: Tensor, bias: Tensor | None = None, *, is_deterministic:
     operand = library.Weight(weight.contiguous(), bias)
     if is_deterministic:
         return deterministic_linear(operand, weight.dtype)
-    ours = few_rows(operand, weight.dtype, lambda: _unpacked(operand.weight, bias))
+    ours = kernel_linear(operand, weight.dtype, lambda: _unpacked(operand.weight, bias))
     if ours is not None:
         return ours
     is_float32 = weight.dtype == torch.float32
@@ -186,7 +192,8 @@ def make_linear(weight: Tensor, bias: Tensor | None = None, *, is_deterministic:
 
 def _unpacked(weight: Tensor, bias: Tensor | None) -> LinearOp:
     """One that reads the weight as it lies, as our kernels beside it do."""
-    is_upcast = weight.dtype == torch.bfloat16 and weight.shape[1] <= UpcastLinear._TILE
+    is_slow = weight.dtype == torch.bfloat16 and not cpu.has_bfloat16()
+    is_upcast = is_slow and weight.shape[1] <= UpcastLinear._TILE
     return (UpcastLinear if is_upcast and _has_onednn(weight) else PlainLinear)(weight, bias)
 
 

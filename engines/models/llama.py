@@ -14,7 +14,7 @@ from torch import Tensor
 from engines.base import ReportProgress
 from engines.models.checkpoint import Checkpoint
 from engines.models.config import LlamaConfig
-from engines.models.few_tokens import FewTokens, require_deterministic
+from engines.models.kernel_layers import KernelLayers, require_deterministic
 from engines.models.layers import (
     LinearOp,
     RMSNorm,
@@ -187,9 +187,9 @@ class Llama:
             self.norm = loader.norm("model.norm")
             self.head = self._load_head(loader)
         self.rotary = Rotary(config.rope, config.head_dim, max_positions, loader.dtype, mesh.device)
-        self.few_tokens = FewTokens.of(self)
+        self.kernel_layers = KernelLayers.of(self)
         if loader.is_deterministic:
-            self.few_tokens = require_deterministic(self.few_tokens)
+            self.kernel_layers = require_deterministic(self.kernel_layers)
 
     def _load_head(self, loader: WeightLoader) -> LinearOp:
         if not self.config.tie_word_embeddings:
@@ -203,8 +203,8 @@ class Llama:
 
     def run_layers(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """[T, H] to [T, H] through the layers that are here, in place."""
-        if self.few_tokens is not None and self.few_tokens.takes(hidden):
-            return self.few_tokens.run(hidden)
+        if self.kernel_layers is not None and self.kernel_layers.takes(hidden):
+            return self.kernel_layers.run(hidden)
         cos, sin = self.rotary.rows(positions)
         for layer in self.layers:
             layer(hidden, self.rotary, cos, sin)

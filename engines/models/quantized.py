@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engines.base import BadCheckpoint
 from engines.kernels import library
-from engines.models.layers import LinearOp, deterministic_linear, few_rows
+from engines.models.layers import LinearOp, deterministic_linear, kernel_linear
 from engines.models.manifest import MANIFEST_NAME, Layout
 from engines.runtime.cpu import compute_dtype
 
@@ -81,7 +81,7 @@ def make_quantized_linear(
     if is_deterministic:
         return deterministic_linear(operand, dtype)
     many = QuantizedLinear(weight, scale, bias, dtype)
-    return few_rows(operand, dtype, lambda: many) or many
+    return kernel_linear(operand, dtype, lambda: many) or many
 
 
 @cache

@@ -12,6 +12,11 @@ def has_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def has_amx() -> bool:
+    """Whether it multiplies whole tiles of bfloat16."""
+    return torch.cpu._is_amx_tile_supported()
+
+
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What matrices of that dtype are best multiplied in: itself, but float32 where that is slow."""
     is_slow = device.type == "cpu" and dtype == torch.bfloat16 and not has_bfloat16()

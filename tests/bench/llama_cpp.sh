@@ -4,7 +4,7 @@
 set -eu
 home=$1
 python3 -m venv "$home"
-"$home/bin/pip" install --quiet "gguf==0.19.0"
+"$home/bin/pip" install --quiet "gguf==0.19.0" "scikit-build-core==1.1.2"  # pip asks the latter what the source is
 "$home/bin/pip" download --quiet --no-deps --no-build-isolation --no-binary :all: --dest "$home/source" "llama-cpp-python==0.3.36"
 tar -xzf "$home"/source/*.tar.gz -C "$home/source"
 source=$home/source/llama_cpp_python-0.3.36/vendor/llama.cpp

@@ -90,11 +90,11 @@ def test_another_processor_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_best_level_that_the_processor_has_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    best, second = build._LEVELS
-    monkeypatch.setattr(build, "_processor_flags", lambda: build._LEVELS[best] | build._LEVELS[second])
-    assert build._level_here() == best
-    monkeypatch.setattr(build, "_processor_flags", lambda: build._LEVELS[second] | {"sse2"})
-    assert build._level_here() == second
+    levels = list(build._LEVELS)
+    for place, level in enumerate(levels):
+        flags = set().union(*(build._LEVELS[other] for other in levels[place:]), {"sse2"})
+        monkeypatch.setattr(build, "_processor_flags", lambda flags=flags: flags)
+        assert build._level_here() == level
 
 
 def test_they_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,7 @@ from torch import Tensor
 from conversion.plan import Target
 from engines.base import UnsupportedModel
 from engines.kernels import library
-from engines.models.few_tokens import MOST_TOKENS
-from engines.models.layers import FewRowsLinear, PlainLinear, RMSNorm
+from engines.models.layers import MOST_ROWS, KernelLinear, PlainLinear, RMSNorm
 from engines.native import NativeEngine
 from engines.runtime import cpu
 from tests.conversion.helpers import convert
@@ -121,12 +120,12 @@ def test_little_work_is_one_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_many_rows_are_left_to_another_linear() -> None:
     assert KERNELS is not None
-    weight, x = random(40, 64, dtype=torch.float32), random(11, 3, 64, dtype=torch.float32)
+    weight, x = random(40, 64, dtype=torch.float32), random(MOST_ROWS // 3 + 1, 3, 64, dtype=torch.float32)
     marked = PlainLinear(weight + 1, None)
-    few = FewRowsLinear(KERNELS, library.Weight(weight), many=marked)
+    few = KernelLinear(KERNELS, library.Weight(weight), many=marked)
     assert torch.equal(few(x), marked(x))
     torch.testing.assert_close(few(x[:10]), x[:10] @ weight.T)
-    pieces = FewRowsLinear(KERNELS, library.Weight(weight))
+    pieces = KernelLinear(KERNELS, library.Weight(weight))
     torch.testing.assert_close(pieces(x), x @ weight.T)
 
 
@@ -154,8 +153,8 @@ class Both:
     def __init__(self, directory: Path, dtype: str, stale: float = 0.0) -> None:
         self.engines = [native(directory, dtype=dtype), native(directory, dtype=dtype)]
         by_kernels, by_modules = self.engines
-        assert by_kernels._model.few_tokens is not None
-        by_modules._model.few_tokens = None
+        assert by_kernels._model.kernel_layers is not None
+        by_modules._model.kernel_layers = None
         self.drivers = [Driver(engine, num_blocks=64, block_size=4) for engine in self.engines]
         for driver in self.drivers:
             for cache in driver.caches:
@@ -197,7 +196,7 @@ def test_int8_layers_do_what_their_modules_do(tmp_path: Path, dtype: str, tolera
     source = make_llama(tmp_path / "hf", SHAPES["biases"], seed=2)
     convert(source, tmp_path / "int8", Target("sluice", quantize="int8"))
     both = Both(tmp_path / "int8", dtype)
-    assert both.engines[0]._model.few_tokens._dtype == torch.int8  # type: ignore[union-attr]
+    assert both.engines[0]._model.kernel_layers._dtype == torch.int8  # type: ignore[union-attr]
     both.add(1, 9)
     for _ in range(6):
         torch.testing.assert_close(*both.step(3), rtol=tolerance, atol=tolerance)
@@ -210,7 +209,7 @@ def test_nothing_stale_is_read_or_left(tmp_path: Path) -> None:
     both.step(1)
     used = [row.blocks[0] for row in both.rows[0]]
     assert not both.drivers[0].caches[1].data[used].isnan().any()
-    both.drivers[0].engine._model.few_tokens = None  # type: ignore[attr-defined]
+    both.drivers[0].engine._model.kernel_layers = None  # type: ignore[attr-defined]
     for _ in range(6):
         ours, theirs = both.step(1)
         torch.testing.assert_close(ours, theirs)
@@ -272,18 +271,18 @@ def _logits_of(engine: NativeEngine, lengths: list[int]) -> Tensor:
 
 def test_a_large_step_goes_through_the_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = native(make_llama(tmp_path, SHAPES["mha"]))
-    few = engine._model.few_tokens
+    few = engine._model.kernel_layers
     assert few is not None
-    few.takes_all = False  # as with AVX-512
+    few.takes_all = False  # as with AMX
     taken = []
     run = few.run
     monkeypatch.setattr(few, "run", lambda hidden: taken.append(len(hidden)) or run(hidden))
     driver = Driver(engine, num_blocks=64, block_size=4)
-    row = driver.add(list(range(2, 2 + MOST_TOKENS + 2)), 4)
-    driver.step([row], MOST_TOKENS + 1)
-    driver.step([row], MOST_TOKENS)
+    row = driver.add(list(range(2, 2 + MOST_ROWS + 2)), 4)
+    driver.step([row], MOST_ROWS + 1)
+    driver.step([row], MOST_ROWS)
     assert taken == [1]
 
 
 def test_shapes_that_do_not_fit_are_left_to_torch(tmp_path: Path) -> None:
-    assert native(make_llama(tmp_path, ODD))._model.few_tokens is None
+    assert native(make_llama(tmp_path, ODD))._model.kernel_layers is None

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engines.kernels import library
-from engines.models.layers import FewRowsLinear, PackedLinear, PlainLinear, UpcastLinear, make_linear
+from engines.models.layers import KernelLinear, PackedLinear, PlainLinear, UpcastLinear, make_linear
 from engines.runtime import cpu
 
 
@@ -55,14 +55,22 @@ def test_bfloat16_is_packed_only_where_the_processor_multiplies_it(
 
 
 @pytest.mark.skipif(library.load() is None, reason="no kernels for this machine; the log says why")
-def test_our_kernels_are_used_where_torch_is_slower(weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(make_linear(weight), FewRowsLinear)
-    assert not isinstance(make_linear(weight[:, :37].contiguous()), FewRowsLinear)  # not whole vectors
-    monkeypatch.setattr(cpu, "has_bfloat16", lambda: False)
-    assert isinstance(make_linear(weight.bfloat16()), FewRowsLinear)
+def test_our_kernels_are_used_alone_but_where_torch_is_faster(
+    weight: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(make_linear(weight), KernelLinear)
+    assert not isinstance(make_linear(weight[:, :37].contiguous()), KernelLinear)  # not whole vectors
+    monkeypatch.setattr(cpu, "has_amx", lambda: False)
+    assert _many(make_linear(weight.bfloat16())) is None
+    monkeypatch.setattr(cpu, "has_amx", lambda: True)
     monkeypatch.setattr(cpu, "has_bfloat16", lambda: True)
-    monkeypatch.setattr("engines.models.layers.PackedLinear", PlainLinear)  # it may not be so
-    assert not isinstance(make_linear(weight.bfloat16()), FewRowsLinear)
+    assert isinstance(_many(make_linear(weight.bfloat16())), PlainLinear)
+    assert _many(make_linear(weight)) is None
+
+
+def _many(linear: object) -> object:
+    assert isinstance(linear, KernelLinear)
+    return linear._many
 
 
 @pytest.mark.usefixtures("no_kernels")

@@ -1,8 +1,8 @@
 """A Llama's layers in one call of our own kernels.
 
 A step of few tokens is as fast as its weights are read, if nothing stands between; torch's operations, called
-one by one, take longer than the weights of a small model. Where the layers' own modules are faster for larger
-steps (AVX-512), these go through them.
+one by one, take longer than the weights of a small model. Where torch's matrices are the faster for more
+tokens (AMX), larger steps go through the layers' own modules.
 """
 
 from __future__ import annotations
@@ -18,28 +18,24 @@ from torch import Tensor
 from engines.base import Batch
 from engines.kernels import library
 from engines.kernels.library import Parts
-from engines.models.layers import FewRowsLinear, not_deterministic
+from engines.models.layers import MOST_ROWS, KernelLinear, is_torch_faster, not_deterministic
 from engines.runtime.context import current
 from engines.runtime.kv_cache import LayerCache, Layout
 
 if TYPE_CHECKING:
     from engines.models.llama import Layer, Llama
 
-MOST_TOKENS = 128
-"""Of a step, on processors with AVX-512, where larger ones have not been measured. With AVX2 these are the
-faster at any size.
-"""
 _AT_ONCE = 128
 """Of a step's tokens: what the layers hand on stays in the caches."""
 _AT_ONCE_DETERMINISTIC = 32
 _MAX_HEAD_DIM = 256  # that of attention.h
 
 
-class FewTokens:
+class KernelLayers:
     """The layers of `model`, this rank's share of each. It reads the weights where the modules have them."""
 
     @classmethod
-    def of(cls, model: Llama) -> FewTokens | None:
+    def of(cls, model: Llama) -> KernelLayers | None:
         """None where a kernel is missing for any of the layers."""
         kernels = library.load()
         operands = [_operands(layer) for layer in model.layers]
@@ -64,7 +60,7 @@ class FewTokens:
             weights.qkv, weights.output = qkv.matrix(), output.matrix()
             weights.gate_up, weights.down = gate_up.matrix(), down.matrix()
         self._caches: Sequence[LayerCache] = ()
-        self.takes_all = not kernels.has_avx512
+        self.takes_all = not is_torch_faster(model.rotary.cos.dtype)
         self.is_deterministic = False
         attention, rotary, config = model.layers[0].attention, model.rotary, model.config
         self._kept = (model.layers, rotary)  # the addresses are theirs
@@ -86,7 +82,7 @@ class FewTokens:
 
     def takes(self, hidden: Tensor) -> bool:
         """Whether it is worth it for a step of so many tokens."""
-        return self.takes_all or hidden.shape[0] <= MOST_TOKENS
+        return self.takes_all or hidden.shape[0] <= MOST_ROWS
 
     def run(self, hidden: Tensor) -> Tensor:
         """[T, H] through all layers, in place, some at a time. Inside a forward context."""
@@ -120,7 +116,7 @@ class FewTokens:
             weights.cache = cache.data.data_ptr()
 
 
-def require_deterministic(layers: FewTokens | None) -> FewTokens:
+def require_deterministic(layers: KernelLayers | None) -> KernelLayers:
     """Have them take steps of any size: in a kernel of ours a token's result depends on no other's, and not
     on how its prompt was cut into steps. Raises UnsupportedModel where there are none."""
     if layers is None:
@@ -158,5 +154,5 @@ class _Tokens:
 def _operands(layer: Layer) -> list[library.Weight]:
     """Of its four linears; none where one of them is no kernel of ours."""
     linears = (layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down)
-    found = [linear.operand for linear in linears if isinstance(linear, FewRowsLinear)]
+    found = [linear.operand for linear in linears if isinstance(linear, KernelLinear)]
     return found if len(found) == len(linears) else []
