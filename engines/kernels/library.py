@@ -106,7 +106,7 @@ _ROWS_A_READ = 3
 
 
 def threads_for(num_bytes: int, num_rows: int) -> int:
-    """How many threads are worth it to multiply so many bytes of weights by so many rows.
+    """How many threads are worth it, at most, to multiply so many bytes of weights by so many rows.
 
     Each should have 0.3 ms to do: a thread reads 17 GB/s, and multiplies three rows in that time. For less,
     the threads' waits for each other, long beside other processes that want the cores, cost what they gain.
@@ -123,6 +123,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         functions = ctypes.CDLL(os.fspath(path))
+        self.most_threads: int | None = None  # of `linear` and `norm`, where fewer do better
         self.pair_width: int = functions.sluice_pair_width()
         self._run, self._linear, self._norm = {}, {}, {}
         for values in (torch.float32, torch.bfloat16):
@@ -149,9 +150,13 @@ class Library:
         tensors = (weight.weight, weight.scale, weight.bias, x, out)
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         run = self._linear[x.dtype, weight.weight.dtype]
-        num_threads = threads_for(weight.weight.nbytes, num_rows)
+        num_threads = self._threads_for(weight.weight.nbytes, num_rows)
         run(*addresses, num_rows, num_k, num_n, num_threads, is_deterministic)
         return out
+
+    def _threads_for(self, num_bytes: int, num_rows: int) -> int:
+        threads = threads_for(num_bytes, num_rows)
+        return threads if self.most_threads is None else min(threads, self.most_threads)
 
     def takes_norm(self, weight: Tensor) -> bool:
         """Whether `norm` takes values of this weight's size and dtype."""
@@ -163,7 +168,7 @@ class Library:
         out = torch.empty_like(x)
         num_rows, size = x.shape
         run = self._norm[x.dtype]
-        num_threads = threads_for(x.nbytes, 1)
+        num_threads = self._threads_for(x.nbytes, 1)
         run(x.data_ptr(), weight.data_ptr(), out.data_ptr(), num_rows, size, eps, num_threads)
         return out
 

@@ -7,6 +7,7 @@ tokens (AMX), larger steps go through the layers' own modules.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from ctypes import POINTER, cast
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from engines.kernels.library import Parts
 from engines.models.layers import MOST_ROWS, KernelLinear, is_torch_faster, not_deterministic
 from engines.runtime.context import current
 from engines.runtime.kv_cache import LayerCache, Layout
+from engines.runtime.thread_choice import ThreadChoice
 
 if TYPE_CHECKING:
     from engines.models.llama import Layer, Llama
@@ -62,6 +64,7 @@ class KernelLayers:
         self._caches: Sequence[LayerCache] = ()
         self.takes_all = not is_torch_faster(model.rotary.cos.dtype)
         self.is_deterministic = False
+        self._choice = ThreadChoice()
         attention, rotary, config = model.layers[0].attention, model.rotary, model.config
         self._kept = (model.layers, rotary)  # the addresses are theirs
         down = operands[0][-1]
@@ -88,11 +91,16 @@ class KernelLayers:
         """[T, H] through all layers, in place, some at a time. Inside a forward context."""
         context = current()
         self._use(context.caches)
-        tokens = _Tokens(context.batch, self.is_deterministic, self._num_bytes)
-        most = _AT_ONCE_DETERMINISTIC if self.is_deterministic else _AT_ONCE
-        for start in range(0, hidden.shape[0], most):
-            piece = hidden[start : start + most]
-            self._run(piece, tokens.step(start, piece.shape[0]))
+        num_tokens, start = hidden.shape[0], time.perf_counter()
+        most = library.threads_for(self._num_bytes, num_tokens)
+        threads = self._choice.threads(num_tokens, most)
+        self._kernels.most_threads = threads  # of what follows as well
+        tokens = _Tokens(context.batch, self.is_deterministic, threads)
+        at_once = _AT_ONCE_DETERMINISTIC if self.is_deterministic else _AT_ONCE
+        for first in range(0, num_tokens, at_once):
+            piece = hidden[first : first + at_once]
+            self._run(piece, tokens.step(first, piece.shape[0]))
+        self._choice.took(num_tokens, threads, time.perf_counter() - start)
         return hidden
 
     def _run(self, hidden: Tensor, step: library.Step) -> None:
@@ -128,9 +136,9 @@ def require_deterministic(layers: KernelLayers | None) -> KernelLayers:
 class _Tokens:
     """The batch as the kernels read it. Keeps alive what the steps point to."""
 
-    def __init__(self, batch: Batch, is_deterministic: bool, num_bytes: int) -> None:
+    def __init__(self, batch: Batch, is_deterministic: bool, num_threads: int) -> None:
         self._batch, self._tables = batch, batch.block_tables.contiguous()
-        self._is_deterministic, self._num_bytes = is_deterministic, num_bytes
+        self._is_deterministic, self._num_threads = is_deterministic, num_threads
         sequences = np.arange(batch.num_seqs, dtype=np.int32)
         if batch.max_query_len > 1:
             sequences = np.repeat(sequences, np.diff(batch.query_start_list))
@@ -146,7 +154,7 @@ class _Tokens:
             num_tokens=count,
             table_width=self._tables.shape[1],
             max_context=self._batch.max_context_len,
-            num_threads=library.threads_for(self._num_bytes, count),
+            num_threads=self._num_threads,
             is_deterministic=self._is_deterministic,
         )
 
