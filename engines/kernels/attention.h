@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "vec.h"
+#include "linear.h"
 
 namespace sluice {
 
@@ -27,20 +27,18 @@ inline void prefetch(const void* from, int64_t size) {
     for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
 }
 
-// scores[g][t] = q[g] . k[t] for G heads and N tokens, 1 or 4: their sums stay in registers.
-template <class T, int G, int N>
-inline void dot_products_of(const float* q, const T* keys, int dim, float* scores, int64_t stride) {
-    vfloat sums[G][N];
-    for (int n = 0; n < N; n++) {
-        for (int g = 0; g < G; g++) sums[g][n] = splat(0.0f);
-    }
+// scores[g][t] = q[g] . k[t] for G heads and N tokens, 1 or 4: their sums stay in registers. q as A has its rows.
+template <class A, int G, int N>
+inline void dot_products_of(const float* q, const typename A::Weight* keys, int dim, float* scores, int64_t stride) {
+    typename A::Sum sums[G][N] = {};
     int d = 0;
     do {  // at least once, or the compiler has the sums in memory
-        for (int n = 0; n < N; n++) {
-            vfloat first = Pair<T>::first(keys + n * dim + d), second = Pair<T>::second(keys + n * dim + d);
-            for (int g = 0; g < G; g++) {
-                sums[g][n] += first * load(q + g * dim + d);
-                sums[g][n] += second * load(q + g * dim + d + W);
+        for (int word = 0; word < 2 * W / A::NUMBERS; word += W) {
+            for (int n = 0; n < N; n++) {
+                auto key = A::weight(keys + n * dim + d, word);
+                for (int g = 0; g < G; g++) {
+                    sums[g][n] = A::add_product(sums[g][n], key, A::load(q + (g * dim + d) / A::NUMBERS + word));
+                }
             }
         }
         d += 2 * W;
@@ -55,18 +53,19 @@ inline void dot_products_of(const float* q, const T* keys, int dim, float* score
 }
 
 // The same for the `count` tokens of a block. Of `next` a bit is brought with each: memory takes few requests at once.
-template <class T, int G>
-inline void dot_products(const float* q, const T* keys, int count, int dim, float* scores, int64_t stride,
-                         const T* next) {
-    constexpr int AT_ONCE = G == 4 ? 2 : G;  // heads: times 4 tokens, no more sums than there are registers
+template <class A, int G>
+inline void dot_products(const float* q, const typename A::Weight* keys, int count, int dim, float* scores,
+                         int64_t stride, const typename A::Weight* next) {
+    constexpr int AT_ONCE = W == 8 && G == 4 ? 2 : G;  // heads: times 4 tokens, no more sums than there are registers
     for (int g = 0; g < G; g += AT_ONCE) {
         int t = 0;
+        const float* heads = q + g * dim / A::NUMBERS;
         for (; t + 4 <= count; t += 4) {
-            if (g == 0) prefetch(next + t * dim, int64_t(sizeof(T)) * 4 * dim);
-            dot_products_of<T, AT_ONCE, 4>(q + g * dim, keys + t * dim, dim, scores + g * stride + t, stride);
+            if (g == 0) prefetch(next + t * dim, int64_t(sizeof(*next)) * 4 * dim);
+            dot_products_of<A, AT_ONCE, 4>(heads, keys + t * dim, dim, scores + g * stride + t, stride);
         }
         for (; t < count; t++) {
-            dot_products_of<T, AT_ONCE, 1>(q + g * dim, keys + t * dim, dim, scores + g * stride + t, stride);
+            dot_products_of<A, AT_ONCE, 1>(heads, keys + t * dim, dim, scores + g * stride + t, stride);
         }
     }
 }
@@ -108,15 +107,14 @@ inline void weighted_sum(const float* scores, int64_t stride, const T* values, i
     for (; d < dim; d += 2 * W) weighted_sum_of<T, G, 1>(scores, stride, values + d, count, dim, out + d, next + d);
 }
 
-// scores to weights that sum to 1; those past `count` are room for whole vectors.
-inline void softmax(float* scores, int count) {
+// `scale` times scores to weights that sum to 1; those past `count` are room for whole vectors.
+inline void softmax(float* scores, int count, float scale) {
     for (int t = count; t % W; t++) scores[t] = -std::numeric_limits<float>::infinity();
-    vfloat largest = load(scores), total = {};
-    for (int t = W; t < count; t += W) largest = larger(largest, load(scores + t));
-    float most = largest[0];
-    for (int i = 1; i < W; i++) most = std::max(most, largest[i]);
+    vfloat most_of = load(scores), total = {};
+    for (int t = W; t < count; t += W) most_of = larger(most_of, load(scores + t));
+    float most = largest(most_of);
     for (int t = 0; t < count; t += W) {
-        vfloat weights = exp_of_negative(load(scores + t) - splat(most));
+        vfloat weights = exp_of_negative((load(scores + t) - most) * scale);
         store(scores + t, weights);
         total += weights;
     }
@@ -124,20 +122,20 @@ inline void softmax(float* scores, int count) {
     for (int t = 0; t < count; t += W) store(scores + t, load(scores + t) * share);
 }
 
-// G heads at once: q [G, dim] scaled and in the order of Pair<T>, out [G, dim] in that order; scores has room for
-// G * stride, stride a multiple of W and no less than the context.
-template <class T, int G>
-void attend(const Cache<T>& cache, const int32_t* table, int head, int context, const float* q, float* scores,
-            int64_t stride, float* out) {
+// G heads at once: q [G, dim] as A has its rows, out [G, dim] in the order of Pair<T>; scores has room for G * stride,
+// stride a multiple of W and no less than the context.
+template <class T, class A, int G>
+void attend(const Cache<T>& cache, const int32_t* table, int head, int context, const float* q, float scale,
+            float* scores, int64_t stride, float* out) {
     int size = cache.block_size, dim = cache.head_dim;
     auto next = [&](int t, int kind) {
         return cache.at(table[std::min(t + AHEAD * size, context - 1) / size], kind, head);
     };
     for (int t = 0; t < context; t += size) {
         const T* keys = cache.at(table[t / size], 0, head);
-        dot_products<T, G>(q, keys, std::min(size, context - t), dim, scores + t, stride, next(t, 0));
+        dot_products<A, G>(q, keys, std::min(size, context - t), dim, scores + t, stride, next(t, 0));
     }
-    for (int g = 0; g < G; g++) softmax(scores + g * stride, context);
+    for (int g = 0; g < G; g++) softmax(scores + g * stride, context, scale);
     std::fill(out, out + G * dim, 0.0f);
     for (int t = 0; t < context; t += size) {
         const T* values = cache.at(table[t / size], 1, head);

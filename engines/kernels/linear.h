@@ -89,14 +89,13 @@ struct Ints : Pairs {
 
     // A row of float32 into one of 16 bits. Returns its scale.
     static float take(const float* from, int count, float* to) {
-        vfloat largest = {}, zero = {};
+        vfloat sizes = {}, zero = {};
         for (int k = 0; k < count; k += W) {
             vfloat x = sluice::load(from + k);
-            largest = larger(largest, larger(x, -x));
+            sizes = larger(sizes, larger(x, -x));
             zero += x * 0.0f;
         }
-        float most = sum(zero);  // or what is not finite stays so
-        for (int i = 0; i < W; i++) most = std::max(most, largest[i]);
+        float most = largest(sizes) + sum(zero);  // or what is not finite stays so
         float factor = most > 0.0f ? 32767.0f / most : 0.0f;
         auto* numbers = reinterpret_cast<vnarrow_at*>(to);
         for (int k = 0; k < count; k += W) {
@@ -201,10 +200,10 @@ constexpr int WIDE_STRIDE = DEPTH + W;   // words between rows of widened weight
 
 inline int num_panels(int num_rows) { return (num_rows + PANEL - 1) / PANEL; }
 
-// A panel of PANEL rows x [PANEL, size].
-inline void pack_panel(const float* x, int size, float* panel) {
+// A panel of PANEL rows x, `stride` apart, of `size` words.
+inline void pack_panel(const float* x, int64_t stride, int size, float* panel) {
     for (int i = 0; i < size; i += W) {
-        for (int m = 0; m < PANEL; m += W) transpose(x + int64_t(m) * size + i, size, panel + i * PANEL + m, PANEL);
+        for (int m = 0; m < PANEL; m += W) transpose(x + m * stride + i, stride, panel + i * PANEL + m, PANEL);
     }
 }
 
@@ -220,13 +219,12 @@ template <class B> struct NextStrip {
 };
 
 // out[n][m] of N rows of widened weights and M vectors of a panel's rows, added to what is there if `goes_on`.
-template <class A, int N, int M>
-inline void outer_products(const float* wide, const float* panel, int size, float* out, bool goes_on,
-                           NextStrip<typename A::Weight> ahead) {
+template <class A, int N, int M, class Next>
+inline void outer_products(const float* wide, const float* panel, int size, float* out, bool goes_on, Next next) {
     typename A::Sum sums[N][M] = {};
     int i = 0;
     do {  // at least once, or the compiler has the sums in memory
-        ahead.ask(i);
+        next.ask(i);
         decltype(A::load(panel)) rows[M];
         for (int m = 0; m < M; m++) rows[m] = A::load(panel + i * PANEL + m * W);
         for (int n = 0; n < N; n++) {
@@ -273,12 +271,12 @@ void many_rows(const typename A::Weight* w, int num_k, Range part, const float* 
             int height = std::min(STRIP, part.size() - n);
             const auto* from = w + int64_t(part.begin + n) * num_k + k;
             widen<A>(from, num_k, height, depth, wide);
-            NextStrip<typename A::Weight> ahead{from + int64_t(height) * num_k, num_k};
+            NextStrip<typename A::Weight> next{from + int64_t(height) * num_k, num_k};
             for (int p = 0; p < count; p++) {
                 bool is_half = num_rows - p * PANEL <= W;
                 const float* panel = panels + (int64_t(p) * num_k + k) / A::NUMBERS * PANEL;
                 outer_products_of<A, STRIP>(height, is_half, wide, panel, depth / A::NUMBERS,
-                                            turned + (int64_t(p) * columns + n) * PANEL, k > 0, ahead);
+                                            turned + (int64_t(p) * columns + n) * PANEL, k > 0, next);
             }
         }
     }

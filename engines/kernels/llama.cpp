@@ -6,9 +6,9 @@
 
 #include <cstdlib>
 #include <memory>
+#include <vector>
 
-#include "attention.h"
-#include "linear.h"
+#include "prompt_attention.h"
 
 namespace sluice {
 
@@ -83,15 +83,22 @@ struct Panels {
     Buffer<float> x, scales;
 };
 
+// Tokens of a sequence that stand side by side: [first, first + count) of a step.
+struct Tile {
+    int first, count;
+};
+
 // What the threads hand to each other.
 template <class T> struct Shared {
     Buffer<T> qkv, attended, gate_up, activated;
     Panels panels;
+    std::vector<Tile> tiles;
 };
 
 // What one thread has for itself.
 struct Scratch {
     Buffer<float> x, row, scales, turned, sums, scores;
+    Buffer<TileRoom> tile;
 };
 
 // In which rows of T are multiplied by weights in B. float32 keeps float32 rows whatever the weights are.
@@ -178,7 +185,7 @@ Input make_input(int num_rows, int num_k, bool is_deterministic, const Panels& p
         int rows = std::min(PANEL, num_rows - p * PANEL);
         for (int i = 0; i < rows; i++) put(p * PANEL + i, x + i * size);
         std::fill(x + rows * size, x + PANEL * size, 0.0f);
-        pack_panel(x, int(size), panels.x.data() + p * PANEL * size);
+        pack_panel(x, size, int(size), panels.x.data() + p * PANEL * size);
     }
     return {panels.x.data(), scales, num_rows, num_k, true};
 }
@@ -278,14 +285,21 @@ template <class T, class B>
 void attend_heads(const Model<T, B>& model, const Cache<T>& cache, const int32_t* table, int head, int context,
                   int64_t stride, const T* q, T* out, float* scores) {
     int dim = model.head_dim, group = model.num_heads / model.num_kv_heads;
-    float scaled[4 * MAX_HEAD_DIM], found[4 * MAX_HEAD_DIM];
+    typedef Arithmetic<T, T> A;
+    float rows[4 * MAX_HEAD_DIM], found[4 * MAX_HEAD_DIM];
     for (int g = 0; g < group;) {
         int64_t place = (int64_t(head) * group + g) * dim;
         int count = std::min(group - g, 4);
-        take_row<T, T>(q + place, count * dim, scaled);
-        for (int i = 0; i < count * dim; i++) scaled[i] *= model.scale;
-        auto run = count == 4 ? attend<T, 4> : count == 3 ? attend<T, 3> : count == 2 ? attend<T, 2> : attend<T, 1>;
-        run(cache, table, head, context, scaled, scores, stride, found);
+        for (int k = 0; k < count * dim; k += 2 * W) {
+            for (int word = 0; word < 2 * W / A::NUMBERS; word += W) {
+                A::store(rows + k / A::NUMBERS + word, A::weight(q + place + k, word));
+            }
+        }
+        auto run = count == 4   ? attend<T, A, 4>
+                   : count == 3 ? attend<T, A, 3>
+                   : count == 2 ? attend<T, A, 2>
+                                : attend<T, A, 1>;
+        run(cache, table, head, context, rows, model.scale, scores, stride, found);
         put_row(found, count * dim, out + place);
         g += count;
     }
@@ -331,12 +345,21 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
     int64_t stride = (step.max_context + W - 1) / W * W;
 #pragma omp barrier
 #pragma omp for schedule(dynamic) collapse(2)
-    for (int t = 0; t < rows; t++) {
+    for (size_t i = 0; i < shared.tiles.size(); i++) {
         for (int head = 0; head < model.num_kv_heads; head++) {
-            const int32_t* table = step.tables + int64_t(step.sequences[t]) * step.table_width;
-            attend_heads(model, cache, table, head, int(step.positions[t]) + 1, stride,
-                         shared.qkv.data() + int64_t(t) * width, shared.attended.data() + int64_t(t) * inner,
-                         own.scores.data());
+            Tile tile = shared.tiles[i];
+            const int32_t* table = step.tables + int64_t(step.sequences[tile.first]) * step.table_width;
+            const T* q = shared.qkv.data() + int64_t(tile.first) * width;
+            T* to = shared.attended.data() + int64_t(tile.first) * inner;
+            int64_t position = step.positions[tile.first];
+            if (tile.count == 1) {
+                attend_heads(model, cache, table, head, int(position) + 1, stride, q, to, own.scores.data());
+            } else {
+                int group = model.num_heads / model.num_kv_heads, place = head * group * dim;
+                own.tile.make_room(1);
+                attend_tile<T, Arithmetic<T, T>>(cache, table, head, position, tile.count, group, q + place, width,
+                                                 model.scale, to + place, inner, *own.tile.data());
+            }
         }
     }
     input = make_input<A>(rows, inner, step.is_deterministic, shared.panels, own, [&](int64_t row, float* to) {
@@ -369,6 +392,21 @@ void mlp_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step
               [&](Range part) { put(layer.down, part, input, own, out, model.hidden); });
 }
 
+// A step's tokens in tiles of several where a sequence has them, of one each for `deterministic`: so a token's result
+// does not depend on how its prompt is cut.
+inline void make_tiles(const Step& step, int group, std::vector<Tile>& tiles) {
+    int most = step.is_deterministic ? 1 : std::max(1, TILE_ROWS / group);
+    tiles.clear();
+    for (int t = 0; t < step.num_tokens; t++) {
+        bool goes_on = t > 0 && step.sequences[t] == step.sequences[t - 1] && tiles.back().count < most;
+        if (goes_on) {
+            tiles.back().count++;
+        } else {
+            tiles.push_back({t, 1});
+        }
+    }
+}
+
 enum Parts { ATTENTION = 1, MLP = 2 };
 
 // Layers first .. last, those parts of them. With `out` the sum of what they add goes there, instead of to `hidden`:
@@ -378,6 +416,7 @@ void run(const Model<T, B>& model, const Step& step, int first, int last, int pa
     static Shared<T> shared;  // one caller at a time: the rank's only thread that computes
     size_t rows = step.num_tokens, inner = size_t(model.num_heads) * model.head_dim;
     bool in_panels = is_many(step.num_tokens, step.is_deterministic);
+    make_tiles(step, model.num_heads / model.num_kv_heads, shared.tiles);
     shared.qkv.make_room(rows * (inner + 2 * size_t(model.num_kv_heads) * model.head_dim));
     shared.attended.make_room(rows * inner);
     shared.gate_up.make_room(rows * 2 * model.intermediate);

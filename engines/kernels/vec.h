@@ -143,6 +143,21 @@ inline void transpose(const float* from, int64_t from_stride, float* to, int64_t
 
 inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
 
+inline float largest(vfloat8 x) {
+    vfloat4 low = __builtin_shufflevector(x, x, 0, 1, 2, 3), high = __builtin_shufflevector(x, x, 4, 5, 6, 7);
+    vfloat4 four = low > high ? low : high, turned = __builtin_shufflevector(four, four, 2, 3, 0, 1);
+    four = four > turned ? four : turned;
+    return std::max(four[0], four[1]);
+}
+
+#if defined(__AVX512F__)
+inline float largest(vfloat x) {
+    vfloat8 low = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
+    vfloat8 high = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    return largest(low > high ? low : high);
+}
+#endif
+
 // e to the x for x <= 0: to 2 units in the last place, 0 below -87. 2 to the n times a polynomial of the rest
 // (Cephes' expf).
 inline vfloat exp_of_negative(vfloat x) {
