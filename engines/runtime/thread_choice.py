@@ -27,6 +27,10 @@ class _Rival:
         """The mean, not the median: the rare long waits are what counts."""
         return self.seconds / self.steps
 
+    def is_beaten_by(self, other: _Rival) -> bool:
+        """Whether there is no need to measure on."""
+        return self.steps >= _STEPS_AT_LEAST and self.mean > _CLEARLY * other.mean
+
 
 class _Trial:
     """For steps of about the same size: the number in use, and now and then a few steps with another."""
@@ -38,7 +42,7 @@ class _Trial:
         self._wait = self._rest = _LEAST_WAIT
 
     def threads(self, most: int) -> int:
-        if self.other is None and self._rest <= 0 and self.used.is_measured:
+        if self.other is None and self._rest <= 0 and self.used.mean < _LONG_STEP:
             self._start(most)
         rival = self.other or self.used
         return min(rival.threads, most)
@@ -61,7 +65,7 @@ class _Trial:
                 rival.steps, rival.seconds = _STEPS - 1, rival.mean * (_STEPS - 1)
         rival.steps += 1
         rival.seconds += seconds
-        if rival is not self.used and rival.is_measured:
+        if rival is not self.used and (rival.is_measured or rival.is_beaten_by(self.used)):
             self._decide(rival)
 
     def _decide(self, other: _Rival) -> None:
@@ -89,9 +93,12 @@ class ThreadChoice:
         self._trials[num_tokens.bit_length()].took(threads, seconds)
 
 
-_STEPS = 8
-"""That a number of threads is measured over."""
-_LEAST_WAIT, _MOST_WAIT = 16, 1024
-"""Steps from a trial to the next: twice as many each time that nothing came of it."""
+_STEPS, _STEPS_AT_LEAST = 8, 2
+"""That a number of threads is measured over: fewer if it is clearly the slower."""
+_CLEARLY = 1.25
 _GAIN = 0.95
 """Of the time: what is level is left as it is."""
+_LEAST_WAIT, _MOST_WAIT = 24, 1024
+"""Steps from a trial to the next: twice as many each time that nothing came of it."""
+_LONG_STEP = 0.02
+"""Seconds. Beside such a one the threads' waits for each other are short."""

@@ -35,7 +35,7 @@ def test_it_comes_to_the_fastest_and_seldom_tries_another(best: int) -> None:
 
 
 def test_it_starts_with_the_most() -> None:
-    assert set(play(ThreadChoice(), best_of(1), 16, most=3)) == {3}
+    assert set(play(ThreadChoice(), best_of(1), 24, most=3)) == {3}
 
 
 def test_it_follows_what_changes() -> None:
@@ -56,6 +56,16 @@ def test_a_few_long_waits_count() -> None:
 
     play(choice, cost, 1000, most=2)
     assert play(choice, cost, 1000, most=2).count(1) > 900
+
+
+def test_what_is_clearly_slower_is_soon_left() -> None:
+    assert play(ThreadChoice(), best_of(16), 200, most=16).count(8) <= 2 * 4
+
+
+def test_long_steps_are_not_tried_out() -> None:
+    choice = ThreadChoice()
+    assert set(play(choice, lambda threads: 0.030 / threads, 500, most=1)) == {1}
+    assert set(play(choice, lambda threads: 0.5 / threads, 500, tokens=2048, most=2)) == {2}
 
 
 def test_what_is_level_is_left_alone() -> None:
