@@ -1,7 +1,7 @@
 """How many threads take a step, by measurement.
 
-Two take half the time of one, unless something else wants their cores: then each waits for the other dozens of
-times a step, and for as long as the other's core is away. With a small model the gateway that sends its
+Two take half the time of one, unless something else wants their cores: then each waits for the other dozens
+of times a step, and for as long as the other's core is away. With a small model the gateway that sends its
 tokens is such a thing.
 """
 

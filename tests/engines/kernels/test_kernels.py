@@ -191,6 +191,18 @@ def test_layers_do_what_their_modules_do(tmp_path: Path, shape: Shape, dtype: st
         torch.testing.assert_close(ours.data, theirs.data, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("name", ["mha", "group of 7"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 4e-2)])
+def test_long_prompts_by_tiles_of_tokens(tmp_path: Path, name: str, dtype: str, tolerance: float) -> None:
+    """Of many keys and many tokens, none of which a tile has in whole numbers, beside one that decodes."""
+    both = Both(make_llama(tmp_path, SHAPES[name], seed=2), dtype, stale=float("nan"))
+    both.add(3)
+    both.step(3)
+    both.add(103, 67)
+    for _ in range(4):
+        torch.testing.assert_close(*both.step(61), rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 4e-2)])
 def test_int8_layers_do_what_their_modules_do(tmp_path: Path, dtype: str, tolerance: float) -> None:
     source = make_llama(tmp_path / "hf", SHAPES["biases"], seed=2)
