@@ -41,6 +41,13 @@ template <class B> struct Floats {
     static vfloat add_product(vfloat sum, vfloat weight, vfloat x) { return sum + weight * x; }
     static vfloat to_float(vfloat sum) { return sum; }
     static void store(float* to, vfloat weight) { sluice::store(to, weight); }
+    static void put(float* to, int i, vfloat numbers) { sluice::store(to + i, numbers); }
+
+    // PANEL numbers of a row, each a word.
+    static void put_in_words(const B* const* rows, int from, float* to) {
+        sluice::store(to, consecutive(rows[0] + from));
+        sluice::store(to + W, consecutive(rows[0] + from + W));
+    }
 };
 
 // A word is two numbers of 16 bits.
@@ -67,6 +74,17 @@ template <class B> struct Halves : Pairs {
     static vshort weight(const B* w, int) { return halves(w); }
     static vfloat add_product(vfloat sum, vshort weight, vshort x) { return add_products(sum, weight, x); }
     static vfloat to_float(vfloat sum) { return sum; }
+
+    static void put(float* to, int i, vfloat numbers) {
+        put_consecutive(reinterpret_cast<bfloat16*>(to) + i, numbers);
+    }
+
+    // PANEL numbers of two rows, each two a word.
+    static void put_in_words(const B* const* rows, int from, float* to) {
+        vshort first = halves(rows[0] + from), second = halves(rows[1] + from);
+        store(to, low_in_turn(first, second));
+        store(to + W, high_in_turn(first, second));
+    }
 
     // A row of float32 that are bfloat16's. Returns its scale.
     static float take(const float* from, int count, float* to) {

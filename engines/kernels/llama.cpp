@@ -351,9 +351,9 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
             const int32_t* table = step.tables + int64_t(step.sequences[tile.first]) * step.table_width;
             const T* q = shared.qkv.data() + int64_t(tile.first) * width;
             T* to = shared.attended.data() + int64_t(tile.first) * inner;
-            int64_t position = step.positions[tile.first];
+            int position = int(step.positions[tile.first]);
             if (tile.count == 1) {
-                attend_heads(model, cache, table, head, int(position) + 1, stride, q, to, own.scores.data());
+                attend_heads(model, cache, table, head, position + 1, stride, q, to, own.scores.data());
             } else {
                 int group = model.num_heads / model.num_kv_heads, place = head * group * dim;
                 own.tile.make_room(1);

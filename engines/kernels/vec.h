@@ -237,6 +237,17 @@ inline vshort halves(const int8_t* p) {
     return vshort(_mm512_cvtne2ps_pbh(__m512(Pair<int8_t>::second(p)), __m512(Pair<int8_t>::first(p))));
 }
 
+// The numbers of two in turn, those of the first halves and those of the second ones.
+inline vshort low_in_turn(vshort a, vshort b) {
+    return __builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42,
+                                   11, 43, 12, 44, 13, 45, 14, 46, 15, 47);
+}
+
+inline vshort high_in_turn(vshort a, vshort b) {
+    return __builtin_shufflevector(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57,
+                                   26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63);
+}
+
 inline vfloat add_products(vfloat sums, vshort a, vshort b) {
     return vfloat(_mm512_dpbf16_ps(__m512(sums), __m512bh(a), __m512bh(b)));
 }
