@@ -86,11 +86,8 @@ template <class B> struct Halves : Pairs {
         store(to + W, high_in_turn(first, second));
     }
 
-    // A row of float32 that are bfloat16's. Returns its scale.
-    static float take(const float* from, int count, float* to) {
-        put_row(from, count, reinterpret_cast<bfloat16*>(to));
-        return 1.0f;
-    }
+    // A row of float32 that are bfloat16's.
+    static void take(const float* from, int count, float* to) { put_row(from, count, reinterpret_cast<bfloat16*>(to)); }
 };
 #endif
 

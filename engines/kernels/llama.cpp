@@ -172,8 +172,11 @@ Input make_input(int num_rows, int num_k, bool is_deterministic, const Panels& p
             take(row, to);
         } else {
             take(row, own.row.data());
-            float scale = A::take(own.row.data(), num_k, to);
-            if constexpr (A::HAS_SCALES) scales[row] = scale;
+            if constexpr (A::HAS_SCALES) {
+                scales[row] = A::take(own.row.data(), num_k, to);
+            } else {
+                A::take(own.row.data(), num_k, to);
+            }
         }
     };
     if (!in_panels) {
@@ -328,9 +331,11 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
     typedef Arithmetic<T, B> A;
     int dim = model.head_dim, rows = step.num_tokens;
     int width = (model.num_heads + 2 * model.num_kv_heads) * dim, inner = model.num_heads * dim;
-    Input input = make_input<A>(rows, model.hidden, step.is_deterministic, shared.panels, own, [&](int64_t row, float* to) {
-        take_normed<T, typename A::Order>(hidden + row * model.hidden, layer.attention_norm, model.hidden, model.eps, to);
-    });
+    auto take = [&](int64_t row, float* to) {
+        const T* from = hidden + row * model.hidden;
+        take_normed<T, typename A::Order>(from, layer.attention_norm, model.hidden, model.eps, to);
+    };
+    Input input = make_input<A>(rows, model.hidden, step.is_deterministic, shared.panels, own, take);
     share_out(width, input.unit(), threads,
               [&](Range part) { project(layer.qkv, part, input, own, shared.qkv.data(), width); });
     Cache<T> cache{layer.cache, model.num_kv_heads, model.block_size, dim};
@@ -374,9 +379,10 @@ void mlp_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step
             const Shared<T>& shared, Scratch& own, int threads, Put put) {
     typedef Arithmetic<T, B> A;
     int rows = step.num_tokens, inner = model.intermediate;
-    Input input = make_input<A>(rows, model.hidden, step.is_deterministic, shared.panels, own, [&](int64_t row, float* to) {
+    auto take = [&](int64_t row, float* to) {
         take_normed<T, typename A::Order>(hidden + row * model.hidden, layer.mlp_norm, model.hidden, model.eps, to);
-    });
+    };
+    Input input = make_input<A>(rows, model.hidden, step.is_deterministic, shared.panels, own, take);
     T *gate_up = shared.gate_up.data(), *activated = shared.activated.data();
     share_out(inner, input.is_many ? 6 * W : 2 * W, threads, [&](Range part) {  // whole pairs, and whole strips
         for (int first : {0, inner}) {

@@ -8,16 +8,17 @@
 
 namespace sluice {
 
-constexpr int TILE_ROWS = 48;         // query heads times tokens, about: what they need stays in the second-level cache
+constexpr int TILE_ROWS = 96;         // query heads times tokens, about: what they need stays in the second-level cache
 constexpr int TILE_KEYS = 4 * PANEL;  // keys and values at a time
 
 // What one thread needs: rows of numbers that are spread are WIDE_STRIDE apart, as outer_products has it.
 struct TileRoom {
     alignas(64) float q[TILE_ROWS * WIDE_STRIDE], weights[TILE_ROWS * WIDE_STRIDE];
-    alignas(64) float keys[PANEL * WIDE_STRIDE], key_panels[MAX_HEAD_DIM * TILE_KEYS];  // [panels, words, PANEL]
-    alignas(64) float values[MAX_HEAD_DIM * TILE_KEYS];                                 // [dim / PANEL, words, PANEL]
-    alignas(64) float scores[TILE_ROWS * TILE_KEYS];                                    // [panels, TILE_ROWS, PANEL]
-    alignas(64) float sums[MAX_HEAD_DIM * TILE_ROWS];                                   // [dim / PANEL, TILE_ROWS, PANEL]
+    alignas(64) float keys[PANEL * WIDE_STRIDE];
+    alignas(64) float key_panels[MAX_HEAD_DIM * TILE_KEYS];  // [panels, words, PANEL]
+    alignas(64) float values[MAX_HEAD_DIM * TILE_KEYS];      // [dim / PANEL, words, PANEL]
+    alignas(64) float scores[TILE_ROWS * TILE_KEYS];         // [panels, TILE_ROWS, PANEL]
+    alignas(64) float sums[MAX_HEAD_DIM * TILE_ROWS];        // [dim / PANEL, TILE_ROWS, PANEL]
     float largest[TILE_ROWS], totals[TILE_ROWS];
 
     float* scores_of(int row, int key) { return scores + (key / PANEL * TILE_ROWS + row) * PANEL + key % PANEL; }
@@ -125,7 +126,8 @@ void attend_tile(const Cache<T>& cache, const int32_t* table, int head, int posi
     }
     for (int row = 0; row < rows; row++) {
         T* to = out + row / group * out_stride + row % group * dim;
-        for (int d = 0; d < dim; d += W) put_consecutive(to + d, load(room.sums_of(row, d)) * (1.0f / room.totals[row]));
+        float share = 1.0f / room.totals[row];
+        for (int d = 0; d < dim; d += W) put_consecutive(to + d, load(room.sums_of(row, d)) * share);
     }
 }
 
