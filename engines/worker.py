@@ -23,6 +23,7 @@ import torch
 from engines import modeldir, registry
 from engines.base import BadCheckpoint, Engine, KVSpec, ReportProgress, UnsupportedModel
 from engines.config import ConfigError, ModelConfig
+from engines.garbage import settle
 from engines.runtime import kv_cache, warmup
 from engines.runtime.channel import LoadReport, Pipe, PlanSender, connect
 from engines.runtime.grammar import Grammars
@@ -105,9 +106,10 @@ def _prepare_leader(config: ModelConfig, run_dir: Path, inbox: Inbox) -> Leader:
     else:
         warmup.run(runner, num_blocks, config, lambda fraction: inbox.send(Progress("warmup", fraction)))
     ready = _ready(config, engine, runner, mesh, num_blocks, time.monotonic() - started, reports)
+    scheduler = _scheduler(config, ready, engine)
+    settle()
     inbox.send(ready)
     log.info("ready: %s", ready)
-    scheduler = _scheduler(config, ready, engine)
     if mesh.pp_size == 1 or mesh.device.type != "cpu":
         return Leader(scheduler, runner, inbox, engine.plans_in_flight)
     stages = StageClocks(run_dir / CLOCKS, config.world_size).of_stages(mesh.tp_size)
@@ -139,6 +141,7 @@ def _follow(config: ModelConfig, run_dir: Path, rank: int) -> None:
     try:
         num_blocks = int.from_bytes(pipe.receive(), "little")
         runner = _runner(config, engine, mesh, num_blocks)
+        settle()
         while True:
             runner.execute(StepPlan.unpack(pipe.receive()))
     except EOFError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import logging
 import resource
 from collections.abc import Generator
@@ -18,7 +17,6 @@ from gateway.routes.common import Gateway
 
 log = logging.getLogger(__name__)
 
-_GC_THRESHOLD = 10_000  # new containers, for Python's 700
 _OTHER_DESCRIPTORS = 256
 """Descriptors for what is not a client: groups, logs, the loop."""
 
@@ -52,15 +50,6 @@ def make_server(app: FastAPI, *, flush_seconds: int) -> Server:
         timeout_graceful_shutdown=flush_seconds,
     )
     return Server(config)
-
-
-def settle() -> None:
-    """Call when everything is loaded and before anybody is served. The garbage collector leaves alone what is
-    there: a look at all of it stops every stream, 74,000 objects for a tenth of a second. And it looks for
-    more less often: what a token leaves behind is no cycle."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(_GC_THRESHOLD)
 
 
 def make_room(max_connections: int) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from engines import config_devices, modelfit
 from engines.config import ConfigError, ModelConfig
+from engines.garbage import settle
 from gateway import check, console, handover, logs, model_source
 from gateway.keys import BadKeyFile, KeyRing
 from gateway.listener import from_systemd, listen, notify_systemd, url_of
@@ -170,7 +171,7 @@ class _Service:
     def _make_server(self) -> Server:
         """Raises CannotServe when a model's tokenizer or template cannot be used."""
         from gateway.app import create_app
-        from gateway.http_server import make_server, settle
+        from gateway.http_server import make_server
 
         try:
             models = [

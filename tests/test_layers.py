@@ -90,6 +90,7 @@ SHARED = (
     "engines.modeldir",
     "engines.modelfit",
     "engines.guard",
+    "engines.garbage",
     *CONFIG,
 )
 SCHEDULING = tuple(f"engines.runtime.{name}" for name in TORCH_FREE_RUNTIME)
@@ -118,6 +119,7 @@ LAYERS = {
     "config": Layer(CONFIG, ("engines.registry", "engines.modeldir", *CONFIG), HEAVY),
     "registry": Layer(("engines.registry",), ()),
     "guard": Layer(("engines.guard",), ()),
+    "garbage": Layer(("engines.garbage",), ()),
     "protocol": Layer(("gateway.protocol",), ("gateway.protocol", "engines.bounds"), WEB),
     "prompt": Layer(("gateway.prompt",), ("gateway.prompt", *HELPER), WEB),
     "answer": Layer(("gateway.answer",), ("gateway.answer", "gateway.prompt"), WEB),

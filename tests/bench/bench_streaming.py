@@ -30,6 +30,7 @@ from tokenizers import Tokenizer
 
 from engines import wire
 from engines.config import ModelConfig
+from engines.garbage import settle
 from gateway import bench
 from gateway.listener import listen
 from gateway.model_source import demo_directory
@@ -83,7 +84,7 @@ async def serve_floor() -> None:
 
 async def serve_gateway() -> None:
     from gateway.app import create_app
-    from gateway.http_server import make_server, settle
+    from gateway.http_server import make_server
     from gateway.router import load_served_model
     from gateway.settings import Settings
 
