@@ -142,9 +142,9 @@ template <class A, int N, int M>
 __attribute__((noinline)) void tile(const typename A::Weight* w, int64_t w_stride, const float* x, int64_t x_stride,
                                     int num_k, float* out, int stride, int spacing, bool goes_on, Ahead ahead) {
     typename A::Sum sums[N][M] = {};
-    int k = 0;
     int64_t ahead_step = 2 * W * sizeof(*w) / ahead.num_pieces, stream = w_stride * sizeof(*w);
-    do {  // at least once, or the compiler has the sums in memory
+    int k = 0;
+    auto step = [&] {
         for (int word = 0; word < 2 * W / A::NUMBERS; word += W) {
             decltype(A::load(x)) rows[M];
             for (int m = 0; m < M; m++) rows[m] = A::load(x + m * x_stride + word);
@@ -155,7 +155,15 @@ __attribute__((noinline)) void tile(const typename A::Weight* w, int64_t w_strid
             }
         }
         k += 2 * W, x += 2 * W / A::NUMBERS, ahead.from += ahead_step;
-    } while (k < num_k);
+    };
+    // The same loop: of the first GCC has a sum in memory with AVX2's sixteen registers, of the second it clears and
+    // adds up all of them there.
+    if constexpr (W == 16) {
+        do step();
+        while (k < num_k);
+    } else {
+        while (k < num_k) step();
+    }
     for (int m = 0; m < M; m++, out += stride) {
         if constexpr (N == 4) {
             vfloat4 four = four_sums(A::to_float(sums[0][m]), A::to_float(sums[1][m]), A::to_float(sums[2][m]),
