@@ -245,7 +245,7 @@ def _runner(
     if engine.kv_spec is None:
         return ModelRunner(engine, mesh, (), config.batch_size, sender)
     caches = kv_cache.allocate(engine.kv_spec, num_blocks, config.kv_block_size)
-    return ModelRunner(engine, mesh, caches, config.max_num_seqs, sender)
+    return ModelRunner(engine, mesh, caches, config.max_num_seqs, sender, kv_cache.pages_ahead(caches))
 
 
 def _ready(

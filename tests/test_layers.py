@@ -19,6 +19,7 @@ TORCH_FREE_RUNTIME = (
     "block_tables",
     "chunk",
     "pace",
+    "pages_ahead",
     "thread_choice",
     "plan_builder",
     "prompt_lookup",

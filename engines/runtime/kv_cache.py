@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import mmap
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engines.base import Batch, KVSpec
+from engines.runtime.pages_ahead import PagesAhead, Region
 
 FLASH_BLOCK_SIZE = 256  # FlashAttention-2's pages are multiples of this
 
@@ -73,6 +75,14 @@ def _allocate_layer(spec: KVSpec, device: torch.device, num_blocks: int, block_s
     else:
         shape = (2, num_blocks, block_size, heads, head_dim)
     return LayerCache(_zeros(shape, spec.dtype, device), layout)
+
+
+def pages_ahead(caches: Sequence[LayerCache]) -> PagesAhead | None:
+    """For caches of `allocate` that lie in a processor's own memory."""
+    if not caches or any(cache.data.device.type != "cpu" for cache in caches):
+        return None
+    regions = [Region(cache.data.data_ptr(), cache.data[0].nbytes) for cache in caches]
+    return PagesAhead(regions, num_blocks=caches[0].data.shape[0])
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

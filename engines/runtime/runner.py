@@ -22,6 +22,7 @@ from engines.runtime.channel import PlanSender
 from engines.runtime.context import ForwardContext, forward_context
 from engines.runtime.kv_cache import LayerCache
 from engines.runtime.mesh import Mesh
+from engines.runtime.pages_ahead import PagesAhead
 from engines.runtime.plan import LAST_SAMPLED, Float32, RowUse, StepPlan, StepResult
 
 MAX_LOGIT_ROWS = 256
@@ -39,11 +40,13 @@ class ModelRunner:
         caches: Sequence[LayerCache],
         num_slots: int,
         sender: PlanSender | None = None,
+        pages_ahead: PagesAhead | None = None,
     ) -> None:
         self._engine = engine
         self._mesh = mesh
         self._caches = caches
         self._sender = sender
+        self._pages_ahead = pages_ahead
         self._submitted: deque[StepPlan] = deque()
         self._last_sampled = np.full(num_slots, -1, np.int32)
         self._on_device: dict[str, tuple[np.ndarray, Tensor]] = {}
@@ -76,6 +79,8 @@ class ModelRunner:
 
     def _execute(self, plan: StepPlan) -> StepResult | None:
         batch = self._to_batch(plan)
+        if self._pages_ahead is not None:
+            self._pages_ahead.use(int(plan.slot_mapping.max()) // self._caches[0].block_size)
         with forward_context(ForwardContext(batch, self._caches)):
             hidden = self._engine.forward(batch)
         if hidden is None:
