@@ -230,24 +230,36 @@ inline void pack_panel(const float* x, int64_t stride, int size, float* panel) {
     }
 }
 
-// Weights that memory is asked for bit by bit: it takes few requests at once.
-template <class B> struct NextStrip {
-    const B* from;
-    int64_t stride;
+// What outer_products does beside each of its steps.
+struct NothingBeside {
+    void step(unsigned) const {}
+};
 
-    void ask(int line) const {
-        constexpr int LINES = DEPTH * sizeof(B) / 64;
-        __builtin_prefetch(reinterpret_cast<const char*>(from + line / LINES * stride) + line % LINES * 64);
+// The next DEPTH numbers of STRIP rows of weights, widened a vector at a time, and memory asked for those after them:
+// so neither waits for the other.
+template <class A> struct NextWide {
+    const typename A::Weight *next, *after;
+    int64_t stride;
+    float* wide;
+
+    __attribute__((always_inline)) void step(unsigned i) const {
+        constexpr unsigned WORDS = DEPTH / A::NUMBERS, VECTORS = WORDS / W, LINES = DEPTH * sizeof(*next) / 64;
+        static_assert(STRIP * VECTORS <= WORDS && STRIP * LINES <= WORDS);
+        __builtin_prefetch(reinterpret_cast<const char*>(after + i / LINES * stride) + i % LINES * 64);
+        if (i >= STRIP * VECTORS) return;
+        unsigned row = i / VECTORS, word = i % VECTORS * W, pair = word % (2 * W / A::NUMBERS);
+        A::store(wide + row * WIDE_STRIDE + word,
+                 A::weight(next + row * stride + (word - pair) * A::NUMBERS, pair));
     }
 };
 
 // out[n][m] of N rows of widened weights and M vectors of a panel's rows, added to what is there if `goes_on`.
-template <class A, int N, int M, class Next>
-inline void outer_products(const float* wide, const float* panel, int size, float* out, bool goes_on, Next next) {
+template <class A, int N, int M, class Beside>
+inline void outer_products(const float* wide, const float* panel, int size, float* out, bool goes_on, Beside beside) {
     typename A::Sum sums[N][M] = {};
     int i = 0;
     do {  // at least once, or the compiler has the sums in memory
-        next.ask(i);
+        beside.step(i);
         decltype(A::load(panel)) rows[M];
         for (int m = 0; m < M; m++) rows[m] = A::load(panel + i * PANEL + m * W);
         for (int n = 0; n < N; n++) {
@@ -286,21 +298,32 @@ inline void widen(const typename A::Weight* from, int64_t stride, int height, in
 template <class A>
 void many_rows(const typename A::Weight* w, int num_k, Range part, const float* panels, int num_rows, float* turned,
                float* sums, int stride) {
-    float wide[STRIP * WIDE_STRIDE];
+    float both[2][STRIP * WIDE_STRIDE];
+    float *wide = both[0], *next_wide = both[1];
     int count = num_panels(num_rows), columns = (part.size() + W - 1) / W * W;
-    for (int k = 0; k < num_k; k += DEPTH) {
-        int depth = std::min(DEPTH, num_k - k);
-        for (int n = 0; n < part.size(); n += STRIP) {
-            int height = std::min(STRIP, part.size() - n);
-            const auto* from = w + int64_t(part.begin + n) * num_k + k;
-            widen<A>(from, num_k, height, depth, wide);
-            NextStrip<typename A::Weight> next{from + int64_t(height) * num_k, num_k};
+    bool is_wide = false;
+    for (int n = 0; n < part.size(); n += STRIP) {
+        const auto* from = w + int64_t(part.begin + n) * num_k;
+        const auto* next_strip = from + int64_t(STRIP) * num_k;
+        int height = std::min(STRIP, part.size() - n), next_height = std::min(STRIP, part.size() - n - STRIP);
+        for (int k = 0; k < num_k; k += DEPTH) {
+            int depth = std::min(DEPTH, num_k - k);
+            if (!is_wide) widen<A>(from + k, num_k, height, depth, wide);
+            auto at = [&](int later) { return later < num_k ? from + later : next_strip + (later - num_k); };
+            NextWide<A> next{at(k + DEPTH), at(k + 2 * DEPTH), num_k, next_wide};
+            is_wide = k + 2 * DEPTH <= num_k ? height == STRIP : k + DEPTH == num_k && next_height == STRIP;
             for (int p = 0; p < count; p++) {
                 bool is_half = num_rows - p * PANEL <= W;
                 const float* panel = panels + (int64_t(p) * num_k + k) / A::NUMBERS * PANEL;
-                outer_products_of<A, STRIP>(height, is_half, wide, panel, depth / A::NUMBERS,
-                                            turned + (int64_t(p) * columns + n) * PANEL, k > 0, next);
+                float* out = turned + (int64_t(p) * columns + n) * PANEL;
+                int size = depth / A::NUMBERS;
+                if (is_wide && p == 0) {
+                    outer_products_of<A, STRIP>(height, is_half, wide, panel, size, out, k > 0, next);
+                } else {
+                    outer_products_of<A, STRIP>(height, is_half, wide, panel, size, out, k > 0, NothingBeside{});
+                }
             }
+            if (is_wide) std::swap(wide, next_wide);
         }
     }
     for (int m = 0; m < num_rows; m += W) {

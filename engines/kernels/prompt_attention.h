@@ -31,10 +31,6 @@ constexpr vint PLACES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 constexpr vint PLACES = {0, 1, 2, 3, 4, 5, 6, 7};
 #endif
 
-struct NothingNext {
-    void ask(int) const {}
-};
-
 // Keys and values of a sequence's tokens from `begin` on: `count` of them, up to a whole panel zeros.
 template <class T, class A>
 void take_tile(const Cache<T>& cache, const int32_t* table, int head, int begin, int count, TileRoom& room) {
@@ -92,7 +88,7 @@ template <class A>
 void by_panel(const float* spread, int first, int rows, const float* panel, int size, float* out, bool goes_on) {
     for (int n = first; n < rows; n += STRIP) {
         outer_products_of<A, STRIP>(std::min(STRIP, rows - n), false, spread + n * WIDE_STRIDE, panel, size,
-                                    out + n * PANEL, goes_on, NothingNext{});
+                                    out + n * PANEL, goes_on, NothingBeside{});
     }
 }
 
