@@ -27,9 +27,10 @@ from engines.runtime.thread_choice import ThreadChoice
 if TYPE_CHECKING:
     from engines.models.llama import Layer, Llama
 
-_AT_ONCE = 128
-"""Of a step's tokens: what the layers hand on stays in the caches."""
-_AT_ONCE_DETERMINISTIC = 32
+_AT_ONCE, _AT_ONCE_DETERMINISTIC = 320, 32
+"""Of a step's tokens, at most: what the layers hand on stays in the caches."""
+_SIDE_BY_SIDE = 32
+"""Tokens that are multiplied together: what one token costs, so many do."""
 _MAX_HEAD_DIM = 256  # that of attention.h
 
 
@@ -96,7 +97,7 @@ class KernelLayers:
         threads = self._choice.threads(num_tokens, most)
         self._kernels.most_threads = threads  # of what follows as well
         tokens = _Tokens(context.batch, self.is_deterministic, threads)
-        at_once = _AT_ONCE_DETERMINISTIC if self.is_deterministic else _AT_ONCE
+        at_once = _AT_ONCE_DETERMINISTIC if self.is_deterministic else _tokens_at_once(num_tokens)
         for first in range(0, num_tokens, at_once):
             piece = hidden[first : first + at_once]
             self._run(piece, tokens.step(first, piece.shape[0]))
@@ -122,6 +123,12 @@ class KernelLayers:
         self._caches, self._model.block_size = caches, caches[0].block_size
         for weights, cache in zip(self._weights, caches, strict=True):
             weights.cache = cache.data.data_ptr()
+
+
+def _tokens_at_once(num_tokens: int) -> int:
+    """As equal as can be: each piece reads all weights, were it of a single token."""
+    num_pieces = -(-num_tokens // _AT_ONCE)
+    return -(-num_tokens // (num_pieces * _SIDE_BY_SIDE)) * _SIDE_BY_SIDE
 
 
 def require_deterministic(layers: KernelLayers | None) -> KernelLayers:
