@@ -20,7 +20,7 @@ from pathlib import Path
 log = logging.getLogger("sluice.engine")
 
 _HERE = Path(__file__).parent
-_SOURCES = ("llama.cpp", "attention.h", "prompt_attention.h", "linear.h", "vec.h")
+_SOURCES = ("llama.cpp", "attention.h", "prompt_attention.h", "linear.h", "ranks.h", "vec.h")
 _FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno")
 _V4 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 _LEVELS = {

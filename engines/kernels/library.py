@@ -9,9 +9,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_void_p
+from ctypes import POINTER, Structure, byref, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
-from enum import IntFlag
 from functools import cache
 from pathlib import Path
 
@@ -23,14 +22,6 @@ from engines.kernels import build
 log = logging.getLogger("sluice.engine")
 
 SWITCH = "SLUICE_KERNELS"
-
-
-class Parts(IntFlag):
-    """Of a layer, each with its norm before it. Mirrors Parts of llama.cpp."""
-
-    ATTENTION = 1
-    MLP = 2
-    ALL = 3
 
 
 class Matrix(Structure):
@@ -87,6 +78,20 @@ class Step(Structure):
     )
 
 
+class Ranks(Structure):
+    """Mirrors Ranks of ranks.h: the memory that the tensor-parallel ranks share, see shared_memory.py."""
+
+    _fields_ = (
+        ("counters", c_void_p),
+        ("halves", c_void_p),
+        ("capacity", c_int64),
+        ("operation", c_int64),
+        ("rank", c_int32),
+        ("size", c_int32),
+        ("timeout", c_double),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Weight:
     """What a linear multiplies with: [out, in], for int8 with a float32 scale an output; contiguous."""
@@ -133,9 +138,9 @@ class Library:
             for weights in (values, torch.int8):
                 name = f"{_NAMES[values]}_{_NAMES[weights]}"
                 run, linear = functions[f"sluice_run_{name}"], functions[f"sluice_linear_{name}"]
-                run.argtypes = [POINTER(Model), POINTER(Step), c_int, c_int, c_int, c_void_p, c_void_p]
+                run.argtypes = [POINTER(Model), POINTER(Step), c_int, c_int, c_void_p, POINTER(Ranks)]
                 linear.argtypes = [c_void_p] * 5 + [c_int] * 5
-                run.restype = linear.restype = None
+                run.restype, linear.restype = c_int64, None
                 self._run[values, weights], self._linear[values, weights] = run, linear
 
     def takes(self, values: torch.dtype, weight: Tensor) -> bool:
@@ -178,15 +183,16 @@ class Library:
         weights: torch.dtype,
         step: Step,
         layers: range,
-        parts: Parts,
         hidden: Tensor,
-        out: Tensor | None,
-    ) -> None:
-        """`parts` of `layers`, with matrices of dtype `weights`, change `hidden` [T, H], or put what they
-        would add to it into `out`."""
-        into = None if out is None else out.data_ptr()
+        ranks: Ranks | None,
+    ) -> int:
+        """`layers`, with matrices of dtype `weights`, change `hidden` [T, H]: shares of them, where there are
+        several `ranks`, summed in two operations a layer. Returns the one that a rank did not come to in
+        time, or 0."""
         run = self._run[hidden.dtype, weights]
-        run(byref(model), byref(step), layers.start, layers.stop, parts, hidden.data_ptr(), into)
+        shared = None if ranks is None else byref(ranks)
+        failed: int = run(byref(model), byref(step), layers.start, layers.stop, hidden.data_ptr(), shared)
+        return failed
 
 
 def load() -> Library | None:

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "prompt_attention.h"
+#include "ranks.h"
 
 namespace sluice {
 
@@ -413,12 +414,11 @@ inline void make_tiles(const Step& step, int group, std::vector<Tile>& tiles) {
     }
 }
 
-enum Parts { ATTENTION = 1, MLP = 2 };
-
-// Layers first .. last, those parts of them. With `out` the sum of what they add goes there, instead of to `hidden`:
-// a share that is still to be summed over the ranks.
+// hidden [num_tokens, hidden] through layers first .. last. With several ranks each has a share of every layer, and
+// what the shares add is summed over `ranks` before it goes to hidden: two operations a layer. Returns the operation
+// that a rank did not come to in time, 0 if all went well.
 template <class T, class B>
-void run(const Model<T, B>& model, const Step& step, int first, int last, int parts, T* hidden, T* out) {
+int64_t run(const Model<T, B>& model, const Step& step, int first, int last, T* hidden, const Ranks* ranks) {
     static Shared<T> shared;  // one caller at a time: the rank's only thread that computes
     size_t rows = step.num_tokens, inner = size_t(model.num_heads) * model.head_dim;
     bool in_panels = is_many(step.num_tokens, step.is_deterministic);
@@ -429,24 +429,40 @@ void run(const Model<T, B>& model, const Step& step, int first, int last, int pa
     shared.activated.make_room(rows * model.intermediate);
     size_t most_k = std::max({size_t(model.hidden), size_t(model.intermediate), inner});
     if (in_panels) make_room(shared.panels, rows, most_k);
+    if (ranks && !wait_for(*ranks, ranks->operation)) return ranks->operation;
+    bool all_come = true;
+    int64_t failed = 0;
 #pragma omp parallel num_threads(step.num_threads)
     {
         static thread_local Scratch own;
         int thread = omp_get_thread_num(), threads = omp_get_num_threads();
         make_room(own, rows, most_k, in_panels);
         own.scores.make_room(4 * (size_t(step.max_context) + W));
+        auto put = ranks ? project<T, B> : project_and_add<T, B>;
+        int64_t operation = ranks ? ranks->operation + 1 : 0;
+        auto out = [&] { return ranks ? ranks->part<T>(operation, ranks->rank) : hidden; };
+        auto add_shares = [&] {
+            if (!ranks) return true;
+#pragma omp master
+            if (!meet(*ranks, operation)) all_come = false, failed = operation;
+#pragma omp barrier
+            if (!all_come) return false;
+#pragma omp for
+            for (int row = 0; row < step.num_tokens; row++) {
+                add_parts(*ranks, operation, row, model.hidden, hidden + int64_t(row) * model.hidden);
+            }
+            operation++;
+            return true;
+        };
         for (int i = first; i < last; i++) {
             const Layer<T, B>& layer = model.layers[i];
-            if (parts & ATTENTION) {
-                attention_of(model, layer, step, hidden, out ? out : hidden, shared, own, thread, threads,
-                             out ? project<T, B> : project_and_add<T, B>);
-            }
-            if (parts & MLP) {
-                mlp_of(model, layer, step, hidden, out ? out : hidden, shared, own, threads,
-                       out ? project<T, B> : project_and_add<T, B>);
-            }
+            attention_of(model, layer, step, hidden, out(), shared, own, thread, threads, put);
+            if (!add_shares()) break;
+            mlp_of(model, layer, step, hidden, out(), shared, own, threads, put);
+            if (!add_shares()) break;
         }
     }
+    return failed;
 }
 
 constexpr int ROWS_AT_ONCE = 128;  // of a matrix alone: they stay in the third-level cache
@@ -496,9 +512,9 @@ void norm(const T* x, const T* weight, T* out, int num_rows, int size, float eps
 
 // Each for values and weights in these types: sluice_run_float32_int8 and so on.
 #define SLUICE_EXPORT(NAME, T, B)                                                                                 \
-    extern "C" void sluice_run_##NAME(const sluice::Model<T, B>* model, const sluice::Step* step, int first,      \
-                                      int last, int parts, T* hidden, T* out) {                                   \
-        sluice::run(*model, *step, first, last, parts, hidden, out);                                              \
+    extern "C" int64_t sluice_run_##NAME(const sluice::Model<T, B>* model, const sluice::Step* step, int first,   \
+                                         int last, T* hidden, const sluice::Ranks* ranks) {                       \
+        return sluice::run(*model, *step, first, last, hidden, ranks);                                            \
     }                                                                                                             \
     extern "C" void sluice_linear_##NAME(const B* weight, const float* scale, const T* bias, const T* x, T* y,    \
                                          int num_rows, int num_k, int num_n, int num_threads,                     \

@@ -13,15 +13,14 @@ from ctypes import POINTER, cast
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from engines.base import Batch
 from engines.kernels import library
-from engines.kernels.library import Parts
 from engines.models.layers import MOST_ROWS, KernelLinear, is_torch_faster, not_deterministic
 from engines.runtime.context import current
 from engines.runtime.kv_cache import LayerCache, Layout
+from engines.runtime.shared_memory import CAPACITY
 from engines.runtime.thread_choice import ThreadChoice
 
 if TYPE_CHECKING:
@@ -42,7 +41,8 @@ class KernelLayers:
         """None where a kernel is missing for any of the layers."""
         kernels = library.load()
         operands = [_operands(layer) for layer in model.layers]
-        if kernels is None or not all(operands):
+        has_peers = model.mesh.tp_size == 1 or model.mesh.shared is not None
+        if kernels is None or not has_peers or not all(operands):
             return None
         dtypes = {operand.weight.dtype for layer in operands for operand in layer}
         head_dim = model.layers[0].attention.head_dim
@@ -84,6 +84,15 @@ class KernelLayers:
             scale=attention.scale,
         )
 
+    @property
+    def _most_at_once(self) -> int:
+        """Of a step's tokens."""
+        most = _AT_ONCE_DETERMINISTIC if self.is_deterministic else _AT_ONCE
+        if self._mesh.shared is None:
+            return most
+        row_bytes: int = self._model.hidden * self._caches[0].data.itemsize
+        return min(most, CAPACITY // row_bytes)
+
     def takes(self, hidden: Tensor) -> bool:
         """Whether it is worth it for a step of so many tokens."""
         return self.takes_all or hidden.shape[0] <= MOST_ROWS
@@ -97,7 +106,7 @@ class KernelLayers:
         threads = self._choice.threads(num_tokens, most)
         self._kernels.most_threads = threads  # of what follows as well
         tokens = _Tokens(context.batch, self.is_deterministic, threads)
-        at_once = _AT_ONCE_DETERMINISTIC if self.is_deterministic else _tokens_at_once(num_tokens)
+        at_once = _tokens_at_once(num_tokens, self._most_at_once)
         for first in range(0, num_tokens, at_once):
             piece = hidden[first : first + at_once]
             self._run(piece, tokens.step(first, piece.shape[0]))
@@ -105,16 +114,17 @@ class KernelLayers:
         return hidden
 
     def _run(self, hidden: Tensor, step: library.Step) -> None:
-        if self._mesh.tp_size == 1:
-            layers = range(self._num_layers)
-            self._kernels.run(self._model, self._dtype, step, layers, Parts.ALL, hidden, None)
+        layers, shared = range(self._num_layers), self._mesh.shared
+        if shared is None:
+            self._kernels.run(self._model, self._dtype, step, layers, hidden, None)
             return
-        share = torch.empty_like(hidden)
-        for layer in range(self._num_layers):
-            for part in (Parts.ATTENTION, Parts.MLP):
-                one = range(layer, layer + 1)
-                self._kernels.run(self._model, self._dtype, step, one, part, hidden, share)
-                hidden.add_(self._mesh.all_reduce(share))
+        ranks = library.Ranks(
+            *shared.addresses, CAPACITY, shared.num_operations, shared.rank, shared.size, shared.timeout
+        )
+        failed = self._kernels.run(self._model, self._dtype, step, layers, hidden, ranks)
+        if failed:
+            raise shared.late(failed)
+        shared.num_operations += 2 * len(layers)
 
     def _use(self, caches: Sequence[LayerCache]) -> None:
         if caches is self._caches:
@@ -125,10 +135,10 @@ class KernelLayers:
             weights.cache = cache.data.data_ptr()
 
 
-def _tokens_at_once(num_tokens: int) -> int:
+def _tokens_at_once(num_tokens: int, most: int) -> int:
     """As equal as can be: each piece reads all weights, were it of a single token."""
-    num_pieces = -(-num_tokens // _AT_ONCE)
-    return -(-num_tokens // (num_pieces * _SIDE_BY_SIDE)) * _SIDE_BY_SIDE
+    num_pieces = -(-num_tokens // most)
+    return min(most, -(-num_tokens // (num_pieces * _SIDE_BY_SIDE)) * _SIDE_BY_SIDE)
 
 
 def require_deterministic(layers: KernelLayers | None) -> KernelLayers:

@@ -18,7 +18,7 @@ from time import perf_counter, sleep
 
 log = logging.getLogger(__name__)
 
-BYTES_AHEAD = 128 << 20
+BYTES_AHEAD = 256 << 20
 """Beyond the last block in use, of all regions together."""
 _HUGE_PAGE = 2 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14

@@ -2,7 +2,8 @@
 
 gloo's all-reduce of a decode step's few KB goes through the loopback's sockets, twice a layer; here a rank
 writes its part, raises its counter, waits for the others' counters and adds all parts itself. Parts are
-added in order of rank, so every rank has the same sum to the bit.
+added in order of rank, so every rank has the same sum to the bit. Between operations of these a kernel that
+runs whole layers does the same by itself (engines/kernels/ranks.h).
 
 Operation s uses half s % 2 of the memory. A rank writes for s only when every counter has reached s - 1,
 which a rank raises after it has read what operation s - 2 left in that half.
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-CAPACITY = 1 << 20
+CAPACITY = 2 << 20
 """Bytes of one rank's part; larger tensors go piece by piece."""
 
 _LINE = 8  # int64 of a cache line: counters do not share one
@@ -48,47 +49,53 @@ class SharedGroup:
         self._counters = memoryview(self._memory)[:_PAGE].cast("q")
         halves = torch.frombuffer(self._memory, dtype=torch.uint8, offset=_PAGE)
         self._halves = halves.view(2, size, CAPACITY)
-        self._rank, self._size, self._timeout = rank, size, timeout
-        self._operation = 0
+        self.rank, self.size, self.timeout = rank, size, timeout
+        self.num_operations = 0  # so far, the same on every rank
+
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Of the counters and of the halves."""
+        halves = self._halves.data_ptr()
+        return halves - _PAGE, halves
 
     def all_reduce(self, x: Tensor) -> None:
         """Sum over the ranks, in place. `x` must be contiguous."""
         for piece in torch.split(x.view(-1), CAPACITY // x.itemsize):
             parts = self._exchange(piece)
-            if self._size == 2:
+            if self.size == 2:
                 torch.add(parts[0], parts[1], out=piece)
             else:
                 torch.sum(parts, dim=0, out=piece)
 
     def gather_columns(self, x: Tensor) -> Tensor | None:
         """[L, C] of each rank to [L, size * C] on rank 0, None on the others."""
-        whole = x.new_empty(x.shape[0], self._size, x.shape[1]) if self._rank == 0 else None
+        whole = x.new_empty(x.shape[0], self.size, x.shape[1]) if self.rank == 0 else None
         width = max(1, CAPACITY // (x.shape[1] * x.itemsize))  # rows of a piece
         assert x.shape[1] * x.itemsize <= CAPACITY, "a row must fit"
         for start in range(0, x.shape[0], width):
             piece = x[start : start + width]
             parts = self._exchange(piece.reshape(-1), wait=whole is not None)
             if whole is not None:
-                rows = parts.view(self._size, *piece.shape)
+                rows = parts.view(self.size, *piece.shape)
                 whole[start : start + width].copy_(rows.transpose(0, 1))
         return None if whole is None else whole.view(x.shape[0], -1)
 
     def _exchange(self, piece: Tensor, wait: bool = True) -> Tensor:
         """[n] of each rank to [size, n]: a view, valid until the next operation but one."""
-        self._operation += 1
-        self._wait_for(self._operation - 1)
-        half = self._halves[self._operation % 2]
+        self.num_operations += 1
+        self._wait_for(self.num_operations - 1)
+        half = self._halves[self.num_operations % 2]
         parts = half[:, : piece.nbytes].view(piece.dtype)
-        parts[self._rank].copy_(piece)
-        self._counters[self._rank * _LINE] = self._operation  # seen after the part: see is_supported
+        parts[self.rank].copy_(piece)
+        self._counters[self.rank * _LINE] = self.num_operations  # seen after the part: see is_supported
         if wait:
-            self._wait_for(self._operation)
+            self._wait_for(self.num_operations)
         return parts
 
     def _wait_for(self, operation: int) -> None:
         """Until every rank's counter is there: spin, then yield the core, then sleep in short naps."""
         counters = self._counters
-        for line in range(0, self._size * _LINE, _LINE):
+        for line in range(0, self.size * _LINE, _LINE):
             num_spins = 0
             while counters[line] < operation:
                 num_spins += 1
@@ -100,8 +107,12 @@ class SharedGroup:
             os.sched_yield()
             return
         time.sleep(_SLEEP_SECONDS)
-        if (num_yields - _YIELDS_BEFORE_SLEEP) * _SLEEP_SECONDS > self._timeout:
-            raise TimeoutError(f"a rank did not come to operation {operation} within {self._timeout:g} s")
+        if (num_yields - _YIELDS_BEFORE_SLEEP) * _SLEEP_SECONDS > self.timeout:
+            raise self.late(operation)
+
+    def late(self, operation: int) -> TimeoutError:
+        """That a rank did not come to it."""
+        return TimeoutError(f"a rank did not come to operation {operation} within {self.timeout:g} s")
 
 
 def is_supported() -> bool:
