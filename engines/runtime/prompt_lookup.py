@@ -25,6 +25,32 @@ class PromptLookup:
         return []
 
 
+class Trust:
+    """How many guesses a sequence is worth, each of which a step computes: twice as many as held last time,
+    half as many where none did, and where a single one did not, none for a while; the more often, the longer.
+    """
+
+    def __init__(self) -> None:
+        self._most = _MOST
+        self._rest, self._next_rest = 0, 1  # tokens
+
+    @property
+    def num_guesses(self) -> int:
+        return 0 if self._rest else self._most
+
+    def drew(self, num_guessed: int, num_held: int) -> None:
+        """A step of this sequence: so many of the guesses were what the model drew."""
+        if not num_guessed:
+            self._rest = max(0, self._rest - 1)
+        elif num_held:
+            self._most, self._next_rest = 2 * num_held, 1
+        elif num_guessed > 1:
+            self._most = num_guessed // 2
+        else:
+            self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)
+
+
+_MOST, _LONGEST_REST = 32, 32
 _SIZE = array("i").itemsize
 
 

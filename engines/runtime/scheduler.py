@@ -60,6 +60,10 @@ class Scheduler(Protocol):
         """Counters since start and gauges now. The leader counts the steps."""
 
 
+_FEW = 2
+"""Running sequences whose guesses cost next to nothing: the weights are read for one token as for several."""
+
+
 class Drafter(Protocol):
     """Guesses what comes next, for the model to verify several tokens in one step."""
 
@@ -350,6 +354,7 @@ class ContinuousScheduler:
         room = len(sequence.block_table) + self._pool.num_available
         max_tokens = min(
             self._max_draft_tokens,
+            sequence.trust.num_guesses if len(self._running) > _FEW else self._max_draft_tokens,
             budget,
             sequence.max_len - len(sequence.token_ids) - 1,
             room * self.block_size - len(sequence.token_ids),
@@ -479,9 +484,11 @@ class ContinuousScheduler:
                 continue
             deltas.append(delta)
             self._num_generated_tokens += len(delta.token_ids)
-            if chunk.drafts:
+            if self._drafter is not None and delta.token_ids:
+                num_held = len(delta.token_ids) - 1
+                chunk.sequence.trust.drew(len(chunk.drafts), num_held)
                 self._num_drafted_tokens += len(chunk.drafts)
-                self._num_accepted_tokens += max(0, len(delta.token_ids) - 1)
+                self._num_accepted_tokens += num_held
             if has_ended(delta):
                 self._remove(sequence)
         return deltas

@@ -10,6 +10,7 @@ import numpy as np
 
 from engines.runtime.grammar import Constraint
 from engines.runtime.plan import Float32, Int32, RowSampling
+from engines.runtime.prompt_lookup import Trust
 from engines.wire import Generate, RequestError, TokenLogprob
 
 _DIGEST_BYTES = 32
@@ -60,6 +61,7 @@ class Sequence:
     pooled: Float32 | None = None  # [H]: the sum of the hidden states that are pooled, so far
     draws_alike: bool = field(init=False)  # `sampling` is how it draws each of its tokens
     sampling: RowSampling = field(init=False)
+    trust: Trust = field(default_factory=Trust)  # in guesses of its tokens
     _history: array[int] = field(default_factory=lambda: array("i"))
 
     def __post_init__(self) -> None:
