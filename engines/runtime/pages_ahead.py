@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Condition, Thread
-from time import perf_counter, sleep
+from time import monotonic, perf_counter, sleep
 
 log = logging.getLogger(__name__)
 
 BYTES_AHEAD = 256 << 20
 """Beyond the last block in use, of all regions together."""
+_IDLE_SECONDS = 0.1
+"""Without a step."""
 _HUGE_PAGE = 2 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
 
@@ -35,6 +38,7 @@ class Region:
 class PagesAhead:
     """A thread that keeps `BYTES_AHEAD` ahead of the blocks in use, with the same blocks of each region.
 
+    It works while no step does, which wants the processor, and beside steps if less than half is left.
     Where the system does not provide memory when asked, it comes as it is written.
     """
 
@@ -43,8 +47,10 @@ class PagesAhead:
         self._blocks_ahead = BYTES_AHEAD // sum(region.block_bytes for region in regions)
         self._blocks_at_once = max(1, _HUGE_PAGE // max(region.block_bytes for region in regions))
         self._wanted = self._provided = 0
+        self._rests_since = 0.0
         self._more_wanted = Condition()
         self.use(0)
+        self.rest()
         Thread(target=self._run, name="pages-ahead", daemon=True).start()
 
     @property
@@ -53,21 +59,31 @@ class PagesAhead:
         return self._provided
 
     def use(self, block: int) -> None:
-        """Tell that blocks up to this one are about to be written."""
+        """Tell that a step begins, which writes to blocks up to this one."""
+        self._rests_since = math.inf
         wanted = min(self._num_blocks, block + 1 + self._blocks_ahead)
         if wanted > self._wanted:
             with self._more_wanted:
                 self._wanted = wanted
                 self._more_wanted.notify()
 
+    def rest(self) -> None:
+        """Tell that the step has ended."""
+        self._rests_since = monotonic()
+
     def _run(self) -> None:
         try:
             while self._provided < self._num_blocks:
                 with self._more_wanted:
                     self._more_wanted.wait_for(lambda: self._wanted > self._provided)
-                self._provide(min(self._num_blocks, self._provided + self._blocks_at_once))
+                    self._more_wanted.wait_for(self._is_short, timeout=_IDLE_SECONDS)
+                if self._is_short() or monotonic() - self._rests_since >= _IDLE_SECONDS:
+                    self._provide(min(self._num_blocks, self._provided + self._blocks_at_once))
         except OSError as error:
             log.info("K/V memory comes as it is written: the system does not provide it ahead (%s)", error)
+
+    def _is_short(self) -> bool:
+        return self._wanted - self._provided > self._blocks_ahead // 2
 
     def _provide(self, end: int) -> None:
         for region in self._regions:
@@ -76,7 +92,7 @@ class PagesAhead:
                 region.address + self._provided * region.block_bytes,
                 region.address + end * region.block_bytes,
             )
-            sleep(perf_counter() - started)  # half of the time: steps want the processor, too
+            sleep(perf_counter() - started)  # half of the time
         self._provided = end
 
 

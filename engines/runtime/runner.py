@@ -73,14 +73,16 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> StepResult | None:
         """This rank's part of `plan`. The result on the leader, None elsewhere."""
         started = perf_counter()
+        if self._pages_ahead is not None:
+            self._pages_ahead.use(int(plan.slot_mapping.max()) // self._caches[0].block_size)
         result = self._execute(plan)
+        if self._pages_ahead is not None:
+            self._pages_ahead.rest()
         self._mesh.clock.add(perf_counter() - started)
         return result
 
     def _execute(self, plan: StepPlan) -> StepResult | None:
         batch = self._to_batch(plan)
-        if self._pages_ahead is not None:
-            self._pages_ahead.use(int(plan.slot_mapping.max()) // self._caches[0].block_size)
         with forward_context(ForwardContext(batch, self._caches)):
             hidden = self._engine.forward(batch)
         if hidden is None:

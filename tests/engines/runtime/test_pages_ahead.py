@@ -47,6 +47,7 @@ class Mapping:
 def little_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages_ahead, "BYTES_AHEAD", 2 * AHEAD * BLOCK)  # of two regions
     monkeypatch.setattr(pages_ahead, "_HUGE_PAGE", 2 * BLOCK)
+    monkeypatch.setattr(pages_ahead, "_IDLE_SECONDS", 0.01)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -62,13 +63,31 @@ def test_memory_is_there_ahead_of_the_blocks_in_use_and_no_further() -> None:
     wait_until(lambda: ahead.num_provided == AHEAD + 2)  # the first block's own, and two at a time
     assert keys.num_resident() == values.num_resident() == (AHEAD + 2) * BLOCK
     ahead.use(20)
+    ahead.rest()
     wait_until(lambda: ahead.num_provided >= 21 + AHEAD)
     ahead.use(3)  # again
+    ahead.rest()
     time.sleep(0.01)
     assert keys.num_resident() == values.num_resident() == 30 * BLOCK
     ahead.use(NUM_BLOCKS - 1)
+    ahead.rest()
     wait_until(lambda: ahead.num_provided == NUM_BLOCKS)
     assert keys.num_resident() == NUM_BLOCKS * BLOCK
+
+
+def test_beside_a_step_it_waits_until_half_is_used() -> None:
+    keys, values = Mapping(), Mapping()
+    ahead = PagesAhead([keys.region, values.region], NUM_BLOCKS)
+    wait_until(lambda: ahead.num_provided == AHEAD + 2)
+    ahead.use(AHEAD // 2)
+    time.sleep(0.05)
+    assert ahead.num_provided == AHEAD + 2
+    ahead.use(20)
+    wait_until(lambda: ahead.num_provided >= 21 + AHEAD // 2)
+    time.sleep(0.05)
+    assert ahead.num_provided < 21 + AHEAD
+    ahead.rest()
+    wait_until(lambda: ahead.num_provided >= 21 + AHEAD)
 
 
 def test_what_was_written_stays() -> None:
@@ -77,6 +96,7 @@ def test_what_was_written_stays() -> None:
     before = bytes(mapping.pages)
     ahead = PagesAhead([mapping.region], NUM_BLOCKS)
     ahead.use(NUM_BLOCKS - 1)
+    ahead.rest()
     wait_until(lambda: ahead.num_provided == NUM_BLOCKS)
     assert bytes(mapping.pages) == before
 
@@ -108,6 +128,7 @@ def test_caches_on_a_processor_have_a_region_for_each_layer() -> None:
     ahead = kv_cache.pages_ahead(caches)
     assert ahead is not None
     ahead.use(NUM_BLOCKS - 1)
+    ahead.rest()
     wait_until(lambda: ahead.num_provided == NUM_BLOCKS)
     assert all(not cache.data.any() for cache in caches)
 
