@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -41,26 +41,31 @@ def expected_tokens(models: Path, special: Special) -> dict[str, list[list[int]]
     return {name: hf_tokens(models / name, prompts(), 12) for name in (*EXACT_TYPES, *special)}
 
 
+def run_to_end(rank_main: Callable[..., None], arguments: Sequence[tuple[Any, ...]], seconds: float) -> None:
+    """A process for each, all to their end; none outlives the test, or waits for one that has failed."""
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=rank_main, args=each) for each in arguments]
+    try:
+        for process in ranks:
+            process.start()
+        deadline = time.monotonic() + seconds
+        while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+            if any(process.exitcode for process in ranks):
+                break
+            time.sleep(0.05)
+        assert [process.exitcode for process in ranks] == [0] * len(ranks)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+
+
 def run_ranks(world: int, root: Path, names: list[str], load: Load) -> dict[str, Any]:
     """12 greedy tokens for each of `prompts()` from each model of `root`, or the refusal, as rank 0 has it.
 
     Tensor parallelism over `world` ranks, all to their end; none outlives the test.
     """
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_run, args=(rank, world, root, names, load)) for rank in range(world)]
-    try:
-        for process in ranks:
-            process.start()
-        deadline = time.monotonic() + 240
-        while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
-            if any(process.exitcode for process in ranks):
-                break  # the others would wait for it
-            time.sleep(0.05)
-        assert [process.exitcode for process in ranks] == [0] * world
-    finally:
-        for process in ranks:
-            process.kill()
-            process.join()
+    run_to_end(_run, [(rank, world, root, names, load) for rank in range(world)], seconds=240)
     results: dict[str, Any] = json.loads((root / f"tp{world}.json").read_text())
     return results
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from engines.base import UnsupportedModel
 from engines.runtime.mesh import Mesh
 from tests.engines.driver import generate, native
+from tests.engines.ranks import run_to_end
 from tests.engines.test_native import prompts_for
 from tests.models import GQA, MHA, ODD, Shape, make_llama
 
@@ -44,22 +44,6 @@ def run_rank(rank: int, root: Path) -> None:
     dist.destroy_process_group()
 
 
-def run_ranks(root: Path) -> None:
-    """All ranks to their end; none outlives the test."""
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=run_rank, args=(rank, root)) for rank in range(WORLD)]
-    try:
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(timeout=120)
-        assert [process.exitcode for process in ranks] == [0] * WORLD
-    finally:
-        for process in ranks:
-            process.kill()
-            process.join()
-
-
 def tokens_of(directory: Path, shape: Shape, mesh: Mesh | None = None) -> list[list[int]]:
     engine = native(directory, mesh)
     prompts = prompts_for(shape.vocab, 3, 40, 17)
@@ -70,7 +54,7 @@ def test_tokens_do_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
     for name, shape in SHAPES.items():
         make_llama(tmp_path / name, shape, seed=5)
     expected = {name: tokens_of(tmp_path / name, shape) for name, shape in SHAPES.items()}
-    run_ranks(tmp_path)
+    run_to_end(run_rank, [(rank, tmp_path) for rank in range(WORLD)], seconds=120)
     for tp in (2, 4):
         assert json.loads((tmp_path / f"tp{tp}-rank0.json").read_text()) == expected
 

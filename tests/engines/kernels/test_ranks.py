@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from engines.runtime import cpu
 from engines.runtime.mesh import Mesh
 from engines.runtime.shared_memory import SharedGroup
 from tests.engines.driver import Driver, generate, native
+from tests.engines.ranks import run_to_end
 from tests.engines.test_native import prompts_for
 from tests.models import Shape, make_llama
 
@@ -67,18 +67,7 @@ def run_rank(rank: int, size: int, threads: int, root: Path) -> None:
 @pytest.mark.parametrize(("size", "threads"), [(2, 1), (2, 3), (4, 1)])
 def test_ranks_give_what_one_gives(size: int, threads: int, tmp_path: Path) -> None:
     model = make_llama(tmp_path / "model", SHAPE)
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=run_rank, args=(rank, size, threads, tmp_path)) for rank in range(size)]
-    try:
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(timeout=120)
-        assert [process.exitcode for process in ranks] == [0] * size
-    finally:
-        for process in ranks:
-            process.kill()
-            process.join()
+    run_to_end(run_rank, [(rank, size, threads, tmp_path) for rank in range(size)], seconds=120)
     outcomes = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(size)]
     assert all(outcome == outcomes[0] for outcome in outcomes)
     assert outcomes[0]["float32"] == tokens_of(load(model, "float32"))
