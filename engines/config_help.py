@@ -112,7 +112,9 @@ _DEVICES = {
         "Part of each GPU's whole memory that a group may use, weights included; K/V gets what is left.",
         0.9,
     ),
-    "kvCacheMemory": Help("K/V memory of each rank on a CPU.", "1GiB"),
+    "kvCacheMemory": Help(
+        "K/V memory of each rank on a CPU, at most; it is taken as it is used, 256 MiB ahead.", "1GiB"
+    ),
     "torchrun.OMP_NUMBER_THREADS": Help(
         "CPU threads of each rank.", otherwise="the cores, divided by all ranks on CPUs"
     ),
