@@ -138,7 +138,7 @@ class Library:
             for weights in (values, torch.int8):
                 name = f"{_NAMES[values]}_{_NAMES[weights]}"
                 run, linear = functions[f"sluice_run_{name}"], functions[f"sluice_linear_{name}"]
-                run.argtypes = [POINTER(Model), POINTER(Step), c_int, c_int, c_void_p, POINTER(Ranks)]
+                run.argtypes = [POINTER(Model), POINTER(Step), c_int, c_void_p, POINTER(Ranks)]
                 linear.argtypes = [c_void_p] * 5 + [c_int] * 5
                 run.restype, linear.restype = c_int64, None
                 self._run[values, weights], self._linear[values, weights] = run, linear
@@ -182,16 +182,16 @@ class Library:
         model: Model,
         weights: torch.dtype,
         step: Step,
-        layers: range,
+        num_layers: int,
         hidden: Tensor,
         ranks: Ranks | None,
     ) -> int:
-        """`layers`, with matrices of dtype `weights`, change `hidden` [T, H]: shares of them, where there are
-        several `ranks`, summed in two operations a layer. Returns the one that a rank did not come to in
-        time, or 0."""
+        """The model's layers, with matrices of dtype `weights`, change `hidden` [T, H]: shares of them, where
+        there are several `ranks`, summed in two operations a layer. Returns the one that a rank did not come
+        to in time, or 0."""
         run = self._run[hidden.dtype, weights]
         shared = None if ranks is None else byref(ranks)
-        failed: int = run(byref(model), byref(step), layers.start, layers.stop, hidden.data_ptr(), shared)
+        failed: int = run(byref(model), byref(step), num_layers, hidden.data_ptr(), shared)
         return failed
 
 

@@ -414,11 +414,11 @@ inline void make_tiles(const Step& step, int group, std::vector<Tile>& tiles) {
     }
 }
 
-// hidden [num_tokens, hidden] through layers first .. last. With several ranks each has a share of every layer, and
+// hidden [num_tokens, hidden] through the layers. With several ranks each has a share of every layer, and
 // what the shares add is summed over `ranks` before it goes to hidden: two operations a layer. Returns the operation
 // that a rank did not come to in time, 0 if all went well.
 template <class T, class B>
-int64_t run(const Model<T, B>& model, const Step& step, int first, int last, T* hidden, const Ranks* ranks) {
+int64_t run(const Model<T, B>& model, const Step& step, int num_layers, T* hidden, const Ranks* ranks) {
     static Shared<T> shared;  // one caller at a time: the rank's only thread that computes
     size_t rows = step.num_tokens, inner = size_t(model.num_heads) * model.head_dim;
     bool in_panels = is_many(step.num_tokens, step.is_deterministic);
@@ -430,7 +430,6 @@ int64_t run(const Model<T, B>& model, const Step& step, int first, int last, T* 
     size_t most_k = std::max({size_t(model.hidden), size_t(model.intermediate), inner});
     if (in_panels) make_room(shared.panels, rows, most_k);
     if (ranks && !wait_for(*ranks, ranks->operation)) return ranks->operation;
-    bool all_come = true;
     int64_t failed = 0;
 #pragma omp parallel num_threads(step.num_threads)
     {
@@ -444,9 +443,9 @@ int64_t run(const Model<T, B>& model, const Step& step, int first, int last, T* 
         auto add_shares = [&] {
             if (!ranks) return true;
 #pragma omp master
-            if (!meet(*ranks, operation)) all_come = false, failed = operation;
+            if (!meet(*ranks, operation)) failed = operation;
 #pragma omp barrier
-            if (!all_come) return false;
+            if (failed) return false;
 #pragma omp for
             for (int row = 0; row < step.num_tokens; row++) {
                 add_parts(*ranks, operation, row, model.hidden, hidden + int64_t(row) * model.hidden);
@@ -454,7 +453,7 @@ int64_t run(const Model<T, B>& model, const Step& step, int first, int last, T* 
             operation++;
             return true;
         };
-        for (int i = first; i < last; i++) {
+        for (int i = 0; i < num_layers; i++) {
             const Layer<T, B>& layer = model.layers[i];
             attention_of(model, layer, step, hidden, out(), shared, own, thread, threads, put);
             if (!add_shares()) break;
@@ -512,9 +511,9 @@ void norm(const T* x, const T* weight, T* out, int num_rows, int size, float eps
 
 // Each for values and weights in these types: sluice_run_float32_int8 and so on.
 #define SLUICE_EXPORT(NAME, T, B)                                                                                 \
-    extern "C" int64_t sluice_run_##NAME(const sluice::Model<T, B>* model, const sluice::Step* step, int first,   \
-                                         int last, T* hidden, const sluice::Ranks* ranks) {                       \
-        return sluice::run(*model, *step, first, last, hidden, ranks);                                            \
+    extern "C" int64_t sluice_run_##NAME(const sluice::Model<T, B>* model, const sluice::Step* step,              \
+                                         int num_layers, T* hidden, const sluice::Ranks* ranks) {                 \
+        return sluice::run(*model, *step, num_layers, hidden, ranks);                                             \
     }                                                                                                             \
     extern "C" void sluice_linear_##NAME(const B* weight, const float* scale, const T* bias, const T* x, T* y,    \
                                          int num_rows, int num_k, int num_n, int num_threads,                     \

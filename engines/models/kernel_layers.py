@@ -114,17 +114,17 @@ class KernelLayers:
         return hidden
 
     def _run(self, hidden: Tensor, step: library.Step) -> None:
-        layers, shared = range(self._num_layers), self._mesh.shared
+        shared, num_layers = self._mesh.shared, self._num_layers
         if shared is None:
-            self._kernels.run(self._model, self._dtype, step, layers, hidden, None)
+            self._kernels.run(self._model, self._dtype, step, num_layers, hidden, None)
             return
         ranks = library.Ranks(
             *shared.addresses, CAPACITY, shared.num_operations, shared.rank, shared.size, shared.timeout
         )
-        failed = self._kernels.run(self._model, self._dtype, step, layers, hidden, ranks)
+        failed = self._kernels.run(self._model, self._dtype, step, num_layers, hidden, ranks)
         if failed:
             raise shared.late(failed)
-        shared.num_operations += 2 * len(layers)
+        shared.num_operations += 2 * num_layers
 
     def _use(self, caches: Sequence[LayerCache]) -> None:
         if caches is self._caches:

@@ -6,6 +6,7 @@ quotes), several tokens come of one step. They are the model's own in any case: 
 
 from __future__ import annotations
 
+import sys
 from array import array
 
 _LONGEST, _SHORTEST = 4, 2  # tokens that must have come before
@@ -31,7 +32,7 @@ class Trust:
     """
 
     def __init__(self) -> None:
-        self._most = _MOST
+        self._most = sys.maxsize  # until something is known
         self._rest, self._next_rest = 0, 1  # tokens
 
     @property
@@ -50,7 +51,7 @@ class Trust:
             self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)
 
 
-_MOST, _LONGEST_REST = 32, 32
+_LONGEST_REST = 32
 _SIZE = array("i").itemsize
 
 

@@ -354,11 +354,12 @@ class ContinuousScheduler:
         room = len(sequence.block_table) + self._pool.num_available
         max_tokens = min(
             self._max_draft_tokens,
-            sequence.trust.num_guesses if len(self._running) > _FEW else self._max_draft_tokens,
             budget,
             sequence.max_len - len(sequence.token_ids) - 1,
             room * self.block_size - len(sequence.token_ids),
         )
+        if len(self._running) > _FEW:
+            max_tokens = min(max_tokens, sequence.trust.num_guesses)
         if max_tokens <= 0:
             return ()
         try:

@@ -77,10 +77,8 @@ def step_rows(shared: SharedGroup, pipe: Pipe) -> list[dict[str, float]]:
     rows = []
     for vocab_size in VOCAB_SIZES:
         for num_seqs in NUM_SEQS:
-            plan, logits = (
-                decoding_plan(num_seqs),
-                torch.zeros(num_seqs, vocab_size // 2, dtype=torch.bfloat16),
-            )
+            plan = decoding_plan(num_seqs)
+            logits = torch.zeros(num_seqs, vocab_size // 2, dtype=torch.bfloat16)
             times = [step_microseconds(plan, logits, shared, pipe) for _ in range(ROUNDS)]
             rows.append({"sequences": num_seqs, "vocabulary": vocab_size, "us": round(median(times), 1)})
     return rows

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from gateway.workers.hang import (
     verdict,
 )
 from gateway.workers.pulse import Pulse, ranks
+from tests.waiting import wait_until
 
 
 @pytest.mark.parametrize(
@@ -242,13 +243,6 @@ def share_asleep(pid: int, num_looks: int = 50) -> float:
     return sum(found) / num_looks
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize(
     ("code", "low", "high"), [(SLEEPS, 1.0, 1.0), (SPINS, 0.0, 0.0), (THREAD_SPINS, 0.0, 0.2)]
 )
@@ -267,7 +261,7 @@ def test_nobody_is_asleep_at_a_glance() -> None:
 def test_processor_seconds_are_those_of_the_main_thread() -> None:
     with process(SPINS) as spinning, process(THREAD_SPINS) as waiting:
         before = ranks([spinning, waiting], closely=False)
-        until(lambda: ranks([spinning], closely=False)[0].worked > before[0].worked + 0.3)
+        wait_until(lambda: ranks([spinning], closely=False)[0].worked > before[0].worked + 0.3, 30.0)
         assert ranks([waiting], closely=False)[0].worked - before[1].worked < 0.1
 
 
@@ -288,9 +282,9 @@ def test_a_stopped_process_is_found_at_any_depth(has_loaded: bool) -> None:
         assert not pulse.is_any_stopped(has_loaded)
         for pid in (child, popen.pid):
             os.kill(pid, signal.SIGSTOP)
-            until(lambda: pulse.is_any_stopped(has_loaded))
+            wait_until(lambda: pulse.is_any_stopped(has_loaded), 30.0)
             os.kill(pid, signal.SIGCONT)
-            until(lambda: not pulse.is_any_stopped(has_loaded))
+            wait_until(lambda: not pulse.is_any_stopped(has_loaded), 30.0)
         os.kill(child, signal.SIGKILL)
         popen.wait()
         assert not pulse.is_any_stopped(has_loaded)

@@ -39,6 +39,7 @@ from tests.gateway.groups import (
     until,
     until_ready,
 )
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.anyio
 REPO = Path(__file__).parents[2]
@@ -433,13 +434,6 @@ def start_gateway(tmp_path: Path) -> tuple[subprocess.Popen[str], list[int]]:
     pids: list[int] = json.loads(gateway.stdout.readline())
     assert len(pids) == 4
     return gateway, pids
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.01)
 
 
 def test_ten_killed_gateways_leave_nothing(tmp_path: Path) -> None:

@@ -27,11 +27,8 @@ pytestmark = pytest.mark.skipif(
 
 SHAPE = Shape(hidden=256, layers=3, heads=8, kv_heads=4, head_dim=32, ffn=256, vocab=301)
 DTYPES = ["float32", "bfloat16"]
-LENGTHS = (
-    3,
-    70,
-    41,
-)  # in one step as well: more than the layers take at once here, and not a multiple of that
+LENGTHS = (3, 70, 41)
+"""In one step as well: more than the layers take at once here, and not a multiple of that."""
 NUM_TOKENS = 8
 
 

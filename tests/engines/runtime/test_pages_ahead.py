@@ -6,7 +6,6 @@ import ctypes
 import errno
 import mmap
 import time
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ import torch
 from engines.base import KVSpec
 from engines.runtime import kv_cache, pages_ahead
 from engines.runtime.pages_ahead import PagesAhead, Region
+from tests.waiting import wait_until
 
 BLOCK = 4 * mmap.PAGESIZE
 NUM_BLOCKS = 64
@@ -50,44 +50,37 @@ def little_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages_ahead, "_IDLE_SECONDS", 0.01)
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
-
-
 def test_memory_is_there_ahead_of_the_blocks_in_use_and_no_further() -> None:
     keys, values = Mapping(), Mapping()
     ahead = PagesAhead([keys.region, values.region], NUM_BLOCKS)
-    wait_until(lambda: ahead.num_provided == AHEAD + 2)  # the first block's own, and two at a time
+    wait_until(lambda: ahead.num_provided == AHEAD + 2, 10.0)  # the first block's own, and two at a time
     assert keys.num_resident() == values.num_resident() == (AHEAD + 2) * BLOCK
     ahead.use(20)
     ahead.rest()
-    wait_until(lambda: ahead.num_provided >= 21 + AHEAD)
+    wait_until(lambda: ahead.num_provided >= 21 + AHEAD, 10.0)
     ahead.use(3)  # again
     ahead.rest()
     time.sleep(0.01)
     assert keys.num_resident() == values.num_resident() == 30 * BLOCK
     ahead.use(NUM_BLOCKS - 1)
     ahead.rest()
-    wait_until(lambda: ahead.num_provided == NUM_BLOCKS)
+    wait_until(lambda: ahead.num_provided == NUM_BLOCKS, 10.0)
     assert keys.num_resident() == NUM_BLOCKS * BLOCK
 
 
 def test_beside_a_step_it_waits_until_half_is_used() -> None:
     keys, values = Mapping(), Mapping()
     ahead = PagesAhead([keys.region, values.region], NUM_BLOCKS)
-    wait_until(lambda: ahead.num_provided == AHEAD + 2)
+    wait_until(lambda: ahead.num_provided == AHEAD + 2, 10.0)
     ahead.use(AHEAD // 2)
     time.sleep(0.05)
     assert ahead.num_provided == AHEAD + 2
     ahead.use(20)
-    wait_until(lambda: ahead.num_provided >= 21 + AHEAD // 2)
+    wait_until(lambda: ahead.num_provided >= 21 + AHEAD // 2, 10.0)
     time.sleep(0.05)
     assert ahead.num_provided < 21 + AHEAD
     ahead.rest()
-    wait_until(lambda: ahead.num_provided >= 21 + AHEAD)
+    wait_until(lambda: ahead.num_provided >= 21 + AHEAD, 10.0)
 
 
 def test_what_was_written_stays() -> None:
@@ -97,7 +90,7 @@ def test_what_was_written_stays() -> None:
     ahead = PagesAhead([mapping.region], NUM_BLOCKS)
     ahead.use(NUM_BLOCKS - 1)
     ahead.rest()
-    wait_until(lambda: ahead.num_provided == NUM_BLOCKS)
+    wait_until(lambda: ahead.num_provided == NUM_BLOCKS, 10.0)
     assert bytes(mapping.pages) == before
 
 
@@ -115,7 +108,7 @@ def test_a_system_that_does_not_provide_it_is_asked_once(
     caplog.set_level("INFO")
     mapping = Mapping()
     ahead = PagesAhead([mapping.region], NUM_BLOCKS)
-    wait_until(lambda: "as it is written" in caplog.text)
+    wait_until(lambda: "as it is written" in caplog.text, 10.0)
     ahead.use(NUM_BLOCKS - 1)
     time.sleep(0.01)
     assert len(asked) == 1
@@ -129,7 +122,7 @@ def test_caches_on_a_processor_have_a_region_for_each_layer() -> None:
     assert ahead is not None
     ahead.use(NUM_BLOCKS - 1)
     ahead.rest()
-    wait_until(lambda: ahead.num_provided == NUM_BLOCKS)
+    wait_until(lambda: ahead.num_provided == NUM_BLOCKS, 10.0)
     assert all(not cache.data.any() for cache in caches)
 
 
