@@ -51,7 +51,7 @@ class ChoiceAssembler:
         self._min_tokens = params.min_tokens
         self._wants_logprobs = params.logprobs is not None
         # Nothing is looked for in the text, nothing told or ranked of its tokens: as nearly always.
-        self._is_plain = self._stops is None and not self._wants_logprobs and params.best_of is None
+        self.is_plain = self._stops is None and not self._wants_logprobs and params.best_of is None
         self._has_end_logprob = params.has_end_logprob and params.logprobs is not None
         self._num_top = params.logprobs or 0
         self._num_decoded = self._num_shown = text_offset  # characters
@@ -66,7 +66,7 @@ class ChoiceAssembler:
 
     def feed(self, delta: TokenDelta) -> ChoiceDelta:
         """What can be shown now. After a finish reason nothing more may be fed."""
-        if self._is_plain and delta.finish_reason is None:
+        if self.is_plain and delta.finish_reason is None:
             self.num_tokens += len(delta.token_ids)
             text = self._detokenizer.push(delta.token_ids)
             return ChoiceDelta(self._index, text, None, num_tokens=self.num_tokens)

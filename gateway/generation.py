@@ -15,6 +15,7 @@ from typing import Literal
 
 from gateway.admission import Admission
 from gateway.choice import ChoiceAssembler, ChoiceDelta, CollectedChoice
+from gateway.direct import Direct
 from gateway.merge import merge
 from gateway.prompt.detokenize import Decoder
 from gateway.prompts import require_ready
@@ -104,23 +105,27 @@ class Generation:
             shown += [drawn[index] for index in ranked[:num_shown]]
         return shown
 
-    def events(self) -> AsyncGenerator[list[ChoiceDelta], None]:
-        """What is new, as soon as there is something; several at once when they are ready together.
+    def events(self, direct: Direct | None = None) -> AsyncGenerator[list[ChoiceDelta], None]:
+        """What is new, as soon as there is something; several at once when they are ready together. Of an
+        only choice `direct` shows what it can at once, and that does not come from here.
 
         Raises QueueFull, QueueTimeout, SequenceRefused, SequenceFailed, ContextLengthExceeded,
         WorkerUnavailable, WorkerLost and TimeoutError. When one choice fails, the others are aborted.
         """
         self._metrics.num_prompt_tokens += self._prompt_tokens
-        sources = [self._deltas(sequence) for sequence in self._sequences]
-        return sources[0] if len(sources) == 1 else merge(sources)
+        if len(self._sequences) == 1:
+            return self._deltas(self._sequences[0], direct)
+        return merge([self._deltas(sequence) for sequence in self._sequences])
 
-    async def _deltas(self, sequence: SequenceStream) -> AsyncGenerator[list[ChoiceDelta], None]:
+    async def _deltas(
+        self, sequence: SequenceStream, direct: Direct | None = None
+    ) -> AsyncGenerator[list[ChoiceDelta], None]:
         """One sequence: its wait, its group, its text; and its tokens on its key's account."""
         wire, key = sequence.wire, self._tenant.name
         num_prompt = len(wire.prompt_ids) if wire.choice == 0 else 0  # the others share it
         async with self._admission.slot(key, num_prompt):
             try:
-                async with aclosing(sequence.deltas(self._metrics)) as batches:
+                async with aclosing(sequence.deltas(self._metrics, direct)) as batches:
                     async for batch in batches:
                         yield batch
             finally:

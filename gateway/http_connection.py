@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gateway.anthropic_errors import error_body
 from gateway.auth import PROBES, new_request_id
+from gateway.direct import PUSH
 from gateway.errors import (
     APIError,
     HeadersTooLarge,
@@ -54,6 +55,27 @@ class _FlowControl(FlowControl):
         answer with much in store would be written out to nobody without ever giving way."""
         await super().drain()
         await asyncio.sleep(0)
+
+
+class AnswerPush:
+    """Implements direct.Push: a piece of a body in chunks, as the cycle's `send` would write it."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    @property
+    def is_open(self) -> bool:
+        cycle = self._cycle
+        return (
+            cycle.response_started
+            and not cycle.response_complete
+            and not cycle.disconnected
+            and not cycle.flow.write_paused
+            and cycle.chunked_encoding is True
+        )
+
+    def write(self, data: bytes) -> None:
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
 class ClientConnection(HttpToolsProtocol):
@@ -167,6 +189,7 @@ class ClientConnection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._answering = cycle
+        cycle.scope["extensions"] = {PUSH: AnswerPush(cycle)}  # type: ignore[dict-item]
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:

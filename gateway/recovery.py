@@ -21,7 +21,7 @@ import msgspec
 from engines.wire import Generate, TokenDelta
 from gateway.metrics import ModelMetrics
 from gateway.router import ModelChanged, ModelFailed, ServedModel, ShuttingDown, pick
-from gateway.workers.protocol import WorkerGroup, WorkerLost, WorkerUnavailable
+from gateway.workers.protocol import Take, WorkerGroup, WorkerLost, WorkerUnavailable
 
 MAX_DEATHS = 2
 _LOOK_SECONDS = 0.05  # between two looks for a ready group
@@ -53,13 +53,15 @@ class Recovery:
         self._num_prompt_logprobs = 0  # delivered
         self._num_repeated = 0  # of those, how many the group will send again
         self._num_deaths = 0
+        self._take: Take | None = None
 
-    async def deltas(self) -> AsyncGenerator[list[TokenDelta], None]:
-        """As WorkerGroup.generate gives them. Iterate once; closing it aborts the sequence.
+    async def deltas(self, take: Take | None = None) -> AsyncGenerator[list[TokenDelta], None]:
+        """As WorkerGroup.generate gives them, `take` included. Iterate once; closing it aborts the sequence.
 
         Raises PoisonedRequest, TimeoutError (the group's), and when there is no group to go on in WorkerLost;
         to begin in, WorkerUnavailable or ModelFailed.
         """
+        self._take = take
         lost: WorkerLost | None = None
         while True:
             group = await self._find_group(lost)
@@ -101,7 +103,14 @@ class Recovery:
         self._num_repeated = self._num_prompt_logprobs
         request = msgspec.structs.replace(self._request, resume_token_ids=[*self._delivered])
         # The protocol says that it can be closed; an AsyncIterator's type does not.
-        return cast("AsyncGenerator[list[TokenDelta], None]", group.generate(request))
+        take = None if self._take is None else self._deliver_at_once
+        return cast("AsyncGenerator[list[TokenDelta], None]", group.generate(request, take))
+
+    def _deliver_at_once(self, delta: TokenDelta) -> bool:
+        if self._take is None or delta.prompt_logprobs or not self._take(delta):
+            return False
+        self._delivered += delta.token_ids
+        return True
 
     def _deliver(self, delta: TokenDelta) -> TokenDelta:
         self._delivered += delta.token_ids

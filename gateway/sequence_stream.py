@@ -9,10 +9,12 @@ import msgspec
 
 from engines.wire import Generate, RequestError, TokenDelta
 from gateway.choice import ChoiceAssembler, ChoiceDelta
+from gateway.direct import Direct
 from gateway.metrics import ModelMetrics, SequenceTimer
 from gateway.recovery import Recovery
 from gateway.router import ServedModel
 from gateway.scoring import PromptScoring
+from gateway.workers.protocol import Take
 
 
 class ContextLengthExceeded(ValueError):  # noqa: N818
@@ -52,6 +54,7 @@ class SequenceStream:
         self._scoring = scoring
         self._cache_key = cache_key
         self.num_cached_tokens = 0
+        self._failure: Exception | None = None  # on the short way
 
     @property
     def num_tokens(self) -> int:
@@ -61,15 +64,19 @@ class SequenceStream:
     def mean_logprob(self) -> float:
         return self._assembler.mean_logprob
 
-    async def deltas(self, metrics: ModelMetrics) -> AsyncGenerator[list[ChoiceDelta], None]:
+    async def deltas(
+        self, metrics: ModelMetrics, direct: Direct | None = None
+    ) -> AsyncGenerator[list[ChoiceDelta], None]:
         """What is new, in one list what is ready together. Ends after the delta with the finish reason, and
-        aborts what is left of the sequence."""
+        aborts what is left of the sequence. What `direct` can show at once does not come from here."""
         timer = SequenceTimer(metrics)
         reason, has_report = "abort", False
         recovery = Recovery(self._model, self.wire, metrics, self._cache_key)
         try:
-            async with aclosing(recovery.deltas()) as batches:
+            async with aclosing(recovery.deltas(self._taker(direct, timer))) as batches:
                 async for batch in batches:
+                    if self._failure is not None:
+                        raise self._failure
                     num_before = self.num_tokens
                     new, failure = self._read(batch)
                     if count := self.num_tokens - num_before:
@@ -90,6 +97,25 @@ class SequenceStream:
             raise
         finally:
             timer.on_end(reason)
+
+    def _taker(self, direct: Direct | None, timer: SequenceTimer) -> Take | None:
+        """What deals with tokens that come when everything waits for them, if nothing but their text is of
+        interest."""
+        if direct is None or not self._assembler.is_plain or self.wire.prompt_logprobs is not None:
+            return None
+
+        def take(delta: TokenDelta) -> bool:
+            if not (direct.is_open and _is_tokens_alone(delta)):
+                return False
+            try:
+                direct.show(self._assembler.feed(delta))
+            except Exception as error:  # in the connection's turn of the loop; the request is what has failed
+                self._failure = error
+                return False
+            timer.on_tokens(len(delta.token_ids))
+            return True
+
+        return take
 
     def _read(self, batch: list[TokenDelta]) -> tuple[list[ChoiceDelta], Exception | None]:
         """What of them is to be shown, up to the end of the text; and what went wrong behind that."""
@@ -116,6 +142,16 @@ class SequenceStream:
         """The prompt's log-probabilities come before any token."""
         if self._scoring is not None and not self._scoring.is_scored:
             raise SequenceFailed("the group generates, but has not scored the prompt")
+
+
+def _is_tokens_alone(delta: TokenDelta) -> bool:
+    """Neither the first of a sequence nor the last."""
+    return (
+        delta.finish_reason is None
+        and delta.error is None
+        and delta.num_cached_tokens is None
+        and bool(delta.token_ids)
+    )
 
 
 def request_error(error: RequestError) -> Exception:

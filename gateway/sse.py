@@ -14,6 +14,7 @@ from sse_starlette.event import ServerSentEvent
 from sse_starlette.sse import EventSourceResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from gateway.direct import PUSH, Direct, Shape
 from gateway.errors import ClientGone
 from gateway.settings import Settings
 
@@ -35,6 +36,12 @@ def event(data: bytes, name: str | None = None) -> bytes:
     if name is None:
         return b"data: %b\n\n" % data
     return b"event: %b\ndata: %b\n\n" % (name.encode(), data)
+
+
+def direct_to(scope: Scope, shape: Shape) -> Direct | None:
+    """The short way to the client of this request, where its connection has one (http_connection.py)."""
+    push = scope.get("extensions", {}).get(PUSH)
+    return None if push is None else Direct(push, shape)
 
 
 async def until_gone(receive: Receive) -> None:

@@ -19,7 +19,7 @@ from engines.wire import (
     TokenDelta,
     TokenLogprob,
 )
-from gateway.workers.protocol import GroupState, WorkerLost, WorkerUnavailable
+from gateway.workers.protocol import GroupState, Take, WorkerLost, WorkerUnavailable
 
 HIDDEN_SIZE = 8
 
@@ -72,7 +72,7 @@ class FakeGroup:
     requests: list[Generate] = field(default_factory=list)
     closed_early: list[str] = field(default_factory=list)
 
-    async def generate(self, request: Generate) -> AsyncIterator[list[TokenDelta]]:
+    async def generate(self, request: Generate, take: Take | None = None) -> AsyncIterator[list[TokenDelta]]:
         if self.state is not GroupState.READY:
             raise WorkerUnavailable("not ready", retry_after=3)
         self.requests.append(request)
@@ -86,7 +86,8 @@ class FakeGroup:
                 if self.fails_after is not None and num_sent >= self.fails_after:
                     delta = self._failure(request)
                 has_ended = delta.finish_reason is not None or delta.error is not None
-                yield [delta]
+                if take is None or not take(delta):
+                    yield [delta]
         finally:
             self.num_outstanding -= 1
             if not has_ended:

@@ -105,6 +105,7 @@ GENERATION = tuple(
         "sequences",
         "sequence_stream",
         "choice",
+        "direct",
         "merge",
         "recovery",
         "admission",

@@ -9,13 +9,14 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from gateway.choice import ChoiceDelta
 from gateway.protocol.chat import ChatCompletionRequest
 from gateway.protocol.chat_response import ChatChunk, ChatChunkChoice, ChatCompletion
 from gateway.protocol.common import encoder, parse_body
 from gateway.routes.chat_choice import ChoiceReader
 from gateway.routes.chat_start import Chat, start_chat
 from gateway.routes.common import Answer, gateway_of, json_response, new_answer
-from gateway.sse import DONE, Chunks, event, open_stream, unless_gone
+from gateway.sse import DONE, Chunks, direct_to, event, open_stream, unless_gone
 
 router = APIRouter()
 
@@ -33,7 +34,7 @@ async def create_chat_completion(request: Request) -> Response:
     readers = [ChoiceReader(i, answer, is_legacy=is_legacy) for i, answer in enumerate(chat.answers)]
     answer = new_answer("chatcmpl", body.model, chat.generation.fingerprint)
     if body.stream:
-        chunks = _chunks(chat, readers, body, answer)
+        chunks = _chunks(chat, readers, body, answer, request)
         describe_error = gateway.error_describer(request)
         return await open_stream(chunks, request.receive, gateway.settings, describe_error)
     return json_response(await unless_gone(request.receive, _completion(chat, readers, answer)))
@@ -55,7 +56,11 @@ async def _completion(chat: Chat, readers: Sequence[ChoiceReader], answer: Answe
 
 
 async def _chunks(
-    chat: Chat, readers: Sequence[ChoiceReader], body: ChatCompletionRequest, answer: Answer
+    chat: Chat,
+    readers: Sequence[ChoiceReader],
+    body: ChatCompletionRequest,
+    answer: Answer,
+    request: Request,
 ) -> Chunks:
     """The events of a stream: each choice's role, what comes of it and its end; usage if it is asked for;
     [DONE]."""
@@ -78,9 +83,11 @@ async def _chunks(
     def with_usage(*choices: ChatChunkChoice) -> bytes:
         return event(encoder.encode(msgspec.structs.replace(template, choices=choices, usage=chat.usage())))
 
-    async with aclosing(chat.generation.events()) as batches:
+    def shape(batch: list[ChoiceDelta]) -> bytes:
+        return b"".join([chunk(choice) for delta in batch for choice in readers[delta.index].chunks(delta)])
+
+    async with aclosing(chat.generation.events(direct_to(request.scope, shape))) as batches:
         async for batch in batches:
-            choices = [choice for delta in batch for choice in readers[delta.index].chunks(delta)]
-            if choices:
-                yield b"".join(chunk(choice) for choice in choices)
+            if data := shape(batch):
+                yield data
     yield (with_usage() if body.include_usage else b"") + DONE

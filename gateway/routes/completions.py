@@ -27,7 +27,7 @@ from gateway.protocol.completions import (
 from gateway.router import ServedModel
 from gateway.routes.common import Answer, gateway_of, json_response, new_answer, tenant_of
 from gateway.scoring import LARGE_REPORT, PromptScoring
-from gateway.sse import DONE, Chunks, event, open_stream, unless_gone
+from gateway.sse import DONE, Chunks, direct_to, event, open_stream, unless_gone
 
 router = APIRouter()
 
@@ -39,7 +39,7 @@ async def create_completion(request: Request) -> Response:
     generation = await _start(request, body)
     answer = new_answer("cmpl", body.model, generation.fingerprint)
     if body.stream:
-        chunks = _chunks(generation, body, answer)
+        chunks = _chunks(generation, body, answer, request)
         describe_error = gateway.error_describer(request)
         return await open_stream(chunks, request.receive, gateway.settings, describe_error)
     return json_response(await unless_gone(request.receive, _completion(generation, body, answer)))
@@ -150,7 +150,9 @@ def _message(
     )
 
 
-async def _chunks(generation: Generation, body: CompletionRequest, answer: Answer) -> Chunks:
+async def _chunks(
+    generation: Generation, body: CompletionRequest, answer: Answer, request: Request
+) -> Chunks:
     """The events of a stream: text as it comes, ends, usage if asked for, [DONE]."""
     usage_of = generation if body.continuous_usage else None
 
@@ -160,22 +162,28 @@ async def _chunks(generation: Generation, body: CompletionRequest, answer: Answe
             message = msgspec.structs.replace(message, usage=None)
         return event(encoder.encode(message))
 
-    async with aclosing(generation.events()) as batches:
+    def shape(batch: list[ChoiceDelta]) -> bytes:
+        return b"".join([chunk(choice) for delta in batch for choice in _choices(delta, body)])
+
+    async with aclosing(generation.events(direct_to(request.scope, shape))) as batches:
         async for batch in batches:
-            yield b"".join([chunk(choice) for delta in batch for choice in await _choices(delta, body)])
+            echoes = [await _echo(delta.index, delta.prompt, body) for delta in batch if delta.prompt]
+            yield b"".join(map(chunk, echoes)) + shape(batch)
     usage = event(encoder.encode(_message(answer, [], generation))) if body.include_usage else b""
     yield usage + DONE
 
 
-async def _choices(delta: ChoiceDelta, body: CompletionRequest) -> list[CompletionChoice]:
-    """A chunk for the echoed prompt, one for the text and one of its own for the end."""
+async def _echo(index: int, prompt: PromptReport, body: CompletionRequest) -> CompletionChoice:
+    """A chunk for the echoed prompt, before any other of its choice."""
+    text, tokens = _echoed(prompt, body)
+    shape = partial(completion_logprobs, tokens, None, body.logprobs)
+    is_large = _num_scores(prompt) >= LARGE_REPORT
+    return CompletionChoice(text, index, await asyncio.to_thread(shape) if is_large else shape())
+
+
+def _choices(delta: ChoiceDelta, body: CompletionRequest) -> list[CompletionChoice]:
+    """A chunk for the text and one of its own for the end."""
     choices = []
-    if delta.prompt is not None:
-        text, tokens = _echoed(delta.prompt, body)
-        shape = partial(completion_logprobs, tokens, None, body.logprobs)
-        is_large = _num_scores(delta.prompt) >= LARGE_REPORT
-        logprobs = await asyncio.to_thread(shape) if is_large else shape()
-        choices.append(CompletionChoice(text, delta.index, logprobs))
     if delta.text or delta.logprobs:
         logprobs = completion_logprobs((), delta.logprobs, body.logprobs)
         choices.append(CompletionChoice(delta.text, delta.index, logprobs))

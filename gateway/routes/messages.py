@@ -11,6 +11,7 @@ from sse_starlette.event import ServerSentEvent
 from starlette.responses import Response
 
 from gateway.anthropic_errors import anthropic_body
+from gateway.choice import ChoiceDelta
 from gateway.conversation import chat_prompt, template_of
 from gateway.prompts import require_ready
 from gateway.protocol.anthropic import CountTokensRequest, MessagesRequest
@@ -31,7 +32,7 @@ from gateway.router import ServedModel
 from gateway.routes.chat_start import Chat, conversation_of, start_chat
 from gateway.routes.common import gateway_of, json_response
 from gateway.routes.messages_blocks import BlockReader, BlockWriter
-from gateway.sse import Chunks, DescribeError, event, open_stream, unless_gone
+from gateway.sse import Chunks, DescribeError, direct_to, event, open_stream, unless_gone
 
 router = APIRouter()
 
@@ -45,7 +46,7 @@ async def create_message(request: Request) -> Response:
     model_of(request, body)
     chat = await start_chat(request, body)
     if body.stream:
-        settings, chunks = gateway_of(request).settings, _chunks(chat, body)
+        settings, chunks = gateway_of(request).settings, _chunks(chat, body, request)
         return await open_stream(chunks, request.receive, settings, _error_describer(request), _PING)
     return json_response(await unless_gone(request.receive, _message(chat, body)))
 
@@ -91,18 +92,23 @@ async def _message(chat: Chat, body: MessagesRequest) -> Message:
     )
 
 
-async def _chunks(chat: Chat, body: MessagesRequest) -> Chunks:
+async def _chunks(chat: Chat, body: MessagesRequest, request: Request) -> Chunks:
     """The events of a stream. The first one waits for a token: then it is known what was in the cache."""
     [answer] = chat.answers
     writer, has_begun = BlockWriter(shows_thoughts=body.shows_thoughts), False
-    async with aclosing(chat.generation.events()) as batches:
+
+    def shape(batch: list[ChoiceDelta]) -> bytes:
+        nonlocal has_begun
+        events = [_start(chat, body)] if not has_begun else []
+        has_begun = True
+        for delta in batch:
+            events += writer.write(answer.read(delta))
+        return b"".join(map(_event, events))
+
+    async with aclosing(chat.generation.events(direct_to(request.scope, shape))) as batches:
         async for batch in batches:
-            events = [_start(chat, body)] if not has_begun else []
-            has_begun = True
-            for delta in batch:
-                events += writer.write(answer.read(delta))
-            if events:
-                yield b"".join(map(_event, events))
+            if data := shape(batch):
+                yield data
     usage = MessageUsage.of(chat.usage())
     yield b"".join(map(_event, (*writer.end(), MessageDelta(_stop(chat, body), usage), MessageStop())))
 

@@ -41,7 +41,7 @@ from gateway.routes.common import gateway_of, json_response, tenant_of
 from gateway.routes.responses_context import context_of, stored
 from gateway.routes.responses_output import Output
 from gateway.sequence_stream import ContextLengthExceeded
-from gateway.sse import Chunks, event, open_stream, unless_gone
+from gateway.sse import Chunks, direct_to, event, open_stream, unless_gone
 
 router = APIRouter()
 
@@ -64,7 +64,7 @@ async def create_response(request: Request) -> Response:
     if body.stream:
         stream = _Stream(underway)
         return await open_stream(
-            stream.chunks(kept),
+            stream.chunks(kept, request),
             request.receive,
             gateway.settings,
             lambda error: stream.failed(gateway.error_of(request, error)),
@@ -151,7 +151,7 @@ class _Stream:
         self._underway = underway
         self._num_sent = 0
 
-    async def chunks(self, kept: Callable[[ResponseObject], ResponseObject]) -> Chunks:
+    async def chunks(self, kept: Callable[[ResponseObject], ResponseObject], request: Request) -> Chunks:
         """The first ones come with the first of the answer: until then a failure has a status of its own.
         `kept` stores the response and gives it back, to be sent."""
         underway = self._underway
@@ -159,12 +159,16 @@ class _Stream:
             ResponseCreated(response=underway.begun),
             ResponseInProgress(response=underway.begun),
         ]
-        async with aclosing(underway.chat.generation.events()) as batches:
+
+        def shape(batch: list[ChoiceDelta]) -> bytes:
+            events = begin + [event for delta in batch for event in underway.read(delta)]
+            begin.clear()
+            return self._written(*events)
+
+        async with aclosing(underway.chat.generation.events(direct_to(request.scope, shape))) as batches:
             async for batch in batches:
-                events = begin + [event for delta in batch for event in underway.read(delta)]
-                begin = []
-                if events:
-                    yield self._written(*events)
+                if data := shape(batch):
+                    yield data
         last = underway.end()
         response = kept(underway.response())
         ended = ResponseCompleted if response.status == "completed" else ResponseIncomplete

@@ -30,7 +30,7 @@ from engines.wire import (
     Tokens,
     ToWorker,
 )
-from gateway.workers.protocol import WorkerLost
+from gateway.workers.protocol import Take, WorkerLost
 
 Report = Progress | Ready | Failed | Stats
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
@@ -42,16 +42,23 @@ _MAX_UNREAD = 64
 class Inbox:
     """What has come for one sequence and has not been read yet."""
 
-    __slots__ = ("_deltas", "_error", "_waiter", "id", "is_ended", "last_at", "timer")
+    __slots__ = ("_deltas", "_error", "_take", "_waiter", "id", "is_ended", "last_at", "timer")
 
-    def __init__(self, id: str, now: float) -> None:
+    def __init__(self, id: str, now: float, take: Take | None = None) -> None:
         self.id = id
         self.last_at = now  # when something last came, on the loop's clock
         self.is_ended = False
         self.timer: asyncio.TimerHandle | None = None
         self._deltas: list[TokenDelta] = []
         self._error: Exception | None = None
+        self._take = take
         self._waiter: asyncio.Future[None] | None = None
+
+    def offer(self, delta: TokenDelta) -> bool:
+        """Whether the taker has dealt with it. It is asked if its reader waits, having read all."""
+        if self._take is None or self._waiter is None or self._waiter.done():
+            return False
+        return self._take(delta)
 
     def push(self, delta: TokenDelta) -> None:
         if len(self._deltas) >= _MAX_UNREAD:  # the client is slower than the group: it gets more at once
@@ -77,6 +84,7 @@ class Inbox:
                 raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
+            self._waiter = None
         deltas, self._deltas = self._deltas, []
         return deltas
 
@@ -121,10 +129,11 @@ class Connection(asyncio.Protocol):
         """Sequences sent and not ended."""
         return len(self._inboxes)
 
-    def generate(self, request: Generate, timeout: float) -> Inbox:
-        """Send one sequence. It ends with TimeoutError, and Abort, when `timeout` seconds bring nothing."""
+    def generate(self, request: Generate, timeout: float, take: Take | None = None) -> Inbox:
+        """Send one sequence. It ends with TimeoutError, and Abort, when `timeout` seconds bring nothing.
+        `take` is offered what comes while its reader waits."""
         assert request.id not in self._inboxes, "ids are unique"
-        inbox = Inbox(request.id, self._loop.time())
+        inbox = Inbox(request.id, self._loop.time(), take)
         self._inboxes[request.id] = inbox
         self.idle.clear()
         self._send(request)
@@ -160,11 +169,11 @@ class Connection(asyncio.Protocol):
             self.lose(f"the worker group sent a malformed frame: {error}")
             return
         for message in messages:
-            self._dispatch(message)
+            self._dispatch(message, is_alone=len(messages) == 1)
 
-    def _dispatch(self, message: FromWorker) -> None:
+    def _dispatch(self, message: FromWorker, *, is_alone: bool) -> None:
         if type(message) is Tokens:
-            self._deliver(message.deltas)
+            self._deliver(message.deltas, offers=is_alone)
             return
         if isinstance(message, Stats) and message.num_steps != self._num_steps:
             self._num_steps = message.num_steps
@@ -173,7 +182,8 @@ class Connection(asyncio.Protocol):
         if self.is_connected:  # a report before it may have closed this
             self._on_report(message)
 
-    def _deliver(self, deltas: list[TokenDelta]) -> None:
+    def _deliver(self, deltas: list[TokenDelta], *, offers: bool) -> None:
+        """Of several steps that have come together each reader gets what there is in one go: it lags."""
         self.num_signs += 1
         now = self._loop.time()
         inboxes = self._inboxes
@@ -182,7 +192,8 @@ class Connection(asyncio.Protocol):
             if inbox is None:  # aborted a moment ago
                 continue
             inbox.last_at = now
-            inbox.push(delta)
+            if not (offers and inbox.offer(delta)):
+                inbox.push(delta)
             if delta.finish_reason is not None or delta.error is not None:
                 self._end(inbox)
 

@@ -10,7 +10,7 @@ from engines.config import ModelConfig
 from engines.wire import Generate, Progress, Ready, Stats, TokenDelta
 from gateway.workers.backoff import retry_after
 from gateway.workers.connection import Connection, Inbox, Report
-from gateway.workers.protocol import GroupState, QueueFull, WorkerUnavailable
+from gateway.workers.protocol import GroupState, QueueFull, Take, WorkerUnavailable
 
 _GUESSED_START_SECONDS = 10.0  # until one start has been measured
 
@@ -61,7 +61,7 @@ class Group:
         self._start_seconds = _GUESSED_START_SECONDS
         self._expected_at = self._started_at + self._start_seconds
 
-    def generate(self, request: Generate) -> TokenStream:
+    def generate(self, request: Generate, take: Take | None = None) -> TokenStream:
         """Send one sequence. Raises WorkerUnavailable and QueueFull at once, see protocol.WorkerGroup."""
         if self.state is not GroupState.READY or self.info is None or self._connection is None:
             raise WorkerUnavailable(self._why_not(), self._retry_after())
@@ -71,7 +71,8 @@ class Group:
                 f"{self.config.model_name} has as many sequences as it takes: {running} that run and "
                 f"{waiting} that wait (jobQueueSize)"
             )
-        return TokenStream(self._connection, self._connection.generate(request, self.config.response_timeout))
+        inbox = self._connection.generate(request, self.config.response_timeout, take)
+        return TokenStream(self._connection, inbox)
 
     @property
     def num_outstanding(self) -> int:

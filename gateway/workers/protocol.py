@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from enum import StrEnum
 from typing import Protocol
 
@@ -34,6 +34,10 @@ class QueueFull(WorkerUnavailable):
     """As many sequences wait already as jobQueueSize allows."""
 
 
+Take = Callable[[TokenDelta], bool]
+"""Whether it has dealt with this delta, which then does not come from the iterator."""
+
+
 class WorkerGroup(Protocol):
     """One torchrun group, dead or alive.
 
@@ -43,6 +47,8 @@ class WorkerGroup(Protocol):
     WorkerUnavailable when the group is not READY, QueueFull when enough wait already (both from the call
     itself, before anything is sent), WorkerLost when it dies underway, and TimeoutError
     when nothing came for the model's responseTimeout.
+
+    `take` may be offered what comes while the iterator's reader waits and nothing else has come.
     """
 
     name: str  # "MODEL/0": the model and the replica
@@ -57,4 +63,4 @@ class WorkerGroup(Protocol):
     def num_outstanding(self) -> int:
         """Sequences sent and not ended: what the router balances by."""
 
-    def generate(self, request: Generate) -> AsyncIterator[list[TokenDelta]]: ...
+    def generate(self, request: Generate, take: Take | None = None) -> AsyncIterator[list[TokenDelta]]: ...

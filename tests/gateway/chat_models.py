@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer
 from engines.wire import Generate, TokenDelta
 from gateway.app import create_app
 from gateway.settings import Settings
+from gateway.workers.protocol import Take
 from tests.fakes import FakeGroup, ready
 from tests.gateway.serving import listening, make_model_dir, make_served
 
@@ -166,7 +167,7 @@ class Scripted(FakeGroup):
     tokenizer: Tokenizer
     texts: list[str] = field(default_factory=list)
 
-    async def generate(self, request: Generate) -> AsyncIterator[list[TokenDelta]]:
+    async def generate(self, request: Generate, take: Take | None = None) -> AsyncIterator[list[TokenDelta]]:
         text = self.texts[min(len(self.requests), len(self.texts) - 1)]
         self.says = self.tokenizer.encode(text, add_special_tokens=False).ids
         async for batch in super().generate(request):

@@ -17,6 +17,7 @@ from engines.wire import Generate, TokenDelta, TokenLogprob
 from gateway.prompt.infill import infill_of
 from gateway.prompt.tokenizer import Tokenizer
 from gateway.protocol import bounds
+from gateway.workers.protocol import Take
 from tests.fakes import FakeGroup, prompt_deltas, ready
 from tests.gateway.serving import (
     client_of,
@@ -166,7 +167,9 @@ async def test_batches_and_choices_echo_their_own_prompt(
 
 async def test_logprobs_that_json_cannot_say(model_dir: Path) -> None:
     class Certain(FakeGroup):
-        async def generate(self, request: Generate) -> AsyncIterator[list[TokenDelta]]:
+        async def generate(
+            self, request: Generate, take: Take | None = None
+        ) -> AsyncIterator[list[TokenDelta]]:
             never = TokenLogprob(-math.inf, [(7, -math.inf)])
             yield [
                 TokenDelta(id=request.id, prompt_logprobs=[None] + [never] * (len(request.prompt_ids) - 1))
@@ -207,7 +210,7 @@ class Ranked(FakeGroup):
     words: list[list[int]]
     values: list[float]
 
-    async def generate(self, request: Generate) -> AsyncIterator[list[TokenDelta]]:
+    async def generate(self, request: Generate, take: Take | None = None) -> AsyncIterator[list[TokenDelta]]:
         self.requests.append(request)
         assert request.sampling.logprobs is not None, "it cannot be ranked"
         for delta in prompt_deltas(request):
@@ -403,7 +406,9 @@ async def test_what_is_told_of_prompts_is_bounded(
 
 async def test_a_group_that_does_not_score_fails_and_does_not_hang(model_dir: Path) -> None:
     class Silent(FakeGroup):
-        async def generate(self, request: Generate) -> AsyncIterator[list[TokenDelta]]:
+        async def generate(
+            self, request: Generate, take: Take | None = None
+        ) -> AsyncIterator[list[TokenDelta]]:
             yield [TokenDelta(id=request.id, token_ids=[7], finish_reason="length")]
 
     silent = Silent(says=[7], info=ready(400))

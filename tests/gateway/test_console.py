@@ -13,6 +13,7 @@ from gateway.workers.progress import overall_percent
 from gateway.workers.protocol import GroupState
 from tests.e2e.server import FAKE_SERVE, serving
 from tests.fakes import FakeGroup, ready
+from tests.waiting import wait_until
 
 
 def group(state: GroupState, progress: Progress | None = None, failure: str | None = None) -> FakeGroup:
@@ -56,6 +57,7 @@ def test_with_a_log_in_json_nothing_else_is_written() -> None:
     """Standard output and error together, from the start to the end."""
     with serving("--log-format", "json", "--access-log", program=FAKE_SERVE) as server:
         assert server.complete().status_code == 200
+        wait_until(lambda: "ready on" in server.output(), 20)  # which is said a moment after it answers
         assert server.stop() == 0
         records = [json.loads(line) for line in server.output().splitlines()]
     told = [record["message"] for record in records if record["logger"] == "gateway.console"]

@@ -19,7 +19,7 @@ from gateway.app import create_app
 from gateway.embedding import MAX_TOGETHER
 from gateway.keys import file_line
 from gateway.settings import Settings
-from gateway.workers.protocol import GroupState, WorkerLost
+from gateway.workers.protocol import GroupState, Take, WorkerLost
 from tests.fakes import HIDDEN_SIZE, FakeGroup, fake_embedding
 from tests.gateway.serving import client_of, ids_of, listening, make_app, make_group, make_served
 
@@ -130,7 +130,7 @@ class Counting(FakeGroup):
 
     most = 0
 
-    async def generate(self, request: Generate) -> AsyncIterator[list[TokenDelta]]:
+    async def generate(self, request: Generate, take: Take | None = None) -> AsyncIterator[list[TokenDelta]]:
         async with aclosing(super().generate(request)) as batches:  # type: ignore[type-var]
             async for batch in batches:
                 self.most = max(self.most, self.num_outstanding)

@@ -111,7 +111,7 @@ async def test_a_mark_that_is_spelled_out_is_text(model_dir: Path) -> None:
     group = scripted(model_dir)
     quoted = [id for part in ("<thi", "nk>", " hello </thi", "nk> ", TEXT) for id in _ids(group, part)]
 
-    async def generate(request: Any) -> Any:
+    async def generate(request: Any, take: Any = None) -> Any:
         group.says = quoted
         async for batch in super(type(group), group).generate(request):
             yield batch

@@ -20,7 +20,7 @@ from gateway.recovery import PoisonedRequest, Recovery
 from gateway.router import ServedModel, ShuttingDown
 from gateway.tenant import Tenant
 from gateway.workers.group import Group
-from gateway.workers.protocol import GroupState, WorkerGroup, WorkerLost
+from gateway.workers.protocol import GroupState, Take, WorkerGroup, WorkerLost
 from gateway.workers.supervisor import Supervisor
 from tests.fake_group.model import expected, expected_embedding
 from tests.fake_group.spec import FakeSpec, Fault, fake_config, fake_group
@@ -308,7 +308,7 @@ class Scripted:
     num_outstanding: int = 0
     sent: list[Generate] = field(default_factory=list)
 
-    async def generate(self, request: Generate) -> AsyncIterator[list[TokenDelta]]:
+    async def generate(self, request: Generate, take: Take | None = None) -> AsyncIterator[list[TokenDelta]]:
         self.sent.append(request)
         for delta in self.lives.pop(0):
             yield [delta]

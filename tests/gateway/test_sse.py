@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from engines.wire import Generate, RequestError, TokenDelta
 from gateway.http_server import make_server
 from gateway.settings import Settings
+from gateway.workers.protocol import Take
 from tests.fakes import FakeGroup, ready
 from tests.gateway.serving import data_of, make_app, make_group
 
@@ -72,7 +73,7 @@ async def test_when_one_choice_fails_the_others_are_aborted(model_dir: Path) -> 
     failing = make_group(model_dir, fails_after=2, fails_with=error)
 
     class Mixed(FakeGroup):
-        def generate(self, request: Generate) -> AsyncIterator[list[TokenDelta]]:
+        def generate(self, request: Generate, take: Take | None = None) -> AsyncIterator[list[TokenDelta]]:
             return (failing if request.choice == 1 else waiting).generate(request)
 
     group = Mixed(says=[], info=waiting.info)
@@ -137,7 +138,7 @@ async def test_a_client_that_does_not_read_is_given_up(model_dir: Path) -> None:
 class AtOnce(FakeGroup):
     """All that it says has come before anybody looks."""
 
-    async def generate(self, request: Generate) -> AsyncIterator[list[TokenDelta]]:
+    async def generate(self, request: Generate, take: Take | None = None) -> AsyncIterator[list[TokenDelta]]:
         yield [delta async for batch in super().generate(request) for delta in batch]
 
 
