@@ -21,6 +21,9 @@ class Chunk:
     drafts: tuple[int, ...] = ()
     first_row: int = 0
     num_prompt_rows: int = 0
+    is_reread: bool = False
+    """It is one token, whose K/V is in a shared block already: what is computed again of that goes where the
+    next token's will overwrite it."""
 
     @property
     def end(self) -> int:
@@ -29,7 +32,8 @@ class Chunk:
     @property
     def decodes_alike(self) -> bool:
         """Whether it is one token, after which the next is drawn as every one of its sequence is."""
-        return self.num_tokens == 1 and self.samples and self.sequence.draws_alike
+        is_next = self.num_tokens == 1 and not self.is_reread
+        return is_next and self.samples and self.sequence.draws_alike
 
     @property
     def num_rows(self) -> int:

@@ -115,12 +115,14 @@ def _build(chunks: list[Chunk], tables: BlockTables) -> StepPlan:
     np.cumsum(lengths, out=query_start[1:])
     offsets = np.repeat(starts - query_start[:-1], lengths)
     positions = np.arange(len(input_ids), dtype=np.int32) + offsets
+    places = positions.copy()
+    places[[query_start[i] for i, chunk in enumerate(chunks) if chunk.is_reread]] += 1
     context_lens = starts + lengths
     return StepPlan(
         kind=StepKind.RUN,
         input_ids=np.array(input_ids, np.int32),
         positions=positions,
-        slot_mapping=tables.slot_mapping(np.repeat(slots, lengths), positions),
+        slot_mapping=tables.slot_mapping(np.repeat(slots, lengths), places),
         query_start=query_start,
         context_lens=context_lens,
         slots=slots,

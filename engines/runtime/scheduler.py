@@ -338,11 +338,12 @@ class ContinuousScheduler:
             self._prompt_budget -= num_tokens
             self._long_budget -= num_tokens if sequence.is_long else 0
         samples = start + num_tokens == num_known < sequence.max_len
+        is_reread = start < sequence.num_hashed_blocks * self.block_size
         drafts: tuple[int, ...] = ()
-        if samples and self._drafter is not None and sequence.constraint is None:
+        if samples and self._drafter is not None and sequence.constraint is None and not is_reread:
             drafts = self._draft(sequence, budget - num_tokens)
             num_tokens += len(drafts)
-        chunks.append(Chunk(sequence, start, num_tokens, samples, drafts))
+        chunks.append(Chunk(sequence, start, num_tokens, samples, drafts, is_reread=is_reread))
         sequence.num_computed_tokens = start + num_tokens
         sequence.num_unknown_tokens += samples
         sequence.num_plans_in_flight += 1
@@ -396,7 +397,7 @@ class ContinuousScheduler:
             del self._queue[id]
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
-        """The blocks from which it can read the K/V of its first tokens."""
+        """The blocks from which it can read the K/V of its first tokens, or of all of them."""
         try:
             return self._look_up(sequence)
         except Exception as error:  # over its tokens: its own
@@ -407,7 +408,8 @@ class ContinuousScheduler:
         prefix: list[int] = []
         if sequence.hash_root is None:
             return prefix
-        for index in range(sequence.num_shareable_tokens // self.block_size):
+        num_shareable = min(sequence.num_shareable_tokens, self.max_model_len - 1)
+        for index in range(num_shareable // self.block_size):
             block = self._pool.find(sequence.hash_of_block(index, self.block_size))
             if block is None:
                 break
@@ -422,10 +424,15 @@ class ContinuousScheduler:
 
     def _fits(self, sequence: Sequence, prefix: list[int]) -> bool:
         """Whether there are blocks for all its tokens, and a few to spare for those already running."""
-        num_blocks = -(-len(sequence.token_ids) // self.block_size)
-        num_taken = num_blocks - sum(self._pool.is_used(block) for block in prefix)
+        num_in_use = sum(self._pool.is_used(block) for block in prefix)
+        num_taken = self._num_blocks_for(sequence, prefix) - num_in_use
         num_spare = self._pool.num_blocks // 100 if self._running else 0
         return num_taken + num_spare <= self._pool.num_available
+
+    def _num_blocks_for(self, sequence: Sequence, prefix: list[int]) -> int:
+        """For its tokens, and for what is computed again of the last one if that is in the prefix."""
+        num_blocks = -(-len(sequence.token_ids) // self.block_size)
+        return num_blocks + (len(prefix) == num_blocks)
 
     def _start_running(self, sequence: Sequence, prefix: list[int]) -> None:
         """Give it a slot, the blocks of its prefix, and new ones for all its other tokens."""
@@ -435,10 +442,10 @@ class ContinuousScheduler:
             self._pool.share(block)
         sequence.block_table = list(prefix)
         sequence.num_hashed_blocks = len(prefix)
-        sequence.num_computed_tokens = len(prefix) * self.block_size
+        sequence.num_computed_tokens = min(len(prefix) * self.block_size, len(sequence.token_ids) - 1)
         sequence.is_long = sequence.num_pending > self._short_prompt
         self._tables.write(sequence.slot, 0, prefix)
-        self._give_blocks(sequence, -(-len(sequence.token_ids) // self.block_size) - len(prefix))
+        self._give_blocks(sequence, self._num_blocks_for(sequence, prefix) - len(prefix))
         self._count_admission(sequence)
         if sequence.request.group:
             self._prompt_leaders.setdefault(sequence.request.group, sequence)

@@ -104,14 +104,14 @@ class Sequence:
 
     @property
     def num_shareable_tokens(self) -> int:
-        """How many tokens may come from the prefix cache: not the last, whose logits are needed, and
-        none whose prompt log-probability, or hidden state, is still to be had."""
+        """How many tokens' K/V may come from the prefix cache: none whose prompt log-probability, or hidden
+        state, is still to be had. (The last one's logits are needed in any case: it is computed again.)"""
         if self.pools_all:
             return 0
-        last = len(self.token_ids) - 1
+        num_known = len(self.token_ids)
         if self.num_scored is None or self.num_scored >= self.num_prompt_tokens:
-            return last
-        return min(last, self.num_scored - 1)
+            return num_known
+        return min(num_known, self.num_scored - 1)
 
     def history(self, drafts: tuple[int, ...]) -> Int32:
         """Its known tokens and these drafts, for penalties. Only new tokens are converted each time."""

@@ -133,7 +133,8 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids. Control tokens in the text are parsed; `add_special_tokens` adds those of the model."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding.ids
 
     def encode_spans(self, text: str, *, add_special_tokens: bool) -> EncodedText:
         """As `encode`, and where in the text each token begins."""

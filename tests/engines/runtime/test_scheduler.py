@@ -327,10 +327,10 @@ def test_a_prefix_is_read_and_its_last_token_computed() -> None:
     before = leader.runner.num_tokens_computed
     leader.add(request("b", 16, 1))
     leader.run()
-    assert leader.outputs.num_cached["b"] == 12, "the fourth block holds the last token"
-    assert leader.runner.num_tokens_computed - before == 4
+    assert leader.outputs.num_cached["b"] == 15, "the last token's logits are needed"
+    assert leader.runner.num_tokens_computed - before == 1
     stats = scheduler.stats(0)
-    assert (stats.num_prefix_queries, stats.num_prefix_hits) == (32, 12)
+    assert (stats.num_prefix_queries, stats.num_prefix_hits) == (32, 15)
 
 
 def test_generated_tokens_are_found_by_the_next_turn() -> None:
@@ -348,7 +348,7 @@ def test_other_salts_share_nothing() -> None:
     for id, salt in (("a", b"x"), ("b", b"y"), ("c", b"x")):
         leader.add(request(id, 16, 1, cache_salt=salt))
         leader.run()
-    assert leader.outputs.num_cached == {"a": 0, "b": 0, "c": 12}
+    assert leader.outputs.num_cached == {"a": 0, "b": 0, "c": 15}
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
