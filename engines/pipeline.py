@@ -199,11 +199,18 @@ class StageLink:
         """What the stage before made of the oldest plan not yet received."""
         hidden = torch.empty(num_tokens, self._hidden_size, dtype=self._dtype, device=self._wire_device)
         with self._mesh.clock.waiting():
-            dist.recv(hidden, self._mesh.previous_rank)
+            if self._mesh.from_previous is not None:
+                self._mesh.from_previous.receive(hidden)
+            else:
+                dist.recv(hidden, self._mesh.previous_rank)
         return hidden.to(self._mesh.device)
 
     def send(self, hidden: Tensor) -> None:
-        """Raises RuntimeError when the receiver is gone."""
+        """Raises RuntimeError, or TimeoutError, when the receiver is gone."""
+        if self._mesh.to_next is not None:
+            with self._mesh.clock.waiting():
+                self._mesh.to_next.send(hidden)
+            return
         hidden = hidden.to(self._wire_device)
         work = dist.isend(hidden, self._mesh.next_rank)
         assert work is not None, "this rank is in the group"

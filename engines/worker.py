@@ -36,6 +36,7 @@ from engines.runtime.prompt_lookup import PromptLookup
 from engines.runtime.runner import ModelRunner
 from engines.runtime.scheduler import ContinuousScheduler, Scheduler
 from engines.runtime.shared_memory import SharedGroup, is_supported, path_for
+from engines.runtime.shared_pipe import SharedPipe
 from engines.runtime.stage_clock import StageClocks
 from engines.runtime.static import StaticScheduler
 from engines.wire import Failed, Progress, Ready
@@ -170,16 +171,26 @@ def _join_mesh(config: ModelConfig, run_dir: Path, rank: int) -> Mesh:
         file = run_dir / "group-init"
         tp_group = join(rank, config.tp_size, config.pp_size, backend, file, _patience(config))
     clock = StageClocks(run_dir / CLOCKS, config.world_size).of(rank)
-    shared = _shared_group(config, run_dir, rank) if device.type == "cpu" else None
-    return Mesh(rank, config.tp_size, config.pp_size, device, tp_group, clock, shared)
+    mesh = Mesh(rank, config.tp_size, config.pp_size, device, tp_group, clock)
+    return _sharing_memory(mesh, run_dir, _patience(config)) if is_supported(device) else mesh
 
 
-def _shared_group(config: ModelConfig, run_dir: Path, rank: int) -> SharedGroup | None:
-    """The memory that the tensor-parallel ranks of this rank's stage share; None: they use gloo."""
-    if config.tp_size == 1 or not is_supported():
-        return None
-    stage, tp_rank = divmod(rank, config.tp_size)
-    return SharedGroup(path_for(run_dir, stage), tp_rank, config.tp_size, _patience(config))
+def _sharing_memory(mesh: Mesh, run_dir: Path, patience: float) -> Mesh:
+    """With memory shared among the ranks of its stage, and with its neighbours in the stages around it."""
+
+    def pipe(sender: int) -> SharedPipe:
+        return SharedPipe(path_for(run_dir, f"from{sender}"), patience)
+
+    group = None
+    if mesh.tp_size > 1:
+        path = path_for(run_dir, f"stage{mesh.stage}")
+        group = SharedGroup(path, mesh.tp_rank, mesh.tp_size, patience)
+    return replace(
+        mesh,
+        shared=group,
+        from_previous=None if mesh.is_first_stage else pipe(mesh.previous_rank),
+        to_next=None if mesh.is_last_stage else pipe(mesh.rank),
+    )
 
 
 def _patience(config: ModelConfig) -> float:

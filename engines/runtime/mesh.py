@@ -15,13 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engines.runtime.shared_memory import SharedGroup
+from engines.runtime.shared_pipe import SharedPipe
 from engines.runtime.stage_clock import StageClock
 
 
 @dataclass(frozen=True)
 class Mesh:
     """A grid of pp_size stages by tp_size ranks, tp inner. Groups are None where they would be of one;
-    `shared` is what the tensor-parallel ranks of a CPU use instead of their group."""
+    `shared` is what the tensor-parallel ranks of a CPU use instead of their group, `from_previous` and
+    `to_next` what its stages do."""
 
     rank: int
     tp_size: int
@@ -30,6 +32,8 @@ class Mesh:
     tp_group: dist.ProcessGroup | None = None
     clock: StageClock = field(default_factory=StageClock)
     shared: SharedGroup | None = None
+    from_previous: SharedPipe | None = None
+    to_next: SharedPipe | None = None
 
     @property
     def world_size(self) -> int:

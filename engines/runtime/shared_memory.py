@@ -15,6 +15,7 @@ import mmap
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,8 +24,10 @@ from torch import Tensor
 CAPACITY = 2 << 20
 """Bytes of one rank's part; larger tensors go piece by piece."""
 
-_LINE = 8  # int64 of a cache line: counters do not share one
-_PAGE = 4096
+LINE = 8
+"""int64 of a cache line: counters do not share one."""
+PAGE = 4096
+"""Bytes, for the counters."""
 _SPINS_BEFORE_YIELD = 2_000
 _YIELDS_BEFORE_SLEEP = 2_000
 _SLEEP_SECONDS = 100e-6
@@ -38,16 +41,10 @@ class SharedGroup:
     """
 
     def __init__(self, path: Path, rank: int, size: int, timeout: float) -> None:
-        num_bytes = _PAGE + 2 * size * CAPACITY
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            os.ftruncate(descriptor, num_bytes)
-            self._memory = mmap.mmap(descriptor, num_bytes)
-        finally:
-            os.close(descriptor)
-        assert size * _LINE * 8 <= _PAGE, "the counters have one page"
-        self._counters = memoryview(self._memory)[:_PAGE].cast("q")
-        halves = torch.frombuffer(self._memory, dtype=torch.uint8, offset=_PAGE)
+        memory = map_file(path, PAGE + 2 * size * CAPACITY)
+        assert size * LINE * 8 <= PAGE, "the counters have one page"
+        self._counters = memoryview(memory)[:PAGE].cast("q")
+        halves = torch.frombuffer(memory, dtype=torch.uint8, offset=PAGE)
         self._halves = halves.view(2, size, CAPACITY)
         self.rank, self.size, self.timeout = rank, size, timeout
         self.num_operations = 0  # so far, the same on every rank
@@ -56,7 +53,7 @@ class SharedGroup:
     def addresses(self) -> tuple[int, int]:
         """Of the counters and of the halves."""
         halves = self._halves.data_ptr()
-        return halves - _PAGE, halves
+        return halves - PAGE, halves
 
     def all_reduce(self, x: Tensor) -> None:
         """Sum over the ranks, in place. `x` must be contiguous."""
@@ -87,41 +84,58 @@ class SharedGroup:
         half = self._halves[self.num_operations % 2]
         parts = half[:, : piece.nbytes].view(piece.dtype)
         parts[self.rank].copy_(piece)
-        self._counters[self.rank * _LINE] = self.num_operations  # seen after the part: see is_supported
+        self._counters[self.rank * LINE] = self.num_operations  # seen after the part: see is_supported
         if wait:
             self._wait_for(self.num_operations)
         return parts
 
     def _wait_for(self, operation: int) -> None:
-        """Until every rank's counter is there: spin, then yield the core, then sleep in short naps."""
+        """Until every rank's counter is there."""
         counters = self._counters
-        for line in range(0, self.size * _LINE, _LINE):
-            num_spins = 0
-            while counters[line] < operation:
-                num_spins += 1
-                if num_spins > _SPINS_BEFORE_YIELD:
-                    self._rest(num_spins - _SPINS_BEFORE_YIELD, operation)
-
-    def _rest(self, num_yields: int, operation: int) -> None:
-        if num_yields < _YIELDS_BEFORE_SLEEP:
-            os.sched_yield()
-            return
-        time.sleep(_SLEEP_SECONDS)
-        if (num_yields - _YIELDS_BEFORE_SLEEP) * _SLEEP_SECONDS > self.timeout:
-            raise self.late(operation)
+        for line in range(0, self.size * LINE, LINE):
+            if not comes_true(lambda line=line: counters[line] >= operation, self.timeout):  # type: ignore[misc]
+                raise self.late(operation)
 
     def late(self, operation: int) -> TimeoutError:
         """That a rank did not come to it."""
         return TimeoutError(f"a rank did not come to operation {operation} within {self.timeout:g} s")
 
 
-def is_supported() -> bool:
-    """Whether this processor makes stores visible in their order, which the counters rely on: x86 does."""
-    return platform.machine() in ("x86_64", "AMD64")
+def map_file(path: Path, num_bytes: int) -> mmap.mmap:
+    """The file's bytes, shared with whoever maps it, zeros at first. Raises OSError."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        os.ftruncate(descriptor, num_bytes)
+        return mmap.mmap(descriptor, num_bytes)
+    finally:
+        os.close(descriptor)
 
 
-def path_for(run_dir: Path, stage: int) -> Path:
+def comes_true(condition: Callable[[], bool], timeout: float) -> bool:
+    """Waits for what another process does: spins, then yields the core, then sleeps in short naps. False when
+    the time is up."""
+    for _ in range(_SPINS_BEFORE_YIELD):
+        if condition():
+            return True
+    for _ in range(_YIELDS_BEFORE_SLEEP):
+        if condition():
+            return True
+        os.sched_yield()
+    for _ in range(int(timeout / _SLEEP_SECONDS) + 1):
+        if condition():
+            return True
+        time.sleep(_SLEEP_SECONDS)
+    return condition()
+
+
+def is_supported(device: torch.device) -> bool:
+    """Whether it is a processor that makes stores visible in their order, which the counters rely on. x86
+    does."""
+    return device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+
+
+def path_for(run_dir: Path, name: str) -> Path:
     """In memory where the system has a place for that, under a name that the guard removes."""
     shm = Path("/dev/shm")
     parent = shm if os.access(shm, os.W_OK) else run_dir
-    return parent / f"{run_dir.name}-stage{stage}"
+    return parent / f"{run_dir.name}-{name}"

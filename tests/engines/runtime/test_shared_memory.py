@@ -58,5 +58,5 @@ def test_a_rank_that_does_not_come_is_a_timeout(tmp_path: Path) -> None:
 
 def test_the_guard_finds_the_name() -> None:
     run_dir = Path("/tmp/sluice-1-abc")
-    assert run_dir.name in path_for(run_dir, 0).name
-    assert path_for(run_dir, 0) != path_for(run_dir, 1)
+    assert run_dir.name in path_for(run_dir, "stage0").name
+    assert path_for(run_dir, "stage0") != path_for(run_dir, "stage1")
