@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 
-_THRESHOLD = 10_000  # new containers, for Python's 700
+_THRESHOLD = 50_000  # new containers, for Python's 700
 
 
 def settle() -> None:

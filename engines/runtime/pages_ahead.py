@@ -38,7 +38,7 @@ class Region:
 class PagesAhead:
     """A thread that keeps `BYTES_AHEAD` ahead of the blocks in use, with the same blocks of each region.
 
-    It works while no step does, which wants the processor, and beside steps if less than half is left.
+    It works while no step does, which wants the processor, and beside steps if less than a quarter is left.
     Where the system does not provide memory when asked, it comes as it is written.
     """
 
@@ -83,7 +83,7 @@ class PagesAhead:
             log.info("K/V memory comes as it is written: the system does not provide it ahead (%s)", error)
 
     def _is_short(self) -> bool:
-        return self._wanted - self._provided > self._blocks_ahead // 2
+        return self._wanted - self._provided > self._blocks_ahead - self._blocks_ahead // 4
 
     def _provide(self, end: int) -> None:
         for region in self._regions:

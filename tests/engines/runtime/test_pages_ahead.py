@@ -68,15 +68,15 @@ def test_memory_is_there_ahead_of_the_blocks_in_use_and_no_further() -> None:
     assert keys.num_resident() == NUM_BLOCKS * BLOCK
 
 
-def test_beside_a_step_it_waits_until_half_is_used() -> None:
+def test_beside_a_step_it_waits_until_a_quarter_is_left() -> None:
     keys, values = Mapping(), Mapping()
     ahead = PagesAhead([keys.region, values.region], NUM_BLOCKS)
     wait_until(lambda: ahead.num_provided == AHEAD + 2, 10.0)
-    ahead.use(AHEAD // 2)
+    ahead.use(AHEAD - AHEAD // 4)
     time.sleep(0.05)
     assert ahead.num_provided == AHEAD + 2
     ahead.use(20)
-    wait_until(lambda: ahead.num_provided >= 21 + AHEAD // 2, 10.0)
+    wait_until(lambda: ahead.num_provided >= 21 + AHEAD // 4, 10.0)
     time.sleep(0.05)
     assert ahead.num_provided < 21 + AHEAD
     ahead.rest()
