@@ -6,7 +6,8 @@ ones; other Hugging Face models are cut by their own plans: into stages by the p
 ranks of a stage by the tp plan (hf_tp), where hf_tp knows it to be exact.
 
 Plans are the micro-batches: as many are in flight as there are stages, each of other sequences, and every
-rank executes them in the leader's order. A rank sends without waiting and goes on with the next plan.
+rank executes them in the leader's order. A rank sends without waiting, while there is room for what is on its
+way, and goes on with the next plan.
 
 Why the p2p is not that of torch.distributed.pipelining (PiPPy's successor), as tried with torch 2.13:
 
@@ -183,9 +184,9 @@ def _layers_of(sizes: Sizes, config: ModelConfig, mesh: Mesh) -> range:
 class StageLink:
     """Hidden states from the stage before and to the one after, [T, H] in the model's dtype.
 
-    Sending does not wait for the receiver, who may still compute what came before. A buffer is kept until
-    it has gone, and before more than `max_in_flight` are kept, the oldest is waited for: the leader has
-    collected that plan by then, so it has.
+    Sending does not wait for the receiver, who may still compute what came before, unless more is on its way
+    than a SharedPipe holds. With gloo and NCCL a buffer is kept until it has gone, and before more than
+    `max_in_flight` are kept, the oldest is waited for: the leader has collected that plan by then, so it has.
     """
 
     def __init__(self, mesh: Mesh, hidden_size: int, dtype: torch.dtype, max_in_flight: int) -> None:
@@ -207,9 +208,11 @@ class StageLink:
 
     def send(self, hidden: Tensor) -> None:
         """Raises RuntimeError, or TimeoutError, when the receiver is gone."""
+        assert hidden.dtype == self._dtype, "the receiver counts on it"
+        assert hidden.shape[1] == self._hidden_size, "the receiver counts on it"
         if self._mesh.to_next is not None:
             with self._mesh.clock.waiting():
-                self._mesh.to_next.send(hidden)
+                self._mesh.to_next.send(hidden.contiguous())
             return
         hidden = hidden.to(self._wire_device)
         work = dist.isend(hidden, self._mesh.next_rank)

@@ -25,7 +25,7 @@ from engines.base import BadCheckpoint, Engine, KVSpec, ReportProgress, Unsuppor
 from engines.config import ConfigError, ModelConfig
 from engines.garbage import settle
 from engines.runtime import kv_cache, warmup
-from engines.runtime.channel import LoadReport, Pipe, PlanSender, connect
+from engines.runtime.channel import LoadReport, Pipe, PlanSender, ReadAhead, connect
 from engines.runtime.grammar import Grammars
 from engines.runtime.inbox import Inbox
 from engines.runtime.leader import Leader
@@ -142,9 +142,10 @@ def _follow(config: ModelConfig, run_dir: Path, rank: int) -> None:
     try:
         num_blocks = int.from_bytes(pipe.receive(), "little")
         runner = _runner(config, engine, mesh, num_blocks)
+        plans = ReadAhead(pipe) if mesh.pp_size > 1 else pipe
         settle()
         while True:
-            runner.execute(StepPlan.unpack(pipe.receive()))
+            runner.execute(StepPlan.unpack(plans.receive()))
     except EOFError:
         log.info("the leader is gone")
         _exit(0)

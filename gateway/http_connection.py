@@ -14,6 +14,7 @@ import socket
 import struct
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import httptools
 from uvicorn._types import ASGI3Application
@@ -61,21 +62,25 @@ class AnswerPush:
     """Implements direct.Push: a piece of a body in chunks, as the cycle's `send` would write it."""
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
+        self._cycle = ref(cycle)  # whose scope has this
 
     @property
     def is_open(self) -> bool:
-        cycle = self._cycle
+        cycle = self._cycle()
         return (
-            cycle.response_started
+            cycle is not None
+            and cycle.response_started
             and not cycle.response_complete
             and not cycle.disconnected
             and not cycle.flow.write_paused
             and cycle.chunked_encoding is True
+            and not cycle.transport.is_closing()
         )
 
     def write(self, data: bytes) -> None:
-        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        cycle = self._cycle()
+        assert cycle is not None, "it is open"
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
 class ClientConnection(HttpToolsProtocol):

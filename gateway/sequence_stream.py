@@ -101,7 +101,7 @@ class SequenceStream:
     def _taker(self, direct: Direct | None, timer: SequenceTimer) -> Take | None:
         """What deals with tokens that come when everything waits for them, if nothing but their text is of
         interest."""
-        if direct is None or not self._assembler.is_plain or self.wire.prompt_logprobs is not None:
+        if direct is None or self._scoring is not None or not self._assembler.is_plain:
             return None
 
         def take(delta: TokenDelta) -> bool:

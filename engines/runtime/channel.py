@@ -11,6 +11,8 @@ import socket
 import struct
 import time
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 
 import msgspec
 
@@ -54,6 +56,30 @@ class Pipe:
                 raise EOFError("the other end of the group's channel is gone")
             filled += count
         return bytes(data)
+
+
+class ReadAhead:
+    """What a pipe receives, read by a thread as it comes, so that its sender never waits for what is done
+    with it: a stage that waits for room to send hidden states must not keep the leader from taking them."""
+
+    def __init__(self, pipe: Pipe) -> None:
+        self._pipe = pipe
+        self._received: SimpleQueue[bytes | None] = SimpleQueue()
+        Thread(target=self._run, name="plans", daemon=True).start()
+
+    def receive(self) -> bytes:
+        """As Pipe's. EOFError once, after all that came."""
+        data = self._received.get()
+        if data is None:
+            raise EOFError("the other end of the group's channel is gone")
+        return data
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._received.put(self._pipe.receive())
+        except (EOFError, OSError):
+            self._received.put(None)
 
 
 class PlanSender:

@@ -30,7 +30,8 @@ PAGE = 4096
 """Bytes, for the counters."""
 _SPINS_BEFORE_YIELD = 2_000
 _YIELDS_BEFORE_SLEEP = 2_000
-_SLEEP_SECONDS = 100e-6
+_NAPS_SECONDS, _SHORT_NAP, _LONG_NAP = 1.0, 100e-6, 2e-3
+"""Short naps for a second. Whoever waits longer shall look asleep to those who look for groups that hang."""
 
 
 class SharedGroup:
@@ -105,8 +106,11 @@ def map_file(path: Path, num_bytes: int) -> mmap.mmap:
     """The file's bytes, shared with whoever maps it, zeros at first. Raises OSError."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        os.ftruncate(descriptor, num_bytes)
+        os.posix_fallocate(descriptor, 0, num_bytes)  # a write where there is no room later would be a SIGBUS
         return mmap.mmap(descriptor, num_bytes)
+    except OSError as error:
+        what = f"{error.strerror}: {num_bytes >> 20} MiB for what ranks share"
+        raise OSError(error.errno, what, str(path)) from error
     finally:
         os.close(descriptor)
 
@@ -121,11 +125,13 @@ def comes_true(condition: Callable[[], bool], timeout: float) -> bool:
         if condition():
             return True
         os.sched_yield()
-    for _ in range(int(timeout / _SLEEP_SECONDS) + 1):
-        if condition():
-            return True
-        time.sleep(_SLEEP_SECONDS)
-    return condition()
+    started = time.monotonic()
+    while not condition():
+        waited = time.monotonic() - started
+        if waited > timeout:
+            return False
+        time.sleep(_SHORT_NAP if waited < _NAPS_SECONDS else _LONG_NAP)
+    return True
 
 
 def is_supported(device: torch.device) -> bool:

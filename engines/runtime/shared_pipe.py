@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engines.runtime.shared_memory import LINE, PAGE, comes_true, map_file
 
-_CAPACITY = 8 << 20
+_CAPACITY = 4 << 20
 """Bytes on the way, at most: whoever sends more waits for the receiver to take them piece by piece."""
 _SENT, _TAKEN = 0, LINE
 

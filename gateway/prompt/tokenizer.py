@@ -8,6 +8,7 @@ apart before the template is rendered, see there.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import secrets
 from functools import lru_cache
@@ -19,6 +20,9 @@ import tokenizers
 
 from gateway.prompt.detokenize import REPLACEMENT
 from gateway.prompt.model_files import BadModelFile
+
+# Texts come one by one, and large ones in threads of ours: a pool of threads would only cost a hop.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 LARGE_TEXT_CHARS = 4_096
 """From here on a text is encoded in a thread: 1 to 2 ms on the event loop."""

@@ -102,6 +102,20 @@ async def test_whatever_is_asked_beside_the_text(
     assert sorted(data_of(OF_ONE_ANSWER.sub(b"", short))) == sorted(data_of(OF_ONE_ANSWER.sub(b"", long)))
 
 
+async def test_an_echo_comes_before_the_text(model_dir: Path, pushed: list[bytes]) -> None:
+    """Also where headers had to go out before there was a token: what is told of the prompt waits for one."""
+    group = make_group(model_dir, TEXT, waits_after=0)
+    async with served(make_app(model_dir, group, settings=Settings(first_delta_wait=0.01))) as client:
+        asked = asyncio.create_task(streamed(client, "/v1/completions", prompt="Hello", echo=True))
+        await asyncio.sleep(0.2)
+        group.go_on.set()
+        events = [json.loads(data) for data in data_of(await asked)[:-1]]
+    texts = [choice["text"] for event in events for choice in event["choices"]]
+    assert texts[0] == "Hello"
+    assert "".join(texts) == f"Hello{TEXT}"
+    assert not pushed
+
+
 async def test_a_client_that_reads_slowly_gets_everything(model_dir: Path, pushed: list[bytes]) -> None:
     group = make_group(model_dir, info=ready(400, max_model_len=10**7))
     group.says = group.says * 3_000  # more than the kernel and the connection hold

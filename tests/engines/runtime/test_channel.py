@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -10,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from engines.runtime.channel import LoadReport, Pipe, PlanSender, connect
+from engines.runtime.channel import LoadReport, Pipe, PlanSender, ReadAhead, connect
 
 
 @pytest.fixture
@@ -67,3 +68,18 @@ def test_a_missing_follower_is_a_timeout(tmp_path: Path) -> None:
 def test_a_missing_leader_is_a_timeout(tmp_path: Path) -> None:
     with pytest.raises(TimeoutError, match=r"plans\.sock"):
         connect(tmp_path / "plans.sock", 0.05)
+
+
+def test_a_sender_does_not_wait_for_what_is_read_ahead() -> None:
+    """More than the sockets hold, nothing of it received yet; then all of it, then the end."""
+    leaders, followers = socket.socketpair()
+    with followers:
+        leader, plans = Pipe(leaders), ReadAhead(Pipe(followers))
+        sent = [bytes([number]) * 100_000 for number in range(50)]
+        leaders.settimeout(10)
+        for data in sent:
+            leader.send(data)
+        leader.close()
+        assert [plans.receive() for _ in sent] == sent
+        with pytest.raises(EOFError):
+            plans.receive()
