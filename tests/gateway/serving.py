@@ -106,6 +106,21 @@ async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
+@asynccontextmanager
+async def served(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """The application on a free port, in this loop, so that a test can look into its groups."""
+    server = make_server(app, flush_seconds=5)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serving = asyncio.create_task(server._serve([listener]))
+        try:
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            async with httpx.AsyncClient(base_url=url, timeout=20) as client:
+                yield client
+        finally:
+            server.should_exit = server.force_exit = True
+            await asyncio.wait_for(serving, 10)
+
+
 @contextmanager
 def listening(app: FastAPI) -> Iterator[str]:
     """The application on a free port of 127.0.0.1, in a thread with an event loop of its own."""

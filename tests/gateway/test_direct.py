@@ -5,24 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
 
 from engines.wire import TokenDelta
 from gateway.http_connection import AnswerPush
-from gateway.http_server import make_server
 from gateway.prompt.detokenize import Detokenizer
 from gateway.settings import Settings
 from gateway.workers.connection import Inbox
 from tests.fakes import ready
-from tests.gateway.serving import client_of, data_of, make_app, make_group, texts_of
+from tests.gateway.serving import client_of, data_of, make_app, make_group, served, texts_of
 
 pytestmark = pytest.mark.anyio
 
@@ -50,21 +46,6 @@ def pushed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
     monkeypatch.setattr(AnswerPush, "write", counted)
     return pieces
-
-
-@asynccontextmanager
-async def served(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    """The application on a free port, in this loop."""
-    server = make_server(app, flush_seconds=5)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        serving = asyncio.create_task(server._serve([listener]))
-        try:
-            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            async with httpx.AsyncClient(base_url=url, timeout=20) as client:
-                yield client
-        finally:
-            server.should_exit = server.force_exit = True
-            await asyncio.wait_for(serving, 10)
 
 
 async def streamed(client: httpx.AsyncClient, path: str, **options: Any) -> bytes:

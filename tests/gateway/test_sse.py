@@ -4,40 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from fastapi import FastAPI
 
 from engines.wire import Generate, RequestError, TokenDelta
-from gateway.http_server import make_server
 from gateway.settings import Settings
 from gateway.workers.protocol import Take
 from tests.fakes import FakeGroup, ready
-from tests.gateway.serving import data_of, make_app, make_group
+from tests.gateway.serving import data_of, make_app, make_group, served
 
 pytestmark = pytest.mark.anyio
 CHAT: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "hi"}]}
-
-
-@asynccontextmanager
-async def served(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    """The application on a free port, in this loop, so that a test can look into its groups."""
-    server = make_server(app, flush_seconds=5)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        serving = asyncio.create_task(server._serve([listener]))
-        try:
-            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            async with httpx.AsyncClient(base_url=url, timeout=10) as client:
-                yield client
-        finally:
-            server.should_exit = server.force_exit = True
-            await asyncio.wait_for(serving, 10)
 
 
 async def until(condition: Any) -> None:
