@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from engines.base import Batch, KVSpec, ReportProgress, UnsupportedModel
@@ -58,6 +59,17 @@ class NativeEngine:
     @property
     def plans_in_flight(self) -> int:
         return 1
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step is only queued, so that the next can be before this one's tokens are known."""
+        return self._mesh.device.type == "cuda"
+
+    @property
+    def is_recordable(self) -> bool:
+        """Whether a decoding step does the same with the same tensors, and waits for nothing."""
+        is_queued = self._mesh.tp_group is None or dist.get_backend(self._mesh.tp_group) == "nccl"
+        return self.runs_ahead and is_queued and self._model.fused_layers is not None
 
     def forward(self, batch: Batch) -> Tensor:
         """[T, H] on every rank: one stage is the first and the last."""

@@ -143,8 +143,10 @@ LAYERS = {
     "gateway": Layer(("gateway",), ("gateway", "conversion", *SHARED), HEAVY),
     "scheduling": Layer(SCHEDULING, (*SCHEDULING, "engines.wire", "engines.bounds"), HEAVY),
     "runtime": Layer(
-        ("engines.runtime",), ("engines.runtime", "engines.wire", "engines.bounds", "engines.base", *CONFIG)
+        ("engines.runtime",),
+        ("engines.runtime", "engines.gpu", "engines.wire", "engines.bounds", "engines.base", *CONFIG),
     ),
+    "gpu": Layer(("engines.gpu",), ("engines.gpu",)),
     "engines": Layer(("engines",), ("engines",)),
     "conversion": Layer(
         ("conversion",), ("conversion", "engines.models", "engines.base", "engines.modeldir", *CONFIG)

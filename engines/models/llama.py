@@ -14,6 +14,7 @@ from torch import Tensor
 from engines.base import ReportProgress
 from engines.models.checkpoint import Checkpoint
 from engines.models.config import LlamaConfig
+from engines.models.fused_layers import FusedLayers
 from engines.models.kernel_layers import KernelLayers, require_deterministic
 from engines.models.layers import (
     LinearOp,
@@ -187,6 +188,7 @@ class Llama:
             self.norm = loader.norm("model.norm")
             self.head = self._load_head(loader)
         self.rotary = Rotary(config.rope, config.head_dim, max_positions, loader.dtype, mesh.device)
+        self.fused_layers = FusedLayers.of(self)
         self.kernel_layers = KernelLayers.of(self)
         if loader.is_deterministic:
             self.kernel_layers = require_deterministic(self.kernel_layers)
@@ -205,6 +207,8 @@ class Llama:
         """[T, H] to [T, H] through the layers that are here, in place."""
         if self.kernel_layers is not None and self.kernel_layers.takes(hidden):
             return self.kernel_layers.run(hidden)
+        if self.fused_layers is not None:
+            return self.fused_layers.run(hidden, positions)
         cos, sin = self.rotary.rows(positions)
         for layer in self.layers:
             layer(hidden, self.rotary, cos, sin)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from engines.base import Batch
 from engines.runtime.attention_gather import GatherStep
-from engines.runtime.attention_varlen import VarlenStep
-from engines.runtime.context import current
+from engines.runtime.attention_paged import PagedStep
+from engines.runtime.context import ForwardContext, current
 from engines.runtime.kv_cache import LayerCache, Layout
 
 
@@ -38,14 +38,20 @@ def paged_attention(query: Tensor, key: Tensor, value: Tensor, layer: int, scale
     """
     context = current()
     cache = context.caches[layer]
-    step = context.attention.get(cache.data.device)
-    if step is None:
-        step = context.attention[cache.data.device] = _prepare(context.batch, cache, query.shape[1])
+    step = prepared(context, cache, query.shape[1])
     step.write(key, value, cache)
     return step.attend(query, cache, scale)
 
 
+def prepared(context: ForwardContext, cache: LayerCache, num_heads: int) -> AttentionStep:
+    """The step's way to attend on the device of `cache`, which all its layers there share."""
+    step = context.attention.get(cache.data.device)
+    if step is None:
+        step = context.attention[cache.data.device] = _prepare(context.batch, cache, num_heads)
+    return step
+
+
 def _prepare(batch: Batch, cache: LayerCache, num_heads: int) -> AttentionStep:
-    if cache.layout is Layout.VARLEN:
-        return VarlenStep(batch, cache)
+    if cache.layout is Layout.PAGED:
+        return PagedStep(batch, cache)
     return GatherStep(batch, cache, num_heads)

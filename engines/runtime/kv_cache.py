@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import mmap
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from engines.base import Batch, KVSpec
+from engines.gpu import support
 from engines.runtime.pages_ahead import PagesAhead, Region
-
-FLASH_BLOCK_SIZE = 256  # FlashAttention-2's pages are multiples of this
+from engines.runtime.transfer import to_device
 
 
 class Layout(Enum):
     """How a layer's K/V lies in memory: as its attention backend reads it fastest."""
 
     GATHER = "gather"  # [num_blocks, 2, Hkv, block_size, D]: one head's part of a block is one copy
-    VARLEN = "varlen"  # [2, num_blocks, block_size, Hkv, D]: FlashAttention's pages
+    PAGED = "paged"  # [2, num_blocks, block_size, Hkv, D]: as the kernels of a GPU read it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,8 +52,14 @@ def begun_blocks(batch: Batch, cache: LayerCache) -> Tensor | None:
     ]
     if not places:
         return None
-    rows, columns = zip(*places, strict=True)
-    return batch.block_tables[list(rows), list(columns)].to(cache.data.device, torch.int64)
+    index = [to_device(part, batch.block_tables.device, torch.int64) for part in zip(*places, strict=True)]
+    return batch.block_tables[index[0], index[1]].to(cache.data.device, torch.int64)
+
+
+def clear_blocks(caches: Sequence[LayerCache], blocks: Tensor) -> None:
+    """Zeros into these blocks of every layer; their caches are all on one device."""
+    for cache in caches:
+        cache.data.index_fill_(0 if cache.layout is Layout.GATHER else 1, blocks, 0.0)
 
 
 class TooLittleMemory(ValueError):  # noqa: N818
@@ -99,22 +103,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def layout_for(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> Layout:
-    """VARLEN where torch's paged FlashAttention runs: CUDA, half precision, heads up to 256, its blocks."""
-    is_half = dtype in (torch.float16, torch.bfloat16)
-    has_flash = device.type == "cuda" and is_half and head_dim <= 256 and head_dim % 8 == 0
-    has_flash = has_flash and block_size % FLASH_BLOCK_SIZE == 0
-    return Layout.VARLEN if has_flash and varlen_is_paged() else Layout.GATHER
-
-
-@cache
-def varlen_is_paged() -> bool:
-    """Whether this torch's varlen_attn takes a block table: its arguments differ between versions."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    names = inspect.signature(varlen_attn).parameters
-    return {"seqused_k", "block_table", "window_size", "enable_gqa"} <= names.keys()
+    """PAGED on GPUs, where there is a kernel that reads it so; else GATHER."""
+    has_flash = support.has_flash(device.type, dtype, head_dim, block_size)
+    return Layout.PAGED if has_flash or support.has_kernels(device.type) else Layout.GATHER
 
 
 def num_blocks_for(spec: KVSpec, budget_bytes: int, block_size: int) -> int:

@@ -79,6 +79,11 @@ class Mesh:
             dist.all_reduce(x, group=self.tp_group)
         return x
 
+    def from_leader(self, x: Tensor) -> None:
+        """Fill `x` with what it is on tensor-parallel rank 0. On all ranks of the group, in one order."""
+        if self.tp_group is not None:
+            dist.broadcast(x, src=self.rank - self.tp_rank, group=self.tp_group)
+
     def gather_columns(self, x: Tensor) -> Tensor | None:
         """[L, V / tp] of each rank to [L, V] on tensor-parallel rank 0, None on the others."""
         if self.shared is not None:

@@ -123,6 +123,24 @@ class StepPlan:
             return tokens
         return np.searchsorted(self.query_start, tokens, side="right") - 1
 
+    def part(self, start: int, stop: int) -> StepPlan:
+        """Of the sequences `start` to `stop` only: what they compute is the same. Rank 0 only."""
+        first, last = int(self.query_start[start]), int(self.query_start[stop])
+        rows = slice(*np.searchsorted(self.logit_rows, [first, last]).tolist())
+        return StepPlan(
+            kind=self.kind,
+            input_ids=self.input_ids[first:last],
+            positions=self.positions[first:last],
+            slot_mapping=self.slot_mapping[first:last],
+            query_start=self.query_start[start : stop + 1] - first,
+            context_lens=self.context_lens[start:stop],
+            slots=self.slots[start:stop],
+            logit_rows=self.logit_rows[rows] - first,
+            row_use=self.row_use[rows],
+            block_tables=self.block_tables[start:stop],
+            sampling=self.sampling[rows],
+        )
+
     def pack(self) -> bytes:
         """The arrays as bytes, little-endian int32, for `unpack` on another rank."""
         header = _HEADER.pack(self.kind, self.num_tokens, self.num_seqs, len(self.logit_rows))

@@ -145,7 +145,7 @@ def test_seeded_sampling_depends_on_the_request_only(
     for position in range(len(prompt), len(prompt) + 12):
         logits = reference(torch.tensor([expected])).logits[0, -1:].float().clone()
         row = RowSampling(params, 1, len(prompt), token_ids=torch.tensor(expected, dtype=torch.int32).numpy())
-        drawn = sampler.sample(logits, [row], [RowUse.SAMPLE], lambda at=position: np.array([at]))
+        drawn = sampler.sample(logits, [row], [RowUse.SAMPLE], lambda at=position: np.array([at])).result()
         expected.append(int(drawn.token_ids[0]))
     others = [request_of(f"o{i}", p) for i, p in enumerate(prompts(6, case.vocab, seed=6))]
     ended = group.run([request_of("seeded", prompt, 12, sampling=params, choice=1), *others])

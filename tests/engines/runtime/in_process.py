@@ -9,6 +9,7 @@ import torch
 
 from engines.base import Engine
 from engines.runtime import kv_cache
+from engines.runtime.decode_graphs import Record
 from engines.runtime.grammar import Grammars
 from engines.runtime.leader import Leader
 from engines.runtime.mesh import single
@@ -80,9 +81,10 @@ class InProcess:
         plans_in_flight: int = 1,
         run_ahead: bool = False,
         drafter: Drafter | None = None,
+        record: Record | None = None,
     ) -> None:
         assert engine.kv_spec is not None
-        self.caches = kv_cache.allocate(engine.kv_spec, num_blocks, block_size)
+        self.caches = kv_cache.allocate(engine.kv_spec, num_blocks + (record is not None), block_size)
         self.scheduler = ContinuousScheduler(
             num_blocks,
             block_size,
@@ -99,7 +101,9 @@ class InProcess:
         )
         self.inbox = LocalInbox()
         self.num_blocks = num_blocks
-        runner = ModelRunner(engine, single(), self.caches, max_num_seqs)
+        runner = ModelRunner(engine, single(), self.caches, max_num_seqs, runs_ahead=run_ahead)
+        if record is not None:
+            runner.record_graphs(num_blocks, engine.max_model_len, record)
         self.leader = Leader(self.scheduler, runner, self.inbox, plans_in_flight)
 
     def send(self, *messages: ToWorker) -> None:

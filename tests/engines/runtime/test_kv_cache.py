@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from engines.base import KVSpec
+from engines.gpu import support
 from engines.runtime.kv_cache import (
     Layout,
     TooLittleMemory,
@@ -13,7 +14,6 @@ from engines.runtime.kv_cache import (
     cuda_budget,
     layout_for,
     num_blocks_for,
-    varlen_is_paged,
 )
 
 CPU = torch.device("cpu")
@@ -44,12 +44,15 @@ def test_the_share_is_of_the_total_not_of_what_is_free() -> None:
     assert cuda_budget(0.2, 100, 30) == 0
 
 
-def test_flash_pages_only_where_the_kernel_runs() -> None:
+def test_pages_where_a_kernel_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
-    assert varlen_is_paged()  # of the torch that we pin
-    assert layout_for(cuda, torch.bfloat16, 128, 256) is Layout.VARLEN
+    assert support.varlen_is_paged()  # of the torch that we pin
+    assert layout_for(cuda, torch.float32, 128, 16) is Layout.PAGED
+    assert layout_for(CPU, torch.bfloat16, 128, 256) is Layout.GATHER
+    monkeypatch.setattr(support, "has_kernels", lambda _: False)  # as without Triton
+    assert layout_for(cuda, torch.bfloat16, 128, 256) is Layout.PAGED
     assert layout_for(cuda, torch.float32, 128, 256) is Layout.GATHER
     assert layout_for(cuda, torch.bfloat16, 512, 256) is Layout.GATHER
     assert layout_for(CPU, torch.bfloat16, 128, 256) is Layout.GATHER
-    assert layout_for(cuda, torch.bfloat16, 128, 512) is Layout.VARLEN
+    assert layout_for(cuda, torch.bfloat16, 128, 512) is Layout.PAGED
     assert layout_for(cuda, torch.bfloat16, 128, 16) is Layout.GATHER, "its pages are multiples of 256"

@@ -31,7 +31,8 @@ def sample(
 ) -> StepResult:
     """Each row one position after the one before."""
     positions = np.arange(first_position, first_position + len(rows), dtype=np.int32)
-    return sampler.sample(logits.clone(), rows, uses or [RowUse.SAMPLE] * len(rows), lambda: positions)
+    uses = uses or [RowUse.SAMPLE] * len(rows)
+    return sampler.sample(logits.clone(), rows, uses, lambda: positions).result()
 
 
 def draw(logits: torch.Tensor, rows: list[RowSampling], first_position: int = 0) -> list[int]:

@@ -1,4 +1,5 @@
-"""The call of torch's paged FlashAttention; a plain function of its documented meaning stands in for it."""
+"""Attention over pages without our kernels. A plain function of its documented meaning stands in for torch's
+paged FlashAttention."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ import torch.nn.attention.varlen as varlen
 import torch.nn.functional as F
 from torch import Tensor
 
-from engines.runtime.attention_varlen import VarlenStep
+from engines.gpu import support
+from engines.runtime.attention_paged import PagedStep
 from engines.runtime.kv_cache import LayerCache, Layout
 from tests.engines.driver import Row, make_batch
 
@@ -43,9 +45,15 @@ def fake_varlen_attn(*args: Any, **kwargs: Any) -> Tensor:
     return torch.cat(outs)
 
 
-def test_a_chunk_and_a_decode_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=["flash", "one by one"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", fake_varlen_attn)
-    cache = LayerCache(torch.full((2, 8, BLOCK, KV_HEADS, DIM), torch.nan), Layout.VARLEN)
+    monkeypatch.setattr(support, "has_flash", lambda *_: request.param == "flash")
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_chunk_and_a_decode_in_one_call() -> None:
+    cache = LayerCache(torch.full((2, 8, BLOCK, KV_HEADS, DIM), torch.nan), Layout.PAGED)
     qkv = torch.randn(2, 11, HEADS + 2 * KV_HEADS, DIM, generator=torch.Generator().manual_seed(0))
     rows = [Row([0] * 11, [6, 0, 3], 0), Row([0] * 11, [1, 7, 2], 0)]
 
@@ -54,7 +62,7 @@ def test_a_chunk_and_a_decode_in_one_call(monkeypatch: pytest.MonkeyPatch) -> No
             qkv[i, row.num_computed :][:count] for i, row, count in zip((0, 1), rows, counts, strict=True)
         ]
         query, key, value = torch.cat(fresh).tensor_split((HEADS, HEADS + KV_HEADS), dim=1)
-        attention = VarlenStep(make_batch(rows, counts, BLOCK), cache)
+        attention = PagedStep(make_batch(rows, counts, BLOCK), cache)
         attention.write(key, value, cache)
         out = attention.attend(query, cache, SCALE)
         for row, count in zip(rows, counts, strict=True):
