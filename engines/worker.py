@@ -47,6 +47,7 @@ PERMANENT = (UnsupportedModel, BadCheckpoint, ConfigError, modeldir.BadModelDir,
 """Errors that a restart would meet again."""
 
 CLOCKS = "stage-clocks"
+_MEASURE = b"measure"
 _MIN_PROMPT_TOKENS = {"cpu": 32, "cuda": 256}  # as many as cost about what a decoding micro-batch does
 _PR_SET_PDEATHSIG = 1
 
@@ -98,6 +99,11 @@ def _prepare_leader(config: ModelConfig, run_dir: Path, inbox: Inbox) -> Leader:
         sender.accept(config.startup_timeout)
     reports = _reports(sender)
     inbox.send(Progress("allocate", 0.0))
+    if _measures_a_step(engine, mesh):
+        if sender is not None:
+            sender.send(_MEASURE)
+        _run_largest_step(config, engine, mesh)
+        reports = _reports(sender)
     num_blocks = min([_num_blocks(config, engine), *(report.num_blocks for report in reports)])
     if sender is not None:
         sender.send(num_blocks.to_bytes(8, "little"))
@@ -112,7 +118,7 @@ def _prepare_leader(config: ModelConfig, run_dir: Path, inbox: Inbox) -> Leader:
     inbox.send(ready)
     log.info("ready: %s", ready)
     if mesh.pp_size == 1 or mesh.device.type != "cpu":
-        return Leader(scheduler, runner, inbox, engine.plans_in_flight)
+        return Leader(scheduler, runner, inbox, _plans_in_flight(engine))
     stages = StageClocks(run_dir / CLOCKS, config.world_size).of_stages(mesh.tp_size)
     return Leader(scheduler, runner, inbox, engine.plans_in_flight, stages)
 
@@ -131,6 +137,10 @@ def _follow(config: ModelConfig, run_dir: Path, rank: int) -> None:
         mesh = _join_mesh(config, run_dir, rank)
         config = _with_fallback(config)
         engine = _load(config, mesh, lambda *_: None)
+        if _measures_a_step(engine, mesh):
+            _report(pipe, LoadReport(rank=rank, pid=os.getpid()))
+            pipe.receive()
+            _run_largest_step(config, engine, mesh)
         num_blocks = _num_blocks(config, engine)
     except Exception as error:
         log.exception("loading failed")
@@ -230,6 +240,29 @@ def _load(config: ModelConfig, mesh: Mesh, report: ReportProgress) -> Engine:
     return engine
 
 
+def _measures_a_step(engine: Engine, mesh: Mesh) -> bool:
+    """Whether a step's memory is measured before K/V takes what is left."""
+    return mesh.device.type == "cuda" and engine.kv_spec is not None
+
+
+def _run_largest_step(config: ModelConfig, engine: Engine, mesh: Mesh) -> None:
+    """On every rank at once: as many tokens and rows of logits as a step may have."""
+    assert engine.kv_spec is not None
+    caches = kv_cache.allocate(engine.kv_spec, 1, config.kv_block_size)
+    runner = ModelRunner(engine, mesh, caches, config.max_num_seqs)
+    num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
+    runner.execute(warmup.largest_plan(num_seqs, config.max_num_batched_tokens, config.kv_block_size))
+
+
+def _plans_in_flight(engine: Engine) -> int:
+    """One more than the engine asks for where plans run ahead: the device works on it meanwhile."""
+    return engine.plans_in_flight + _runs_ahead(engine)
+
+
+def _runs_ahead(engine: Engine) -> bool:
+    return bool(getattr(engine, "runs_ahead", False))
+
+
 def _num_blocks(config: ModelConfig, engine: Engine) -> int:
     """K/V blocks for the memory of this rank's devices, and no more than every slot could fill."""
     spec = engine.kv_spec
@@ -256,8 +289,14 @@ def _runner(
 ) -> ModelRunner:
     if engine.kv_spec is None:
         return ModelRunner(engine, mesh, (), config.batch_size, sender)
-    caches = kv_cache.allocate(engine.kv_spec, num_blocks, config.kv_block_size)
-    return ModelRunner(engine, mesh, caches, config.max_num_seqs, sender, kv_cache.pages_ahead(caches))
+    is_recorded = bool(getattr(engine, "is_recordable", False))
+    caches = kv_cache.allocate(engine.kv_spec, num_blocks + is_recorded, config.kv_block_size)
+    pages = kv_cache.pages_ahead(caches)
+    runs_ahead = _runs_ahead(engine)
+    runner = ModelRunner(engine, mesh, caches, config.max_num_seqs, sender, pages, runs_ahead=runs_ahead)
+    if is_recorded:
+        runner.record_graphs(num_blocks, _max_model_len(config, engine))
+    return runner
 
 
 def _ready(
@@ -314,7 +353,8 @@ def _scheduler(config: ModelConfig, ready: Ready, engine: Engine) -> Scheduler:
         max_model_len=ready.max_model_len,
         eos_token_ids=ready.eos_token_ids,
         prefix_cache=config.prefix_cache,
-        max_plans_in_flight=engine.plans_in_flight,
+        max_plans_in_flight=_plans_in_flight(engine),
+        run_ahead=_runs_ahead(engine),
         pace=_pace(config, ready, engine),
         drafter=PromptLookup() if config.prompt_lookup else None,
         max_draft_tokens=config.prompt_lookup,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engines.base import BadCheckpoint
+from engines.gpu import support
 from engines.kernels import library
 from engines.models.layers import LinearOp, deterministic_linear, kernel_linear
 from engines.models.manifest import MANIFEST_NAME, Layout
@@ -73,6 +74,30 @@ class QuantizedLinear:
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
+class FusedQuantizedLinear:
+    """The same on a GPU: for few rows the weight is widened on its way from memory; many rows of bfloat16 by
+    fp8 weights are multiplied in fp8, each with a scale of its own; the others go through `widened`."""
+
+    _MULTIPLE = 16  # that the fp8 product's sizes are of
+
+    def __init__(self, operand: library.Weight, widened: QuantizedLinear, dtype: torch.dtype) -> None:
+        self._operand, self._widened = operand, widened
+        weight = operand.weight
+        is_aligned = all(size % self._MULTIPLE == 0 for size in weight.shape)
+        self._is_fp8 = weight.dtype == torch.float8_e4m3fn and dtype == torch.bfloat16 and is_aligned
+
+    def __call__(self, x: Tensor) -> Tensor:
+        from engines.gpu import fp8, weight_only
+
+        weight, scale, bias = self._operand.weight, self._operand.scale, self._operand.bias
+        assert scale is not None
+        if x.shape[0] <= weight_only.MAX_ROWS:
+            return weight_only.weight_only(x.contiguous(), weight, scale, bias)
+        if self._is_fp8:
+            return fp8.fp8_linear(x.contiguous(), weight, scale, bias)
+        return self._widened(x)
+
+
 def make_quantized_linear(
     weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, *, is_deterministic: bool = False
 ) -> LinearOp:
@@ -81,6 +106,8 @@ def make_quantized_linear(
     if is_deterministic:
         return deterministic_linear(operand, dtype)
     many = QuantizedLinear(weight, scale, bias, dtype)
+    if support.has_kernels(weight.device.type):
+        return FusedQuantizedLinear(operand, many, dtype)
     return kernel_linear(operand, dtype, lambda: many) or many
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -35,6 +36,19 @@ def run(runner: _Runner, num_blocks: int, config: _Config, report: Callable[[flo
         if num_seqs <= min(config.max_num_seqs, num_blocks):
             runner.submit(dummy_plan(num_seqs, query_len, config.kv_block_size))
             runner.collect()
+
+
+def largest_plan(num_seqs: int, num_tokens: int, block_size: int) -> StepPlan:
+    """About `num_tokens` tokens of `num_seqs` sequences, which all draw at random; all in block 0: what they
+    compute means nothing, what memory it takes does."""
+    plan = dummy_plan(num_seqs, -(-num_tokens // num_seqs), block_size)
+    drawn = RowSampling(SamplingParams(temperature=1.0, top_p=0.9, seed=0))
+    return replace(
+        plan,
+        slot_mapping=plan.slot_mapping % np.int32(block_size),
+        block_tables=np.zeros_like(plan.block_tables),
+        sampling=(drawn,) * num_seqs,
+    )
 
 
 def run_static(runner: _Runner, batch_size: int, max_model_len: int) -> None:

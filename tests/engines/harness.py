@@ -220,6 +220,7 @@ def _write_plugins(work: Path) -> Path:
     entries = (
         "two-stage = tests.engines.two_stage:TwoStageEngine",
         "fake-inject = tests.engines.fake_injected:FakeInjectEngine",
+        "fake-ahead = tests.engines.fake_ahead:FakeAheadEngine",
         "injected = tests.engines.injected:InjectedEngine",
     )
     (info / "entry_points.txt").write_text("\n".join(["[sluice.engines]", *entries, ""]))
