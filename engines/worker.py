@@ -295,8 +295,18 @@ def _runner(
     runs_ahead = _runs_ahead(engine)
     runner = ModelRunner(engine, mesh, caches, config.max_num_seqs, sender, pages, runs_ahead=runs_ahead)
     if is_recorded:
-        runner.record_graphs(num_blocks, _max_model_len(config, engine))
+        _record(runner, mesh, num_blocks, _max_model_len(config, engine))
     return runner
+
+
+def _record(runner: ModelRunner, mesh: Mesh, num_blocks: int, max_context: int) -> None:
+    """Have it replay steps that decode; without, they are as exact, and slower."""
+    try:
+        runner.record_graphs(num_blocks, max_context)
+    except RuntimeError as error:
+        if mesh.world_size > 1:  # the others replay, and wait in its collectives
+            raise
+        log.warning("decoding steps are not recorded as CUDA graphs: %s", _one_line(error))
 
 
 def _ready(

@@ -91,9 +91,11 @@ class Mesh:
         if self.tp_group is None:
             return x
         root = self.rank - self.tp_rank
-        parts = [torch.empty_like(x) for _ in range(self.tp_size)] if self.tp_rank == 0 else None
-        dist.gather(x.contiguous(), parts, dst=root, group=self.tp_group)
-        return torch.cat(parts, dim=-1) if parts is not None else None
+        is_gloo = dist.get_backend(self.tp_group) == "gloo"  # which gathers host memory only
+        own = x.to("cpu" if is_gloo else x.device).contiguous()
+        parts = [torch.empty_like(own) for _ in range(self.tp_size)] if self.tp_rank == 0 else None
+        dist.gather(own, parts, dst=root, group=self.tp_group)
+        return torch.cat(parts, dim=-1).to(x.device) if parts is not None else None
 
 
 def join(

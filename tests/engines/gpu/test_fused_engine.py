@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from engines.gpu import support
 from engines.native import NativeEngine
+from engines.runtime.decode_graphs import CudaRecording
 from engines.runtime.kv_cache import Layout
+from engines.runtime.mesh import single
 from engines.wire import Generate, SamplingParams
 from tests.engines.driver import native
 from tests.engines.reference import hf_greedy, prompts, request_of
@@ -25,21 +27,35 @@ NUM_TOKENS = 7
 SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, seed=5, repetition_penalty=1.2)
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 class FakeRecording:
     """Does the work again, on the same tensors and to the same output, where CUDA would replay a graph."""
-
-    num_replays = 0
 
     def __init__(self, work: Callable[[], Tensor | None]) -> None:
         self._work = work
         self.output = work()
 
     def replay(self) -> None:
-        FakeRecording.num_replays += 1
         out = self._work()
         assert out is not None
         assert self.output is not None
         self.output.copy_(out)
+
+
+class Counted:
+    """Recordings of the device, or fakes of them; `num_replays` of all."""
+
+    num_replays = 0
+
+    def __init__(self, work: Callable[[], Tensor | None]) -> None:
+        self._recording = (CudaRecording if DEVICE == "cuda" else FakeRecording)(work)
+        self.output = self._recording.output
+
+    def replay(self) -> None:
+        Counted.num_replays += 1
+        self._recording.replay()
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +70,10 @@ def reference(model: Path) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def engine(model: Path) -> Iterator[NativeEngine]:
-    """As on a GPU, but that the device is a CPU: without the kernels for those."""
+    """As on a GPU, if need be on a CPU, without the kernels for those."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(support, "has_kernels", lambda _: True)
-        patch.setenv("SLUICE_KERNELS", "off")
-        engine = native(model, dtype="float32", max_model_len=128)
+        engine = native(model, single(DEVICE), dtype="float32", max_model_len=128)
         engine._model.kernel_layers = None
         assert engine._model.fused_layers is not None
         yield engine
@@ -71,7 +86,8 @@ def group_of(engine: NativeEngine, *, runs_ahead: bool, is_recorded: bool, **opt
         max_num_seqs=3,
         plans_in_flight=2 if runs_ahead else 1,
         run_ahead=runs_ahead,
-        record=FakeRecording if is_recorded else None,
+        record=Counted if is_recorded else None,
+        device=DEVICE,
         **{"max_batched": 16, "num_blocks": 64, **options},
     )
     assert {cache.layout for cache in group.caches} == {Layout.PAGED}
@@ -94,14 +110,14 @@ def test_greedy_tokens_are_hugging_faces(
     """Prompts cut into chunks beside sequences that decode, prefixes found again, 1 to 3 sequences."""
     batch = [prompt[:24] for prompt in prompts(5, SHAPE.vocab, seed=6)]
     lengths = [NUM_TOKENS, 3, NUM_TOKENS, 5, NUM_TOKENS]
-    before = FakeRecording.num_replays
+    before = Counted.num_replays
     group = group_of(engine, runs_ahead=runs_ahead, is_recorded=is_recorded)
     ended = group.run(
         [request_of(f"{i}", prompt, n) for i, (prompt, n) in enumerate(zip(batch, lengths, strict=True))]
     )
     expected = [hf_greedy(reference, prompt, n) for prompt, n in zip(batch, lengths, strict=True)]
     assert [each.token_ids for each in ended] == expected
-    assert (FakeRecording.num_replays > before) == is_recorded
+    assert (Counted.num_replays > before) == is_recorded
     group.assert_empty()
 
 

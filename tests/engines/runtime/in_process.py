@@ -82,6 +82,7 @@ class InProcess:
         run_ahead: bool = False,
         drafter: Drafter | None = None,
         record: Record | None = None,
+        device: str = "cpu",
     ) -> None:
         assert engine.kv_spec is not None
         self.caches = kv_cache.allocate(engine.kv_spec, num_blocks + (record is not None), block_size)
@@ -101,7 +102,7 @@ class InProcess:
         )
         self.inbox = LocalInbox()
         self.num_blocks = num_blocks
-        runner = ModelRunner(engine, single(), self.caches, max_num_seqs, runs_ahead=run_ahead)
+        runner = ModelRunner(engine, single(device), self.caches, max_num_seqs, runs_ahead=run_ahead)
         if record is not None:
             runner.record_graphs(num_blocks, engine.max_model_len, record)
         self.leader = Leader(self.scheduler, runner, self.inbox, plans_in_flight)
