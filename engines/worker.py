@@ -100,6 +100,7 @@ def _prepare_leader(config: ModelConfig, run_dir: Path, inbox: Inbox) -> Leader:
     reports = _reports(sender)
     inbox.send(Progress("allocate", 0.0))
     if _measures_a_step(engine, mesh):
+        inbox.send(Progress("compile", 0.0))  # kernels, at the first start on a machine
         if sender is not None:
             sender.send(_MEASURE)
         _run_largest_step(config, engine, mesh)
@@ -140,7 +141,7 @@ def _follow(config: ModelConfig, run_dir: Path, rank: int) -> None:
         if _measures_a_step(engine, mesh):
             _report(pipe, LoadReport(rank=rank, pid=os.getpid()))
             pipe.receive()
-            _run_largest_step(config, engine, mesh)
+            _run_largest_step_or_leave(config, engine, mesh)
         num_blocks = _num_blocks(config, engine)
     except Exception as error:
         log.exception("loading failed")
@@ -250,8 +251,24 @@ def _run_largest_step(config: ModelConfig, engine: Engine, mesh: Mesh) -> None:
     assert engine.kv_spec is not None
     caches = kv_cache.allocate(engine.kv_spec, 1, config.kv_block_size)
     runner = ModelRunner(engine, mesh, caches, config.max_num_seqs)
-    num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
-    runner.execute(warmup.largest_plan(num_seqs, config.max_num_batched_tokens, config.kv_block_size))
+    num_tokens, most = config.max_num_batched_tokens, _max_model_len(config, engine)
+    num_seqs = min(config.max_num_seqs, num_tokens)
+    plan = warmup.largest_plan(num_seqs, min(num_tokens, num_seqs * most), config.kv_block_size)
+    result = runner.execute(plan)
+    if result is not None and result.errors:
+        raise kv_cache.TooLittleMemory(
+            f"a step of {plan.num_tokens} tokens does not fit beside the weights "
+            f"({next(iter(result.errors.values())).message}): set maxNumBatchedTokens or maxNumSeqs lower"
+        )
+
+
+def _run_largest_step_or_leave(config: ModelConfig, engine: Engine, mesh: Mesh) -> None:
+    """On a follower: the leader is in the step's collectives, and would read no report."""
+    try:
+        _run_largest_step(config, engine, mesh)
+    except Exception:
+        log.exception("the largest step failed")
+        _exit(1)
 
 
 def _plans_in_flight(engine: Engine) -> int:
@@ -303,7 +320,7 @@ def _record(runner: ModelRunner, mesh: Mesh, num_blocks: int, max_context: int) 
     """Have it replay steps that decode; without, they are as exact, and slower."""
     try:
         runner.record_graphs(num_blocks, max_context)
-    except RuntimeError as error:
+    except Exception as error:  # of torch, Triton or CUDA: what they raise has no common type
         if mesh.world_size > 1:  # the others replay, and wait in its collectives
             raise
         log.warning("decoding steps are not recorded as CUDA graphs: %s", _one_line(error))

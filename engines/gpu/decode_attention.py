@@ -1,8 +1,8 @@
 """Attention of decoding sequences over the paged K/V: a query of one token each, contexts of any length.
 
 A context is read by several programs at once, each a part of it (split-K; Dao et al., "Flash-Decoding",
-2023), for a few sequences would not fill the device. The number of parts depends on nothing that a step
-brings, so a launch can be replayed.
+2023): a few sequences would not fill the device, and a long one would have the others wait. Into how many
+parts depends on nothing that differs between steps of as many sequences, so a launch can be replayed.
 """
 
 from __future__ import annotations
@@ -13,36 +13,32 @@ import triton.language as tl
 from torch import Tensor
 
 _MIN_ROWS = 16  # that a matrix product takes
-_PROGRAMS_AT_LEAST = 512  # about four for each multiprocessor of an H100
-_MAX_PARTS = 32
-_TILE_BYTES = 16 << 10  # of keys at a time, three of which are on their way
+_PROGRAMS_AT_LEAST = 1024  # some for each multiprocessor of an H100, even if contexts differ
+_MIN_PARTS, _MAX_PARTS = 8, 32
+_PART_TILES = 4  # at least: a part has its price
+_TILE_BYTES = 16 << 10  # of keys at a time
+_STAGES = 5  # of which the table's look-up takes some: two tiles are on their way while one is used
 
 
-def num_parts(num_seqs: int, num_kv_heads: int, max_context: int, tile: int) -> int:
-    """Into how many parts contexts are cut: a power of two, so that few kernels are compiled."""
-    wanted = triton.cdiv(_PROGRAMS_AT_LEAST, num_seqs * num_kv_heads)
-    return int(min(_MAX_PARTS, triton.next_power_of_2(min(wanted, triton.cdiv(max_context, tile)))))
+def num_parts(num_seqs: int, num_kv_heads: int) -> int:
+    """Into how many parts a context is cut at most: a power of two, so that few kernels are compiled."""
+    wanted = triton.next_power_of_2(triton.cdiv(_PROGRAMS_AT_LEAST, num_seqs * num_kv_heads))
+    return int(min(_MAX_PARTS, max(_MIN_PARTS, wanted)))
 
 
 def decode_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    block_tables: Tensor,
-    context_lens: Tensor,
-    scale: float,
-    max_context: int,
+    query: Tensor, keys: Tensor, values: Tensor, block_tables: Tensor, context_lens: Tensor, scale: float
 ) -> Tensor:
     """[S, Hq, D] to [S, Hq, D], each query over all of its sequence's context.
 
     keys, values: [num_blocks, block_size, Hkv, D], contiguous. block_tables: [S, W] int32. context_lens: [S]
-    int32, at least 1 and at most `max_context`.
+    int32, at least 1.
     """
     num_seqs, num_heads, head_dim = query.shape
     _, block_size, num_kv_heads, _ = keys.shape
     block = triton.next_power_of_2(head_dim)
     tile = max(16, min(64, _TILE_BYTES // (block * query.itemsize)))
-    parts = num_parts(num_seqs, num_kv_heads, max_context, tile)
+    parts = num_parts(num_seqs, num_kv_heads)
     group = num_heads // num_kv_heads
     sums = torch.empty(num_seqs, num_heads, parts, head_dim, dtype=torch.float32, device=query.device)
     marks = torch.empty(num_seqs, num_heads, parts, 2, dtype=torch.float32, device=query.device)
@@ -64,17 +60,18 @@ def decode_attention(
         BLOCK=block,
         TILE=tile,
         PARTS=parts,
+        PART_TILES=_PART_TILES,
         num_warps=4,
-        num_stages=3,
+        num_stages=_STAGES,
     )
     out = torch.empty_like(query)
     _join_parts[(num_seqs * num_heads,)](
-        sums, marks, out, HEAD_DIM=head_dim, BLOCK=block, PARTS=parts, num_warps=1
+        sums, marks, out, HEAD_DIM=head_dim, BLOCK=block, PARTS=parts, num_warps=4
     )
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _attend_part(
     query,
     keys,
@@ -93,49 +90,53 @@ def _attend_part(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     PARTS: tl.constexpr,
+    PART_TILES: tl.constexpr,
 ):
     """One part of one context, for the query heads that share a K/V head: their weighted sums of values
-    (not yet divided), the largest score and the sum of weights."""
+    (not yet divided), the largest score and the sum of weights. Of a part without tokens the latter two."""
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     part = tl.program_id(2)
     context = tl.load(context_lens + sequence)
-    length = tl.cdiv(tl.cdiv(context, PARTS), TILE) * TILE
-    first = part * length
-    last = tl.minimum(first + length, context)
+    tiles = tl.maximum(tl.cdiv(context, PARTS * TILE), PART_TILES)
+    first = part * tiles * TILE
+    last = tl.minimum(first + tiles * TILE, context)
 
     rows = tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
-    is_column = columns < HEAD_DIM
     is_row = rows < GROUP
-    is_used = is_row[:, None] & is_column[None, :]
     heads = (sequence * NUM_KV_HEADS + kv_head) * GROUP + rows
-    queries = tl.load(query + heads[:, None] * HEAD_DIM + columns[None, :], mask=is_used, other=0.0)
+    parts = heads * PARTS + part
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     weight_sum = tl.zeros([ROWS], tl.float32)
-    value_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(first, last, TILE):
-        tokens = start + tl.arange(0, TILE)
-        is_token = tokens < last
+    if first < context:
+        columns = tl.arange(0, BLOCK)
+        is_column = columns < HEAD_DIM
+        is_used = is_row[:, None] & is_column[None, :]
+        queries = tl.load(query + heads[:, None] * HEAD_DIM + columns[None, :], mask=is_used, other=0.0)
+        value_sum = tl.zeros([ROWS, BLOCK], tl.float32)
         table = block_tables + sequence * table_stride
-        blocks = tl.load(table + tokens // BLOCK_SIZE, mask=is_token, other=0)
-        slots = blocks.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE
-        places = (slots * NUM_KV_HEADS + kv_head)[:, None] * HEAD_DIM + columns[None, :]
-        is_read = is_token[:, None] & is_column[None, :]
-        key = tl.load(keys + places, mask=is_read, other=0.0)
-        scores = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale
-        scores = tl.where(is_token[None, :], scores, float("-inf"))
-        now_largest = tl.maximum(largest, tl.max(scores, axis=1))
-        weights = tl.exp(scores - now_largest[:, None])
-        shrink = tl.exp(largest - now_largest)
-        value = tl.load(values + places, mask=is_read, other=0.0)
-        weighted = tl.dot(weights.to(value.dtype), value, input_precision="ieee")
-        value_sum = value_sum * shrink[:, None] + weighted
-        weight_sum = weight_sum * shrink + tl.sum(weights, axis=1)
-        largest = now_largest
-
-    parts = heads * PARTS + part
-    tl.store(sums + parts[:, None] * HEAD_DIM + columns[None, :], value_sum, mask=is_used)
+        for start in range(first, last, TILE):
+            tokens = start + tl.arange(0, TILE)
+            is_token = tokens < last
+            if BLOCK_SIZE % TILE == 0:  # a tile is of one block
+                slots = tl.load(table + start // BLOCK_SIZE).to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE
+            else:
+                blocks = tl.load(table + tokens // BLOCK_SIZE, mask=is_token, other=0)
+                slots = blocks.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE
+            places = (slots * NUM_KV_HEADS + kv_head)[:, None] * HEAD_DIM + columns[None, :]
+            is_read = is_token[:, None] & is_column[None, :]
+            key = tl.load(keys + places, mask=is_read, other=0.0)
+            scores = tl.dot(queries, tl.trans(key), input_precision="ieee") * scale
+            scores = tl.where(is_token[None, :], scores, float("-inf"))
+            now_largest = tl.maximum(largest, tl.max(scores, axis=1))
+            weights = tl.exp(scores - now_largest[:, None])
+            shrink = tl.exp(largest - now_largest)
+            value = tl.load(values + places, mask=is_read, other=0.0)
+            weighted = tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+            value_sum = value_sum * shrink[:, None] + weighted
+            weight_sum = weight_sum * shrink + tl.sum(weights, axis=1)
+            largest = now_largest
+        tl.store(sums + parts[:, None] * HEAD_DIM + columns[None, :], value_sum, mask=is_used)
     tl.store(marks + 2 * parts, largest, mask=is_row)
     tl.store(marks + 2 * parts + 1, weight_sum, mask=is_row)
 
@@ -147,8 +148,10 @@ def _join_parts(sums, marks, out, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, P
     columns = tl.arange(0, BLOCK)
     is_column = columns < HEAD_DIM
     largest = tl.load(marks + 2 * parts)
+    has_tokens = largest != float("-inf")
     share = tl.exp(largest - tl.max(largest, axis=0))  # 0 for a part without tokens
     weight_sum = tl.sum(share * tl.load(marks + 2 * parts + 1), axis=0)
-    values = tl.load(sums + parts[:, None] * HEAD_DIM + columns[None, :], mask=is_column[None, :], other=0.0)
+    is_read = has_tokens[:, None] & is_column[None, :]
+    values = tl.load(sums + parts[:, None] * HEAD_DIM + columns[None, :], mask=is_read, other=0.0)
     value = tl.sum(values * share[:, None], axis=0) / weight_sum
     tl.store(out + head * HEAD_DIM + columns, value.to(out.dtype.element_ty), mask=is_column)

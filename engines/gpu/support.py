@@ -3,27 +3,77 @@
 from __future__ import annotations
 
 import inspect
+import logging
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 
+log = logging.getLogger("sluice.worker")
+
 
 @cache
 def has_kernels(device_type: str) -> bool:
-    """Whether our Triton kernels run on devices of that type. torch's builds for CUDA bring Triton."""
-    return device_type == "cuda" and find_spec("triton") is not None
+    """Whether our Triton kernels run on devices of that type.
+
+    torch's builds for CUDA bring Triton, which compiles a launcher with the machine's C compiler.
+    """
+    if device_type != "cuda" or find_spec("triton") is None:
+        return False
+    if not torch.cuda.is_available():  # what is asked is what a GPU would do
+        return True
+    from triton.runtime.driver import driver
+
+    try:
+        driver.active.utils  # noqa: B018  compiled when first asked for
+    except Exception as error:  # whatever a compiler, a loader or a driver says
+        log.warning("without Triton kernels, which are faster: %s", " ".join(str(error).split()))
+        return False
+    return True
 
 
 @cache
 def varlen_is_paged() -> bool:
-    """Whether this torch's varlen_attn takes a block table: its arguments differ between versions."""
+    """Whether this torch's varlen_attn takes a block table: its arguments differ between versions, and so
+    does what the kernels below it take. Where there is a GPU it is tried."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return False
     names = inspect.signature(varlen_attn).parameters
-    return {"seqused_k", "block_table", "window_size", "enable_gqa"} <= names.keys()
+    if not {"seqused_k", "block_table", "window_size", "enable_gqa"} <= names.keys():
+        return False
+    return not torch.cuda.is_available() or _takes_pages(varlen_attn)
+
+
+def _takes_pages(varlen_attn: Callable[..., object]) -> bool:
+    query = torch.zeros(2, 2, 64, dtype=torch.bfloat16, device="cuda")
+    pages = torch.zeros(1, 256, 1, 64, dtype=torch.bfloat16, device="cuda")
+    starts, lens, tables = (
+        torch.tensor(values, dtype=torch.int32, device="cuda") for values in ([0, 2], [2], [[0]])
+    )
+    try:
+        varlen_attn(
+            query,
+            pages,
+            pages,
+            starts,
+            starts,
+            2,
+            256,
+            window_size=(-1, 0),
+            enable_gqa=True,
+            seqused_k=lens,
+            block_table=tables,
+        )
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        log.warning(
+            "prompts are attended sequence by sequence, which is slower: %s", str(error).split("\n")[0]
+        )
+        return False
+    return True
 
 
 def has_flash(device_type: str, dtype: torch.dtype, head_dim: int, block_size: int) -> bool:

@@ -75,27 +75,29 @@ class QuantizedLinear:
 
 
 class FusedQuantizedLinear:
-    """The same on a GPU: for few rows the weight is widened on its way from memory; many rows of bfloat16 by
-    fp8 weights are multiplied in fp8, each with a scale of its own; the others go through `widened`."""
+    """The same on a GPU. A decoding step's rows meet the weight as it is stored; many rows of bfloat16 and an
+    fp8 weight are multiplied in fp8, each row with a scale of its own; else the weight is widened first."""
 
-    _MULTIPLE = 16  # that the fp8 product's sizes are of
+    _MOST_BY_BYTES = 256
+    _MOST_BY_BYTES_OF_FP8 = 32  # beyond, its products in fp8 are the faster
+    _MULTIPLE = 16  # that their sizes are of
 
-    def __init__(self, operand: library.Weight, widened: QuantizedLinear, dtype: torch.dtype) -> None:
-        self._operand, self._widened = operand, widened
-        weight = operand.weight
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self._weight, self._scale, self._bias = weight.contiguous(), scale.float().contiguous(), bias
         is_aligned = all(size % self._MULTIPLE == 0 for size in weight.shape)
         self._is_fp8 = weight.dtype == torch.float8_e4m3fn and dtype == torch.bfloat16 and is_aligned
+        self._most = self._MOST_BY_BYTES_OF_FP8 if self._is_fp8 else self._MOST_BY_BYTES
 
     def __call__(self, x: Tensor) -> Tensor:
-        from engines.gpu import fp8, weight_only
+        from engines.gpu.fp8 import fp8_linear
+        from engines.gpu.weight_only import weight_only, widen
 
-        weight, scale, bias = self._operand.weight, self._operand.scale, self._operand.bias
-        assert scale is not None
-        if x.shape[0] <= weight_only.MAX_ROWS:
-            return weight_only.weight_only(x.contiguous(), weight, scale, bias)
+        weight, scale = self._weight, self._scale
+        if x.shape[0] <= self._most:
+            return weight_only(x.contiguous(), weight, scale, self._bias)
         if self._is_fp8:
-            return fp8.fp8_linear(x.contiguous(), weight, scale, bias)
-        return self._widened(x)
+            return fp8_linear(x.contiguous(), weight, scale, self._bias)
+        return F.linear(x, widen(weight, scale, x.dtype), self._bias)
 
 
 def make_quantized_linear(
@@ -105,9 +107,9 @@ def make_quantized_linear(
     operand = library.Weight(weight.contiguous(), bias, scale.float().contiguous())
     if is_deterministic:
         return deterministic_linear(operand, dtype)
-    many = QuantizedLinear(weight, scale, bias, dtype)
     if support.has_kernels(weight.device.type):
-        return FusedQuantizedLinear(operand, many, dtype)
+        return FusedQuantizedLinear(weight, scale, bias, dtype)
+    many = QuantizedLinear(weight, scale, bias, dtype)
     return kernel_linear(operand, dtype, lambda: many) or many
 
 

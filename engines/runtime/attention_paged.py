@@ -120,7 +120,7 @@ class _Decode:
         from engines.gpu.decode_attention import decode_attention
 
         own = self.sequences
-        return decode_attention(query, keys, values, own.tables, own.context_lens, scale, own.max_context)
+        return decode_attention(query, keys, values, own.tables, own.context_lens, scale)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,7 +138,7 @@ class _Flash:
             keys,
             values,
             own.query_start,
-            None,
+            own.query_start,  # looked at for its shape only: contexts are as long as seqused_k says
             max(own.query_lens),
             own.max_context,
             scale=scale,

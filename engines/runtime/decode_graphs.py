@@ -18,11 +18,12 @@ from torch import Tensor
 from engines.base import Batch, Engine
 from engines.runtime.context import ForwardContext, forward_context
 from engines.runtime.kv_cache import LayerCache, clear_blocks
-from engines.runtime.plan import StepPlan
-from engines.runtime.transfer import to_device
+from engines.runtime.plan import RowUse, StepPlan
+from engines.runtime.transfer import staged, to_device
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Sequences of each recording. Reading the weights is most of a step: some rows more cost little."""
+_POOL = int(RowUse.POOL)
 _INPUT_IDS, _POSITIONS, _SLOT_MAPPING, _CONTEXT_LENS, _SLOTS = range(5)
 
 
@@ -41,16 +42,19 @@ class CudaRecording:
     """Records `work` as a CUDA graph. All recordings of a process share their memory: one runs at a time."""
 
     _pool: Any = None  # of CUDAGraph.pool
+    _stream: Any = None  # one for all: a library has memory of its own for each
 
     def __init__(self, work: Callable[[], Tensor | None]) -> None:
-        ahead = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        ahead.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(ahead):  # kernels are compiled and chosen
+        if CudaRecording._stream is None:
+            CudaRecording._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = CudaRecording._stream
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # kernels are compiled and chosen
             work()
             work()
-        torch.cuda.current_stream().wait_stream(ahead)
+        torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=CudaRecording._pool):
+        with torch.cuda.graph(self._graph, pool=CudaRecording._pool, stream=stream):
             self.output = work()
         CudaRecording._pool = self._graph.pool()
 
@@ -77,11 +81,12 @@ class DecodeGraphs:
         self._engine, self._caches, self._last_sampled = engine, caches, last_sampled
         num_slots, self._device = len(last_sampled) - 1, last_sampled.device
         self._block_size = caches[0].block_size
-        self._sizes = [size for size in SIZES if size < num_slots] + [min(num_slots, SIZES[-1])]
+        self._sizes = sorted({min(size, num_slots) for size in SIZES})
         width = -(-max_context // self._block_size)
         self._tables = torch.zeros(self._sizes[-1], width, dtype=torch.int32, device=self._device)
         self._tables_of: np.ndarray | None = None  # the plan's, as they were copied last
         self._padding = np.array([[0], [0], [num_blocks * self._block_size], [1], [num_slots]], np.int32)
+        self._logits: Tensor | None = None
         self._fields: dict[int, Tensor] = {}
         self._recordings: dict[int, Recording] = {}
         for size in reversed(self._sizes):  # the largest first, for the others fit into its memory
@@ -89,7 +94,12 @@ class DecodeGraphs:
             self._recordings[size] = record(self._work(size))
 
     def takes(self, plan: StepPlan) -> bool:
-        """Whether `plan` only decodes, so many sequences at most as there is a recording for."""
+        """Whether `plan` only decodes, so many sequences at most as there is a recording for.
+
+        By what every rank knows of it, for all take the same way.
+        """
+        if np.count_nonzero(plan.row_use == _POOL):  # hidden states are wanted
+            return False
         return (
             plan.num_seqs <= self._sizes[-1]
             and plan.has_a_row_for_each_token
@@ -108,7 +118,7 @@ class DecodeGraphs:
         fields = self._padding.repeat(size, 1)
         own = (plan.input_ids, plan.positions, plan.slot_mapping, plan.context_lens, plan.slots)
         fields[:, : plan.num_seqs] = own
-        self._fields[size].copy_(to_device(fields, self._device, torch.int32), non_blocking=True)
+        self._fields[size].copy_(staged(fields, self._device), non_blocking=True)
         tables = plan.block_tables
         if tables is not self._tables_of:
             self._tables_of = tables
@@ -117,6 +127,13 @@ class DecodeGraphs:
         if len(begun):
             blocks = tables[begun, plan.context_lens[begun] // self._block_size]
             clear_blocks(self._caches, to_device(blocks, self._device, torch.int64))
+
+    def _logits_of(self, size: int, vocab_size: int) -> Tensor:
+        """Where the logits of so many rows go: the same for all recordings, for one runs at a time."""
+        if self._logits is None:
+            shape = (self._sizes[-1], vocab_size)
+            self._logits = torch.empty(shape, dtype=torch.float32, device=self._device)
+        return self._logits[:size]
 
     def _work(self, size: int) -> Callable[[], Tensor | None]:
         """A step of `size` sequences: from the tensors that `_fill` writes to logits."""
@@ -142,6 +159,7 @@ class DecodeGraphs:
             with forward_context(ForwardContext(batch, self._caches)):
                 hidden = self._engine.forward(batch)
             assert hidden is not None, "a pipeline's stages are not recorded"
-            return self._engine.logits(hidden)
+            logits = self._engine.logits(hidden)
+            return None if logits is None else self._logits_of(size, logits.shape[1]).copy_(logits)
 
         return work

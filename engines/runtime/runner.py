@@ -29,7 +29,7 @@ from engines.runtime.kv_cache import LayerCache
 from engines.runtime.mesh import Mesh
 from engines.runtime.pages_ahead import PagesAhead
 from engines.runtime.plan import LAST_SAMPLED, RowUse, StepPlan, StepResult
-from engines.runtime.transfer import Arriving, to_device
+from engines.runtime.transfer import Arriving, staged, to_device
 from engines.wire import RequestError
 
 log = logging.getLogger("sluice.worker")
@@ -258,8 +258,8 @@ def _pooled(plan: StepPlan, hidden: Tensor) -> dict[int, Arriving]:
 
 def _tensor(array: np.ndarray, device: torch.device, dtype: type[np.integer]) -> Tensor:
     """A copy: the plan's arrays may be read-only views of what was received."""
-    tensor = torch.from_numpy(array.astype(dtype))
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    tensor = staged(array.astype(dtype), device)
+    return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)
 
 
 def _slices(count: int) -> Iterator[slice]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engines.gpu import support
 from engines.runtime.faults import failed
 from engines.runtime.grammar import token_masks
 from engines.runtime.plan import Int32, RowSampling, RowUse, StepResult
@@ -141,13 +142,21 @@ def _constrain(logits: Tensor, rows: Sequence[RowSampling], some: list[int]) -> 
     constraints = [(own, rows[i].banned_ids) for i in some if (own := rows[i].constraint) is not None]
     vocab_size = logits.shape[1]
     masks = token_masks(constraints, vocab_size)
-    bits = np.unpackbits(~masks.view(np.uint8), axis=1, count=vocab_size, bitorder="little")
-    is_out = torch.from_numpy(bits).view(torch.bool).to(logits.device)  # [R, V]
+    is_out = _unpacked(~masks.view(np.uint8), logits.device)[:, :vocab_size]
     if len(some) == len(rows):
         logits.masked_fill_(is_out, -torch.inf)
     else:
         index = to_device(some, logits.device, torch.int64)
         logits.index_copy_(0, index, logits.index_select(0, index).masked_fill_(is_out, -torch.inf))
+
+
+def _unpacked(packed: np.ndarray, device: torch.device) -> Tensor:
+    """[R, B] bytes to [R, 8 B] bools, the lowest bit first. On a GPU only the bytes travel."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(packed, axis=1, bitorder="little")).view(torch.bool)
+    places = torch.arange(8, dtype=torch.uint8, device=device)
+    bits = to_device(packed, device, torch.uint8).unsqueeze(-1) >> places
+    return bits.bitwise_and_(1).view(torch.bool).flatten(1)
 
 
 def _adjust_row(logits: Tensor, row: RowSampling) -> None:
@@ -221,6 +230,8 @@ def _cut(probs: Tensor, top_k: list[int], top_p: list[float]) -> Tensor:
     does not depend on how a sort orders equals.
     """
     vocab_size = probs.shape[1]
+    if support.has_kernels(probs.device.type):
+        return _cut_by_kernel(probs, top_k, top_p)
     size = min(_FIRST_TOP, vocab_size) if probs.is_cpu else vocab_size  # to look at `is_short` is to wait
     while True:
         best = probs.topk(size, dim=-1).values  # [R, size]
@@ -238,6 +249,13 @@ def _cut(probs: Tensor, top_k: list[int], top_p: list[float]) -> Tensor:
         size = vocab_size
     last_p = (mass < goal).sum(-1)  # index of the token with which the mass reaches the goal
     return best.gather(1, torch.minimum(last_p, last_k).unsqueeze(1))
+
+
+def _cut_by_kernel(probs: Tensor, top_k: list[int], top_p: list[float]) -> Tensor:
+    from engines.gpu.cut import cut
+
+    sizes = to_device([k or probs.shape[1] for k in top_k], probs.device, torch.int32)
+    return cut(probs.contiguous(), sizes, to_device(top_p, probs.device, torch.float32))
 
 
 def _log_softmax(logits: Tensor, asked: list[int]) -> Tensor:

@@ -232,7 +232,7 @@ class ContinuousScheduler:
 
     def schedule(self) -> StepPlan:
         chunks: list[Chunk] = []
-        if self._num_plans_in_flight < self.max_plans_in_flight:
+        if self._num_plans_in_flight < self.max_plans_in_flight and not self._must_wait():
             long_tokens = self._long_prompt_tokens()
             self._fill(chunks, long_tokens)
             if not chunks and not long_tokens:  # those that decode wait for blocks: nobody is delayed
@@ -300,6 +300,16 @@ class ContinuousScheduler:
         if sequence.needs_history or sequence.constraint is not None or self._drafter:
             return False  # what it sampled decides how it samples next
         return sequence.num_tokens < sequence.max_len
+
+    def _must_wait(self) -> bool:
+        """Whether a plan without a sequence that is in flight, and cannot run ahead, would have it miss every
+        second step."""
+        return self._run_ahead and any(
+            sequence.num_unknown_tokens
+            and sequence.num_tokens < sequence.max_len
+            and not self._can_run_ahead(sequence)
+            for sequence in self._running
+        )
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give it blocks for its first `num_tokens` tokens, if need be those of the youngest.

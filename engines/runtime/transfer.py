@@ -14,9 +14,16 @@ def to_device(
 ) -> Tensor:
     """A copy of `values` there. On CUDA it is queued, from memory that stays until it has been read."""
     tensor = torch.tensor(values, dtype=dtype)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor if device.type == "cpu" else tensor.to(device)
+    return tensor if device.type == "cpu" else _pinned(tensor, device).to(device, non_blocking=True)
+
+
+def staged(array: np.ndarray, device: torch.device) -> Tensor:
+    """`array` on the host, from where a copy to `device` need not be waited for."""
+    return _pinned(torch.from_numpy(array), device)
+
+
+def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 class Arriving:

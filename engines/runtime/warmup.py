@@ -41,12 +41,13 @@ def run(runner: _Runner, num_blocks: int, config: _Config, report: Callable[[flo
 def largest_plan(num_seqs: int, num_tokens: int, block_size: int) -> StepPlan:
     """About `num_tokens` tokens of `num_seqs` sequences, which all draw at random; all in block 0: what they
     compute means nothing, what memory it takes does."""
-    plan = dummy_plan(num_seqs, -(-num_tokens // num_seqs), block_size)
+    query_len = -(-num_tokens // num_seqs)
+    plan = _plan(num_seqs, query_len, query_len)
     drawn = RowSampling(SamplingParams(temperature=1.0, top_p=0.9, seed=0))
     return replace(
         plan,
-        slot_mapping=plan.slot_mapping % np.int32(block_size),
-        block_tables=np.zeros_like(plan.block_tables),
+        slot_mapping=plan.positions % np.int32(block_size),
+        block_tables=np.zeros((num_seqs, -(-query_len // block_size)), np.int32),
         sampling=(drawn,) * num_seqs,
     )
 
@@ -58,8 +59,11 @@ def run_static(runner: _Runner, batch_size: int, max_model_len: int) -> None:
 
 
 def dummy_plan(num_seqs: int, query_len: int, block_size: int) -> StepPlan:
-    """`num_seqs` sequences of `query_len` <= block_size tokens 0, each in a block of its own."""
-    query_len = min(query_len, block_size)
+    """`num_seqs` sequences of `query_len` tokens 0, or as many as fit, each in a block of its own."""
+    return _plan(num_seqs, min(query_len, block_size), block_size)
+
+
+def _plan(num_seqs: int, query_len: int, block_size: int) -> StepPlan:
     blocks = np.arange(num_seqs, dtype=np.int32)
     offsets = np.arange(query_len, dtype=np.int32)
     ends = np.arange(1, num_seqs + 1, dtype=np.int32) * query_len

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engines.gpu import activation, decode_attention, fp8, norm, rotary, weight_only
+from engines.gpu import activation, cut, decode_attention, fp8, norm, rotary, weight_only
 
 HOPPER = GPUTarget("cuda", 90, 32)
 INTS, FLOATS = "*i32", "*fp32"
@@ -24,7 +24,12 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], **op
     """Bytes of shared memory. `types`: of the arguments; "T" is those that are not named."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, types["T"]) for name in names}
-    is_aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"}
+    never = set(kernel.do_not_specialize)
+    is_aligned = {  # as Triton sees it at a launch with such sizes
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name][0] in "*i" and name not in never
+    }
     fixed = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, fixed, is_aligned)
     return int(triton.compile(source, target=HOPPER, options=options).metadata.shared)
@@ -33,15 +38,18 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], **op
 def attention(dtype: str, head_dim: int, tile: int) -> int:
     types = {"T": dtype, "block_tables": INTS, "context_lens": INTS, "sums": FLOATS, "marks": FLOATS}
     constants = {"BLOCK_SIZE": 256, "NUM_KV_HEADS": 8, "GROUP": 4, "ROWS": 16, "HEAD_DIM": head_dim}
-    constants |= {"BLOCK": head_dim, "TILE": tile, "PARTS": 16}
+    constants |= {"BLOCK": head_dim, "TILE": tile, "PARTS": 16, "PART_TILES": 4}
     types |= {"scale": "fp32", "table_stride": "i32"}
-    return compiled(decode_attention._attend_part, types, constants, num_warps=4, num_stages=3)
+    return compiled(
+        decode_attention._attend_part, types, constants, num_warps=4, num_stages=decode_attention._STAGES
+    )
 
 
-def weights(encoding: str, rows: int) -> int:
+def weights(encoding: str, shape: weight_only._Shape) -> int:
     types = {"T": "i32", "x": "*bf16", "weight": encoding, "scale": FLOATS, "bias": "*bf16", "out": "*bf16"}
-    constants = {"HAS_BIAS": False, "ROWS": rows, "COLUMNS": 16, "TILE": 256}
-    return compiled(weight_only._weight_only, types, constants, num_warps=4, num_stages=4)
+    constants = {"HAS_BIAS": False, "ROWS": shape.rows, "COLUMNS": shape.columns, "TILE": shape.tile}
+    options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
+    return compiled(weight_only._weight_only, types, constants, **options)
 
 
 def main() -> None:
@@ -69,9 +77,21 @@ def main() -> None:
             {"HEAD_DIM": 128, "BLOCK": 128, "PARTS": 32},
             num_warps=1,
         ),
-        "weight_only, int8, 1 row": weights("*i8", 16),
-        "weight_only, int8, 64 rows": weights("*i8", 64),
-        "weight_only, fp8, 1 row": weights("*fp8e4nv", 16),
+        "cut": compiled(
+            cut._cut,
+            {"T": FLOATS, "top_k": INTS, "size": "i32"},
+            {"TILE": 4096},
+            num_warps=16,
+        ),
+        "weight_only, int8, few rows": weights("*i8", weight_only._FEW),
+        "weight_only, int8, some rows": weights("*i8", weight_only._SOME),
+        "weight_only, int8, many rows": weights("*i8", weight_only._MANY),
+        "weight_only, fp8, few rows": weights("*fp8e4nv", weight_only._FEW),
+        "widen": compiled(
+            weight_only._widen,
+            {"T": "*i8", "scale": FLOATS, "out": "*bf16", "num_inputs": "i32"},
+            {"TILE": 1024},
+        ),
         "quantize_rows": compiled(
             fp8._quantize_rows,
             {"T": "*bf16", "out": "*fp8e4nv", "scale": FLOATS, "width": "i32"},

@@ -23,8 +23,6 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     shared = json.loads(run.stdout)
-    assert len(shared) == 11
+    assert len(shared) == 14
     assert max(shared.values()) <= SHARED_MEMORY
-    assert shared["decode_attention, bf16"] > 3 * 16 << 10 // 2, (
-        "keys and values on their way while others are used"
-    )
+    assert shared["decode_attention, bf16"] > 4 * (16 << 10), "while a tile is used, the next is on its way"

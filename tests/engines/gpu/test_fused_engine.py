@@ -17,7 +17,7 @@ from engines.runtime.kv_cache import Layout
 from engines.runtime.mesh import single
 from engines.wire import Generate, SamplingParams
 from tests.engines.driver import native
-from tests.engines.reference import hf_greedy, prompts, request_of
+from tests.engines.reference import hf_greedy, hf_pooled, pooled_of, prompts, request_of, vector_of
 from tests.engines.runtime.in_process import InProcess
 from tests.models import Shape, make_llama
 
@@ -148,3 +148,16 @@ def test_sampled_tokens_depend_on_none_of_it(engine: NativeEngine) -> None:
         for a, r in ways
     ]
     assert drawn[0] == drawn[1] == drawn[2]
+
+
+@WAYS
+def test_hidden_states_are_had_of_single_tokens(
+    engine: NativeEngine, reference: torch.nn.Module, runs_ahead: bool, is_recorded: bool
+) -> None:
+    """A prompt of one token, and one whose last chunk is one token, look like decoding; both are pooled."""
+    batch = [[5], prompts(1, SHAPE.vocab, seed=4)[0][:2] * 8 + [7]]
+    group = group_of(engine, runs_ahead=runs_ahead, is_recorded=is_recorded)
+    ended = group.run([pooled_of(f"{i}", prompt, "mean") for i, prompt in enumerate(batch)])
+    for each, prompt in zip(ended, batch, strict=True):
+        expected = hf_pooled(reference, prompt, "mean")
+        torch.testing.assert_close(vector_of(each.embedding), expected, rtol=0, atol=1e-5)

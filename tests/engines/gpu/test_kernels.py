@@ -8,13 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engines.gpu.activation import silu_mul
+from engines.gpu.cut import cut
 from engines.gpu.decode_attention import decode_attention, num_parts
 from engines.gpu.fp8 import LARGEST, fp8_linear, quantize_rows
 from engines.gpu.norm import add_rms_norm, rms_norm
 from engines.gpu.rotary import rotate_and_write
-from engines.gpu.weight_only import weight_only
+from engines.gpu.weight_only import weight_only, widen
 from engines.models.config import Rope
 from engines.models.layers import Rotary
+from engines.runtime import sampler
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
@@ -73,21 +75,21 @@ def test_rotation_and_write(head_dim: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (3, 3, 24), (20, 1, 16)])
-@pytest.mark.parametrize("max_context", [1, 150, 4_096])
+@pytest.mark.parametrize("block_size", [8, 64])
 def test_decode_attention(
-    heads: int, kv_heads: int, head_dim: int, max_context: int, dtype: torch.dtype
+    heads: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
 ) -> None:
-    """`max_context` says into how many parts contexts are cut, and nothing of what comes out."""
-    contexts, block_size = [1, 37, min(150, max(37, max_context))], 8
-    tables = torch.randperm(60, device=DEVICE).view(3, 20).to(torch.int32)
-    pages = torch.full((2, 60, block_size, kv_heads, head_dim), torch.nan, device=DEVICE).to(dtype)
+    """Parts without tokens, of one tile and of several; tiles of one block and of several."""
+    contexts = [1, 37, 900]
+    tables = torch.randperm(3 * 120, device=DEVICE).view(3, 120).to(torch.int32)
+    pages = torch.full((2, 360, block_size, kv_heads, head_dim), torch.nan, device=DEVICE).to(dtype)
     for table, context in zip(tables.tolist(), contexts, strict=True):
         for position in range(context):
             row = torch.randn(2, kv_heads, head_dim, device=DEVICE)
             pages[:, table[position // block_size], position % block_size] = row.to(dtype)
     query = torch.randn(3, heads, head_dim, device=DEVICE).to(dtype)
     lens = torch.tensor(contexts, dtype=torch.int32, device=DEVICE)
-    out = decode_attention(query, pages[0], pages[1], tables, lens, 0.3, max(contexts[-1], max_context))
+    out = decode_attention(query, pages[0], pages[1], tables, lens, 0.3)
     for i, context in enumerate(contexts):
         key, value = pages[:, tables[i].long()].flatten(1, 2)[:, :context].float().transpose(1, 2)
         expected = F.scaled_dot_product_attention(
@@ -97,15 +99,26 @@ def test_decode_attention(
 
 
 def test_contexts_are_cut_where_few_would_leave_the_device_idle() -> None:
-    assert num_parts(1, 8, 8_192, 64) == 32
-    assert num_parts(32, 8, 8_192, 64) == 2
-    assert num_parts(256, 8, 8_192, 64) == 1
-    assert num_parts(1, 8, 100, 64) == 2, "no part is empty for want of tokens"
+    assert num_parts(1, 8) == 32
+    assert num_parts(8, 8) == 16
+    assert num_parts(256, 8) == 8, "one long context among many is still read by several programs"
+
+
+def test_cuts_are_those_of_a_sorted_vocabulary() -> None:
+    probs = (torch.randn(8, 5_000) * 2).softmax(-1)
+    probs[6, 100:] = 0.0  # most of it is nothing
+    probs[7] = 1 / 5_000  # all alike
+    top_k, top_p = [0, 5, 5_000, 40, 1, 0, 200, 3], [0.9, 1.0, 0.5, 0.8, 0.3, 0.999, 1.0, 0.5]
+    expected = (probs >= sampler._cut(probs, top_k, top_p)) & (probs > 0)
+    sizes = torch.tensor([k or 5_000 for k in top_k], dtype=torch.int32, device=DEVICE)
+    found = cut(probs.to(DEVICE), sizes, torch.tensor(top_p, device=DEVICE))
+    assert torch.equal((probs >= found.cpu()) & (probs > 0), expected)
+    assert expected.sum(-1).tolist()[1::6] == [5, 5_000]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("encoding", [torch.int8, torch.float8_e4m3fn])
-@pytest.mark.parametrize("num_rows", [1, 17])
+@pytest.mark.parametrize("num_rows", [1, 17, 70])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_weight_only(num_rows: int, has_bias: bool, encoding: torch.dtype, dtype: torch.dtype) -> None:
     weight = (torch.randn(40, 300, device=DEVICE) * 40).clamp(-127, 127).to(encoding)
@@ -114,6 +127,12 @@ def test_weight_only(num_rows: int, has_bias: bool, encoding: torch.dtype, dtype
     x = torch.randn(num_rows, 300, device=DEVICE).to(dtype)
     expected = x.double() @ (weight.double() * scale.double().unsqueeze(1)).T
     near(weight_only(x, weight, scale, bias), expected if bias is None else expected + bias.double())
+
+
+def test_widened_weights_hold_their_scale() -> None:
+    weight = torch.randint(-127, 128, (3, 1_030), device=DEVICE).to(torch.int8)
+    scale = torch.rand(3, device=DEVICE)
+    assert torch.equal(widen(weight, scale, torch.float32), weight.float() * scale.unsqueeze(1))
 
 
 def test_rows_are_quantised_by_their_largest() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,10 +20,10 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the products, as they are taken."""
     monkeypatch.setattr(support, "has_kernels", lambda _: True)
     names: list[str] = []
-    for module, name in ((weight_only, "weight_only"), (fp8, "fp8_linear")):
+    for module, name in ((weight_only, "weight_only"), (weight_only, "widen"), (fp8, "fp8_linear")):
         real = getattr(module, name)
 
-        def noted(*args: Tensor, name: str = name, real=real) -> Tensor:  # type: ignore[no-untyped-def]
+        def noted(*args: Any, name: str = name, real: Callable[..., Tensor] = real) -> Tensor:
             names.append(name)
             return real(*args)
 
@@ -32,10 +35,11 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ("encoding", "dtype", "num_rows", "expected"),
     [
         (torch.int8, torch.float32, 3, ["weight_only"]),
-        (torch.int8, torch.float32, 65, []),
-        (torch.float8_e4m3fn, torch.float16, 64, ["weight_only"]),
-        (torch.float8_e4m3fn, torch.float32, 65, []),
-        (torch.float8_e4m3fn, torch.bfloat16, 65, ["fp8_linear"]),
+        (torch.int8, torch.float16, 65, ["weight_only"]),
+        (torch.int8, torch.float16, 257, ["widen"]),
+        (torch.float8_e4m3fn, torch.float16, 32, ["weight_only"]),
+        (torch.float8_e4m3fn, torch.float32, 257, ["widen"]),
+        (torch.float8_e4m3fn, torch.bfloat16, 33, ["fp8_linear"]),
     ],
 )
 def test_products(

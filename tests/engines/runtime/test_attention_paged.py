@@ -27,6 +27,7 @@ def fake_varlen_attn(*args: Any, **kwargs: Any) -> Tensor:
     call = REAL.bind(*args, **kwargs).arguments  # a TypeError if the real one would not take it
     assert call["window_size"] == (-1, 0)
     assert call["enable_gqa"]
+    assert call["cu_seq_k"].shape == call["cu_seq_q"].shape, "FlashAttention-2 wants both, whatever it reads"
     assert call["block_table"].dtype == call["seqused_k"].dtype == call["cu_seq_q"].dtype == torch.int32
     outs = []
     starts = call["cu_seq_q"].tolist()

@@ -435,6 +435,16 @@ def test_running_ahead_stops_at_a_known_end_and_not_at_all_with_penalties() -> N
     assert_expected(leader, penalised)
 
 
+def test_one_that_cannot_run_ahead_misses_no_step_beside_one_that_can() -> None:
+    _, leader = make(plans_in_flight=2, run_ahead=True)
+    penalised = request("a", max_tokens=8, sampling=SamplingParams(frequency_penalty=0.5))
+    leader.add(penalised)
+    leader.add(request("b", max_tokens=8))
+    leader.run()
+    assert leader.num_steps <= 9
+    assert_expected(leader, penalised)
+
+
 # ---------------------------------------------------------------------- drafts
 
 
