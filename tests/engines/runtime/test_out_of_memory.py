@@ -7,6 +7,10 @@ import torch
 from torch import Tensor
 
 from engines.base import Batch, Engine
+from engines.runtime import kv_cache
+from engines.runtime.mesh import single
+from engines.runtime.runner import ModelRunner
+from engines.runtime.warmup import largest_plan
 from tests.engines.reference import hf_greedy, pooled_of, prompts, request_of, vector_of
 from tests.engines.runtime.in_process import InProcess
 from tests.models import GQA
@@ -73,3 +77,18 @@ def test_rows_of_parts_are_those_of_the_whole(engine: Engine) -> None:
         assert values[0] == pytest.approx(values[1], abs=1e-5)
     for one, other in zip(whole[6:], parts[6:], strict=True):
         torch.testing.assert_close(vector_of(one.embedding), vector_of(other.embedding), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_seqs", "num_tokens", "block_size"), [(1, 300, 16), (8, 100, 16), (5, 5, 8)])
+def test_the_step_that_is_measured_is_as_large_as_steps_get(
+    engine: Engine, num_seqs: int, num_tokens: int, block_size: int
+) -> None:
+    """In one block, though contexts are longer: what it computes means nothing, what memory it takes does."""
+    assert engine.kv_spec is not None
+    plan = largest_plan(num_seqs, num_tokens, block_size)
+    runner = ModelRunner(engine, single(), kv_cache.allocate(engine.kv_spec, 1, block_size), num_seqs)
+    result = runner.execute(plan)
+    assert (plan.num_seqs, len(plan.logit_rows)) == (num_seqs, num_seqs)
+    assert num_tokens <= plan.num_tokens < num_tokens + num_seqs
+    assert result is not None
+    assert not result.errors
