@@ -103,21 +103,23 @@ def make_llama(
     *,
     tokenizer: bool = False,
     shard_bytes: int | None = None,
+    device: str | torch.device = "cpu",
 ) -> Path:
     """Write a seeded random model into `directory`, and return it.
 
     Weights have the scale 1/sqrt(inputs), so that every part of the model tells on its output, and
     embeddings a small one, so that a tied model does not just repeat its input. `tokenizer` also trains
     a tokenizer (seconds) and zeroes the head's rows of tokens that are not printable on their own.
-    `shard_bytes`: write several files and an index, as the hub does for large models.
+    `shard_bytes`: write several files and an index, as the hub does for large models. `device`: where
+    the weights are drawn, each kind of device others; a GPU takes seconds for what a CPU takes minutes for.
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = shape.config_json(dtype)
     _write_json(directory / "config.json", config)
     _write_json(directory / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1})
     specs = expected_tensors(LlamaConfig.parse(config, "config.json"))
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {spec.name: _random(spec, generator).to(dtype) for spec in specs.values()}
+    generator = torch.Generator(device).manual_seed(seed)
+    tensors = {spec.name: _random(spec, generator).to(dtype).cpu() for spec in specs.values()}
     if tokenizer:
         unprintable = write_tokenizer(directory, shape.vocab)
         tensors["model.embed_tokens.weight" if shape.tied else "lm_head.weight"][unprintable] = 0
@@ -126,7 +128,7 @@ def make_llama(
 
 
 def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
-    values: torch.Tensor = torch.randn(spec.shape, generator=generator)
+    values: torch.Tensor = torch.randn(spec.shape, generator=generator, device=generator.device)
     if spec.name.endswith("norm.weight"):
         return 1 + 0.1 * values
     if spec.name.endswith(("bias", "embed_tokens.weight")):

@@ -39,10 +39,12 @@ class KernelLayers:
     @classmethod
     def of(cls, model: Llama) -> KernelLayers | None:
         """None where a kernel is missing for any of the layers."""
-        kernels = library.load()
         operands = [_operands(layer) for layer in model.layers]
         has_peers = model.mesh.tp_size == 1 or model.mesh.shared is not None
-        if kernels is None or not has_peers or not all(operands):
+        if not has_peers or not all(operands):
+            return None
+        kernels = library.load()
+        if kernels is None:
             return None
         dtypes = {operand.weight.dtype for layer in operands for operand in layer}
         head_dim = model.layers[0].attention.head_dim

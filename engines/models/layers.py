@@ -149,6 +149,8 @@ def kernel_linear(
 ) -> KernelLinear | None:
     """For values of `dtype`, with what `make_many` makes where torch is faster. None where there are no
     kernels for it."""
+    if operand.weight.device.type != "cpu":  # nor are they compiled there
+        return None
     kernels = library.load()
     if kernels is None or not kernels.takes(dtype, operand.weight):
         return None

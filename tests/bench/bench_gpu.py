@@ -1,8 +1,13 @@
-"""Decoding against the bandwidth bound of one device: `python -m tests.bench.bench_gpu --work DIR`.
+"""Checks and measures everything on one GPU: `python -m tests.bench.bench_gpu --work DIR --json FILE`.
 
-Makes a model with random weights where it runs (Llama-3-8B's shape, bf16), decodes greedily at a context
-of 1,024 tokens through the real runner, and compares a step with the time that reading the weights and the
-K/V takes at the device's measured copy bandwidth. Rehearse on a CPU with `--device cpu --shape tiny`.
+The tests of kernels; then speed, beside the device's own limits: decoding and prompts of a model of
+Llama-3-8B's shape with random weights in bf16, fp8 and int8, attention alone, how long the device idles,
+requests through the engine, its peers and the server; last the tests of whole groups, as far as there is
+time. What each section measures is in its module under tests/bench/gpu. A section that fails, hangs or lacks
+a package says so in the record, and the others go on; each number is printed, and the file written, as soon
+as it is there. What did not come in time, `--only SECTION ...` makes up for.
+
+Rehearse on a CPU with `--device cpu --shape tiny`: what needs no GPU runs.
 """
 
 from __future__ import annotations
@@ -11,148 +16,155 @@ import argparse
 import json
 import platform
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
+from time import monotonic
+from typing import Any
 
-import numpy as np
 import torch
 
-from engines.base import Engine
-from engines.config import ModelConfig
-from engines.native import NativeEngine
-from engines.runtime import kv_cache
-from engines.runtime.mesh import single
-from engines.runtime.plan import RowSampling, RowUse, StepKind, StepPlan
-from engines.runtime.runner import ModelRunner
-from engines.wire import SamplingParams
-from tests.models import LLAMA3_8B, TINY, Shape, make_llama
+from tests.bench.gpu.bench import Found
+from tests.bench.gpu.options import SHAPES, Options
+from tests.bench.gpu.worker import Section, Worker
 
-SHAPES = {"llama-3-8b": LLAMA3_8B, "tiny": TINY}
-CONTEXT = 1024
-GREEDY = SamplingParams(temperature=0.0)
-
-
-def copy_bandwidth(device: torch.device, num_bytes: int = 1 << 30) -> float:
-    """Bytes per second, read and written ones counted, median of ten copies."""
-    source = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = median(timed(lambda: target.copy_(source), device) for _ in range(10))
-    return 2 * num_bytes / seconds
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    synchronize(device)
-    started = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - started
+_GPU = "tests.bench.gpu"
+SECTIONS = {
+    "kernel-tests": Section(f"{_GPU}.checks:kernels", "tests", 180),
+    "model": Section(f"{_GPU}.model:make", "engine", 180),
+    "limits": Section(f"{_GPU}.limits:measure", "engine", 60),
+    "decode": Section(f"{_GPU}.decode:measure", "engine", 180),
+    "prefill": Section(f"{_GPU}.prefill:measure", "engine", 90),
+    "fp8": Section(f"{_GPU}.quantized:measure_fp8", "engine", 120),
+    "int8": Section(f"{_GPU}.quantized:measure_int8", "engine", 120),
+    "idle": Section(f"{_GPU}.idle:measure", "engine", 90),
+    "offline": Section(f"{_GPU}.offline:measure", "engine", 120),
+    "attention": Section(f"{_GPU}.attention:measure", "attention", 90),
+    "peers": Section(f"{_GPU}.peers:measure", "peers", 180),
+    "http": Section(f"{_GPU}.served:measure", "http", 210),
+    "group-tests": Section(f"{_GPU}.checks:groups", "tests", 480),
+    "deepspeed": Section(f"{_GPU}.peers:measure_deepspeed", "deepspeed", 360),
+}
+"""In the order in which they run, for later ones compare with what earlier ones found."""
+PACKAGES = ("torch", "triton", "transformers", "numpy", "deepspeed")
+GRACE_SECONDS = 30.0
+"""That a section has beyond the deadline, if it was begun before."""
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+class Report:
+    """The record: printed line by line, and in a file that is whole at any time."""
 
+    def __init__(self, path: Path | None, header: dict[str, Any]) -> None:
+        self._path, self._header = path, header
+        self.sections: Found = {}
 
-def decode_plan(batch: int, context: int, block_size: int, blocks_per_seq: int) -> StepPlan:
-    """One token of each of `batch` sequences whose context, that token included, is `context` long."""
-    sequence = np.arange(batch, dtype=np.int32)
-    tables = sequence[:, None] * blocks_per_seq + np.arange(blocks_per_seq, dtype=np.int32)
-    last = context - 1
-    return StepPlan(
-        kind=StepKind.RUN,
-        input_ids=np.full(batch, 17, np.int32),
-        positions=np.full(batch, last, np.int32),
-        slot_mapping=tables[:, last // block_size] * block_size + last % block_size,
-        query_start=np.arange(batch + 1, dtype=np.int32),
-        context_lens=np.full(batch, context, np.int32),
-        slots=sequence,
-        logit_rows=sequence,
-        row_use=np.full(batch, RowUse.SAMPLE, np.int32),
-        block_tables=tables[:, : -(-context // block_size)],
-        sampling=(RowSampling(GREEDY),) * batch,
-    )
+    def put(self, section: str, part: str, value: Any) -> None:
+        self.sections.setdefault(section, {})[part] = value
+        print(json.dumps({"section": section, part: value}), flush=True)
+        if self._path is not None:
+            text = json.dumps(self._header | {"sections": self.sections}, indent=2) + "\n"
+            written = self._path.with_name(self._path.name + ".part")
+            written.write_text(text, encoding="utf-8")
+            written.replace(self._path)
 
-
-def step_seconds(engine: Engine, config: ModelConfig, device: torch.device, batch: int, steps: int) -> float:
-    """The median time of a decode step, the context growing by a token each."""
-    assert engine.kv_spec is not None
-    blocks_per_seq = -(-(CONTEXT + steps + 8) // config.kv_block_size)
-    caches = kv_cache.allocate(engine.kv_spec, batch * blocks_per_seq, config.kv_block_size)
-    runner = ModelRunner(engine, single(device), caches, batch)
-    times = []
-    for i in range(steps + 8):
-        plan = decode_plan(batch, CONTEXT + i, config.kv_block_size, blocks_per_seq)
-        times.append(timed(lambda plan=plan: runner.execute(plan), device))  # type: ignore[misc]
-    return median(times[8:])
-
-
-def weight_bytes(shape: Shape, model: Path) -> int:
-    """What a token reads of the weights: all but an embedding table that is not the head too."""
-    total = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    return total - (0 if shape.tied else shape.vocab * shape.hidden * 2)
-
-
-def measure(name: str, args: argparse.Namespace) -> list[dict[str, object]]:
-    shape, device = SHAPES[name], torch.device(args.device)
-    model = args.work / name
-    if not (model / "config.json").exists():
-        make_llama(model, shape, dtype=torch.bfloat16, shard_bytes=4 << 30)
-    block_size = 256 if device.type == "cuda" else 16
-    config = ModelConfig(
-        model_name=name,
-        served_model_names=(name,),
-        model_path=str(model),
-        dtype="bfloat16",
-        device=device.type,  # type: ignore[arg-type]
-        kv_block_size=block_size,
-    )
-    bandwidth = copy_bandwidth(device)
-    engine = NativeEngine(config, single(device), lambda *_: None)
-    rows: list[dict[str, object]] = []
-    for batch in args.batch:
-        seconds = step_seconds(engine, config, device, batch, args.steps)
-        kv_bytes = batch * CONTEXT * engine.kv_spec.bytes_per_token()
-        bound = (weight_bytes(shape, model) + kv_bytes) / bandwidth
-        rows.append(
-            {
-                "shape": name,
-                "batch": batch,
-                "context": CONTEXT,
-                "step_ms": round(1e3 * seconds, 3),
-                "bound_ms": round(1e3 * bound, 3),
-                "of_bound": round(bound / seconds, 3),
-                "tokens_per_s": round(batch / seconds, 1),
-                "copy_gb_per_s": round(bandwidth / 1e9, 1),
-            }
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing failed; what was skipped has not."""
+        parts = [(name, part) for found in self.sections.values() for name, part in found.items()]
+        return not any(
+            name == "error" or (isinstance(part, dict) and "error" in part) for name, part in parts
         )
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+
+
+def run(names: Sequence[str], options: Options, report: Report, ends: float) -> None:
+    """One section after the other, until `ends`. Those of one process share it for as long as it is sound."""
+    worker: Worker | None = None
+    process = ""
+    try:
+        for name in names:
+            section, left = SECTIONS[name], ends - monotonic()
+            if left <= 0:
+                report.put(name, "skipped", "the deadline had passed")
+                continue
+            if worker is not None and process != section.process:
+                worker.end()
+                worker = None
+            if worker is None:
+                worker, process = Worker(options, report.sections), section.process
+            started = monotonic()
+            is_sound = worker.run(name, section, min(section.seconds, left + GRACE_SECONDS), report.put)
+            report.put(name, "took_s", round(monotonic() - started, 1))
+            if not is_sound:
+                worker.end()
+                worker = None
+    finally:
+        if worker is not None:
+            worker.end()
+
+
+def header(args: argparse.Namespace) -> dict[str, Any]:
+    """What the figures are of."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    command = ["python -m tests.bench.bench_gpu", *_public(sys.argv[1:])]
+    options = {
+        name: value for name, value in vars(args).items() if name not in ("work", "json", "only", "deadline")
+    }
+    return {"command": " ".join(command), "options": options, "versions": versions}
+
+
+def _public(argv: Sequence[str]) -> list[str]:
+    """The arguments without this machine's paths."""
+    return [Path(arg).name if arg.startswith("/") else arg for arg in argv]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="where models are made (16 GB) and logs go")
+    parser.add_argument("--json", type=Path, help="the record")
+    parser.add_argument("--shape", default="llama-3-8b", choices=list(SHAPES))
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument(
+        "--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION"
+    )
+    parser.add_argument("--deadline", type=float, default=540, help="seconds; what is left then is skipped")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32, 256], help="sequences that decode")
+    parser.add_argument("--context", type=int, default=1024, help="of each of them")
+    parser.add_argument("--steps", type=int, default=50, help="decoding steps that are timed")
+    parser.add_argument("--prefill", type=int, default=8192, help="tokens of the one long prompt")
+    parser.add_argument("--requests", type=int, default=64, help="for the engine, its peers and the server")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of each of them")
+    parser.add_argument("--output", type=int, default=128, help="that each of them generates")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="where the model is made (16 GB)")
-    parser.add_argument("--shape", default="llama-3-8b", choices=list(SHAPES))
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    ends = monotonic()
+    args = parse()
+    ends += args.deadline
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device here; rehearse with --device cpu --shape tiny")
-    with torch.inference_mode():
-        rows = measure(args.shape, args)
-    on_gpu = args.device == "cuda"
-    record = {
-        "command": f"python -m tests.bench.bench_gpu --shape {args.shape} --device {args.device}",
-        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
-        "torch": torch.__version__,
-        "results": rows,
-    }
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
+    for directory in (args.work, *([args.json.parent] if args.json else [])):
+        directory.mkdir(parents=True, exist_ok=True)
+    options = Options(
+        work=args.work.absolute(),
+        shape_name=args.shape,
+        device_type=args.device,
+        batches=tuple(args.batch),
+        context=args.context,
+        steps=args.steps,
+        prefill=args.prefill,
+        num_requests=args.requests,
+        prompt_len=args.prompt,
+        output_len=args.output,
+    )
+    report = Report(args.json, header(args))
+    run([name for name in SECTIONS if name in args.only], options, report, ends)
+    sys.exit(0 if report.is_good else 1)
 
 
 if __name__ == "__main__":

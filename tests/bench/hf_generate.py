@@ -28,6 +28,7 @@ def tokens_per_second(
 ) -> float:
     generator = torch.Generator().manual_seed(seed)
     prompts = torch.randint(16, model.config.vocab_size, (batch, prompt_len), generator=generator)
+    prompts = prompts.to(model.device)
     started = time.perf_counter()
     with torch.inference_mode():
         out = model.generate(
@@ -37,7 +38,7 @@ def tokens_per_second(
             min_new_tokens=output_len,
             max_new_tokens=output_len,
             pad_token_id=0,
-        )
+        ).cpu()
     elapsed = time.perf_counter() - started
     assert out.shape[1] == prompt_len + output_len
     return batch * output_len / elapsed
