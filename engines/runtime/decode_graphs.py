@@ -79,6 +79,7 @@ class DecodeGraphs:
         record: Record = CudaRecording,
     ) -> None:
         self._engine, self._caches, self._last_sampled = engine, caches, last_sampled
+        self.hidden_size = 0  # of the model
         num_slots, self._device = len(last_sampled) - 1, last_sampled.device
         self._block_size = caches[0].block_size
         self._sizes = sorted({min(size, num_slots) for size in SIZES})
@@ -159,6 +160,7 @@ class DecodeGraphs:
             with forward_context(ForwardContext(batch, self._caches)):
                 hidden = self._engine.forward(batch)
             assert hidden is not None, "a pipeline's stages are not recorded"
+            self.hidden_size = hidden.shape[1]
             logits = self._engine.logits(hidden)
             return None if logits is None else self._logits_of(size, logits.shape[1]).copy_(logits)
 

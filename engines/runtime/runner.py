@@ -105,6 +105,7 @@ class ModelRunner:
         self._graphs = DecodeGraphs(
             self._engine, self._caches, self._last_sampled, num_blocks, max_context, record
         )
+        self.hidden_size = self._graphs.hidden_size
 
     @torch.inference_mode()
     def _start(self, plan: StepPlan) -> Started | None:

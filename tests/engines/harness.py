@@ -19,6 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engines.config import ModelConfig
 from engines.wire import Generate, Ready, RequestError, Stats, TokenDelta, TokenLogprob
 from gateway.workers import group as workers
@@ -194,7 +196,7 @@ async def _supervised(config: ModelConfig, work: Path, injecting: bool) -> Async
     if injecting:
         (plugins / "sitecustomize.py").write_text(INJECTING)
 
-    devices = ["0"] if config.device == "cuda" else []
+    devices = [str(i) for i in range(torch.cuda.device_count())] if config.device == "cuda" else []
 
     def command(run_dir: Path, log_dir: Path) -> Command:
         env = environment(config, devices, os.environ) | {"PYTHONPATH": f"{plugins}:{ROOT}"}
