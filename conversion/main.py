@@ -173,7 +173,9 @@ def _show_result(
     speed = f" in {seconds:.1f} s, {shown_speed(plan.num_bytes, seconds)}"
     print(f"{target}: {shown_bytes(plan.num_bytes)}{'' if is_resumed else speed}")
     if "tokenizer.json" in manifest.files and manifest.format != "meta":
-        print(f"serve it with: sluice serve {shlex.quote(str(target))}")
+        is_fp8 = plan.layout is not None and plan.layout.quantization == "fp8"
+        where = " --device cuda" if is_fp8 else ""  # CPUs refuse it
+        print(f"serve it with: sluice serve {shlex.quote(str(target))}{where}")
 
 
 def _errors(manifest: Manifest) -> list[tuple[float, str]]:

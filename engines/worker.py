@@ -33,7 +33,7 @@ from engines.runtime.mesh import Mesh, join
 from engines.runtime.pace import ByStepTime, InProportion, Pace
 from engines.runtime.plan import StepPlan
 from engines.runtime.prompt_lookup import PromptLookup
-from engines.runtime.runner import ModelRunner
+from engines.runtime.runner import NO_MEMORY, ModelRunner
 from engines.runtime.scheduler import ContinuousScheduler, Scheduler
 from engines.runtime.shared_memory import SharedGroup, is_supported, path_for
 from engines.runtime.shared_pipe import SharedPipe
@@ -98,13 +98,13 @@ def _prepare_leader(config: ModelConfig, run_dir: Path, inbox: Inbox) -> Leader:
     if sender is not None:
         sender.accept(config.startup_timeout)
     reports = _reports(sender)
-    inbox.send(Progress("allocate", 0.0))
     if _measures_a_step(engine, mesh):
         inbox.send(Progress("compile", 0.0))  # kernels, at the first start on a machine
         if sender is not None:
             sender.send(_MEASURE)
         _run_largest_step(config, engine, mesh)
         reports = _reports(sender)
+    inbox.send(Progress("allocate", 0.0))
     num_blocks = min([_num_blocks(config, engine), *(report.num_blocks for report in reports)])
     if sender is not None:
         sender.send(num_blocks.to_bytes(8, "little"))
@@ -255,10 +255,12 @@ def _run_largest_step(config: ModelConfig, engine: Engine, mesh: Mesh) -> None:
     num_seqs = min(config.max_num_seqs, num_tokens)
     plan = warmup.largest_plan(num_seqs, min(num_tokens, num_seqs * most), config.kv_block_size)
     result = runner.execute(plan)
-    if result is not None and result.errors:
+    errors = [] if result is None else [error.message for error in result.errors.values()]
+    refused = [message for message in errors if message.startswith(NO_MEMORY)]
+    if refused:
         raise kv_cache.TooLittleMemory(
-            f"a step of {plan.num_tokens} tokens does not fit beside the weights "
-            f"({next(iter(result.errors.values())).message}): set maxNumBatchedTokens or maxNumSeqs lower"
+            f"a step of {plan.num_tokens} tokens does not fit beside the weights ({refused[0]}): "
+            "set maxNumBatchedTokens or maxNumSeqs lower"
         )
 
 
@@ -318,9 +320,11 @@ def _runner(
 
 def _record(runner: ModelRunner, mesh: Mesh, num_blocks: int, max_context: int) -> None:
     """Have it replay steps that decode; without, they are as exact, and slower."""
+    stream = torch.cuda.current_stream()
     try:
         runner.record_graphs(num_blocks, max_context)
     except Exception as error:  # of torch, Triton or CUDA: what they raise has no common type
+        torch.cuda.set_stream(stream)  # which a recording that failed has left
         if mesh.world_size > 1:  # the others replay, and wait in its collectives
             raise
         log.warning("decoding steps are not recorded as CUDA graphs: %s", _one_line(error))

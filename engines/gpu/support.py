@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -47,6 +48,15 @@ def varlen_is_paged() -> bool:
     return not torch.cuda.is_available() or _takes_pages(varlen_attn)
 
 
+@cache
+def one_split() -> dict[str, Any]:
+    """What keeps varlen_attn from cutting contexts into parts, for those versions that can: joining the parts
+    of paged sequences, FlashAttention-2 leaves all but the first unwritten (pytorch/pytorch#194167)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"num_splits": 1} if "num_splits" in inspect.signature(varlen_attn).parameters else {}
+
+
 def _takes_pages(varlen_attn: Callable[..., object]) -> bool:
     query = torch.zeros(2, 2, 64, dtype=torch.bfloat16, device="cuda")
     pages = torch.zeros(1, 256, 1, 64, dtype=torch.bfloat16, device="cuda")
@@ -66,6 +76,7 @@ def _takes_pages(varlen_attn: Callable[..., object]) -> bool:
             enable_gqa=True,
             seqused_k=lens,
             block_table=tables,
+            **one_split(),
         )
         torch.cuda.synchronize()
     except RuntimeError as error:

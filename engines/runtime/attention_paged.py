@@ -146,6 +146,7 @@ class _Flash:
             enable_gqa=True,
             seqused_k=own.context_lens,
             block_table=own.tables,
+            **support.one_split(),
         )
         assert isinstance(out, Tensor)  # a pair only where return_aux is asked for
         return out

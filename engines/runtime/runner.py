@@ -36,6 +36,8 @@ log = logging.getLogger("sluice.worker")
 
 MAX_LOGIT_ROWS = 256
 """Rows of logits in memory at once: prompt log-probabilities of long chunks come in slices of this."""
+NO_MEMORY = "the device has no memory left for it"
+"""How the error of a sequence that was refused for that begins."""
 _SAMPLE = int(RowUse.SAMPLE)  # to compare an array with an enum's member is slow
 
 
@@ -238,7 +240,7 @@ class _Refused:
 
     def __init__(self, num_rows: int, reason: str) -> None:
         self._num_rows = num_rows
-        self._error = RequestError("internal", f"the device has no memory left for it: {reason}")
+        self._error = RequestError("internal", f"{NO_MEMORY}: {reason}")
 
     def result(self) -> StepResult:
         tokens = np.full(self._num_rows, -1, np.int32)

@@ -54,9 +54,9 @@ GRACE_SECONDS = 30.0
 class Report:
     """The record: printed line by line, and in a file that is whole at any time."""
 
-    def __init__(self, path: Path | None, header: dict[str, Any]) -> None:
+    def __init__(self, path: Path | None, header: dict[str, Any], names: Sequence[str]) -> None:
         self._path, self._header = path, header
-        self.sections: Found = {}
+        self.sections: Found = _found_before(path, header, names)
 
     def put(self, section: str, part: str, value: Any) -> None:
         self.sections.setdefault(section, {})[part] = value
@@ -74,6 +74,17 @@ class Report:
         return not any(
             name == "error" or (isinstance(part, dict) and "error" in part) for name, part in parts
         )
+
+
+def _found_before(path: Path | None, header: dict[str, Any], names: Sequence[str]) -> Found:
+    """What an earlier run with the same options and versions has put into the file, but for `names`, which
+    are run now."""
+    if path is None or not path.exists():
+        return {}
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if any(before[name] != header[name] for name in ("options", "versions")):
+        sys.exit(f"{path.name} is of a run with other options or versions: move it, or name another --json")
+    return {name: found for name, found in before["sections"].items() if name not in names}
 
 
 def run(names: Sequence[str], options: Options, report: Report, ends: float) -> None:
@@ -111,9 +122,8 @@ def header(args: argparse.Namespace) -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     command = ["python -m tests.bench.bench_gpu", *_public(sys.argv[1:])]
-    options = {
-        name: value for name, value in vars(args).items() if name not in ("work", "json", "only", "deadline")
-    }
+    left_out = ("work", "json", "only", "deadline")
+    options = {name: value for name, value in vars(args).items() if name not in left_out}
     return {"command": " ".join(command), "options": options, "versions": versions}
 
 
@@ -124,12 +134,19 @@ def _public(argv: Sequence[str]) -> list[str]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="where models are made (16 GB) and logs go")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="where models (16 GB; 34 with deepspeed) and logs go"
+    )
     parser.add_argument("--json", type=Path, help="the record")
     parser.add_argument("--shape", default="llama-3-8b", choices=list(SHAPES))
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument(
-        "--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION"
+        "--only",
+        nargs="+",
+        choices=list(SECTIONS),
+        default=list(SECTIONS),
+        metavar="SECTION",
+        help=f"some of: {', '.join(SECTIONS)}; what FILE has of others stays",
     )
     parser.add_argument("--deadline", type=float, default=540, help="seconds; what is left then is skipped")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32, 256], help="sequences that decode")
@@ -147,7 +164,7 @@ def main() -> None:
     args = parse()
     ends += args.deadline
     if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("no CUDA device here; rehearse with --device cpu --shape tiny")
+        sys.exit(f"torch {torch.__version__} sees no CUDA device; rehearse with --device cpu --shape tiny")
     for directory in (args.work, *([args.json.parent] if args.json else [])):
         directory.mkdir(parents=True, exist_ok=True)
     options = Options(
@@ -162,8 +179,9 @@ def main() -> None:
         prompt_len=args.prompt,
         output_len=args.output,
     )
-    report = Report(args.json, header(args))
-    run([name for name in SECTIONS if name in args.only], options, report, ends)
+    names = [name for name in SECTIONS if name in args.only]
+    report = Report(args.json, header(args), names)
+    run(names, options, report, ends)
     sys.exit(0 if report.is_good else 1)
 
 

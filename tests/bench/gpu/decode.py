@@ -25,6 +25,7 @@ WARM_UP, RUNS = 10, 3
 FEW = 32
 """Sequences at which also other ways of decoding are measured."""
 GREEDY = SamplingParams(temperature=0.0)
+SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, seed=1)
 
 
 def measure(bench: Bench) -> None:
@@ -34,6 +35,8 @@ def measure(bench: Bench) -> None:
     recorded = decoder.runner(is_recorded=True)
     for batch in batches:
         bench.part(part_of(batch), partial(decoder.row, recorded, batch))
+    for batch in few(batches):
+        bench.part(f"{part_of(batch)}, sampled", partial(decoder.row, recorded, batch, SAMPLED))
     plain = decoder.runner(is_recorded=False)
     for batch in few(batches):
         bench.part(f"{part_of(batch)}, not recorded", partial(decoder.row, plain, batch))
@@ -95,24 +98,24 @@ class Decoder:
             record(runner, self._engine, self._num_blocks)
         return runner
 
-    def plans(self, batch: int) -> list[StepPlan]:
+    def plans(self, batch: int, params: SamplingParams = GREEDY) -> list[StepPlan]:
         """WARM_UP, and those to be timed."""
         num_plans, block_size = WARM_UP + self._num_steps, self._bench.options.block_size
-        return decode_plans(batch, self._first_context, num_plans, block_size, self._blocks_per_seq)
+        return decode_plans(batch, self._first_context, num_plans, block_size, self._blocks_per_seq, params)
 
-    def seconds(self, runner: ModelRunner, batch: int) -> float:
+    def seconds(self, runner: ModelRunner, batch: int, params: SamplingParams = GREEDY) -> float:
         """Of a step: the median of some runs, each of so many steps."""
-        plans = self.plans(batch)
+        plans = self.plans(batch, params)
         runs = []
         for _ in range(RUNS):
             run_ahead(runner, plans[:WARM_UP])
             runs.append(timed(lambda: run_ahead(runner, plans[WARM_UP:]), self._bench.device))
         return median(runs) / self._num_steps
 
-    def row(self, runner: ModelRunner, batch: int) -> dict[str, Any]:
+    def row(self, runner: ModelRunner, batch: int, params: SamplingParams = GREEDY) -> dict[str, Any]:
         """A step beside the bounds that reading and multiplying put to it."""
         seconds, limits, shape = (
-            self.seconds(runner, batch),
+            self.seconds(runner, batch, params),
             limits_of(self._bench),
             self._bench.options.shape,
         )
@@ -147,7 +150,7 @@ def record(runner: ModelRunner, engine: NativeEngine, num_blocks: int) -> None:
 
 
 def decode_plans(
-    batch: int, context: int, num_plans: int, block_size: int, blocks_per_seq: int
+    batch: int, context: int, num_plans: int, block_size: int, blocks_per_seq: int, params: SamplingParams
 ) -> list[StepPlan]:
     """Steps of a token of each of `batch` sequences; in the first the context is `context` long, that token
     included. Later ones do not know their tokens yet. What they share is one array, as PlanBuilder has it."""
@@ -155,7 +158,7 @@ def decode_plans(
     tables = sequences[:, None] * blocks_per_seq + np.arange(blocks_per_seq, dtype=np.int32)  # [S, W]
     query_start = np.arange(batch + 1, dtype=np.int32)
     row_use = np.full(batch, RowUse.SAMPLE, np.int32)
-    sampling = (RowSampling(GREEDY),) * batch
+    sampling = (RowSampling(params),) * batch
     return [
         StepPlan(
             kind=StepKind.RUN,
