@@ -1,4 +1,4 @@
-"""Plans that run ahead in a real group: followers learn what the leader drew."""
+"""Plans that run ahead in a real group: the largest step comes first, followers learn what is drawn."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from engines.wire import SamplingParams
+from tests.engines.fake_ahead import MAX_BATCHED
 from tests.engines.harness import running
 from tests.engines.layouts import Layout
 from tests.engines.reference import hf_greedy, prompts, request_of
@@ -22,8 +23,8 @@ def test_plans_run_ahead_of_their_tokens(tp: int, tmp_path: Path) -> None:
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     batch = prompts(6, GQA.vocab, seed=2)
     sampled = SamplingParams(temperature=0.7, seed=4, top_p=0.9)
-    plain = Layout("native").config(model, num_blocks=120, block_size=8, max_batched=64)
-    ahead = Layout("native", tp=tp).config(model, num_blocks=120, block_size=8, max_batched=64)
+    plain = Layout("native").config(model, num_blocks=120, block_size=8, max_batched=MAX_BATCHED)
+    ahead = Layout("native", tp=tp).config(model, num_blocks=120, block_size=8, max_batched=MAX_BATCHED)
     requests = [request_of(f"g{i}", prompt, 12) for i, prompt in enumerate(batch)]
     requests += [request_of(f"s{i}", prompt, 12, sampling=sampled) for i, prompt in enumerate(batch)]
     with running(plain) as group:
