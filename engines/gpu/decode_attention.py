@@ -17,7 +17,7 @@ _PROGRAMS_AT_LEAST = 1024  # some for each multiprocessor of an H100, even if co
 _MIN_PARTS, _MAX_PARTS = 8, 32
 _PART_TILES = 4  # at least: a part has its price
 _TILE_BYTES = 16 << 10  # of keys at a time
-_STAGES = 5  # of which the table's look-up takes some: two tiles are on their way while one is used
+_STAGES = 5  # of which the table's look-up takes some: one tile is on its way while another is used
 
 
 def num_parts(num_seqs: int, num_kv_heads: int) -> int:

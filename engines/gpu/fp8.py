@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engines.gpu.rows import whole_row
+
 LARGEST = 448.0  # of float8_e4m3fn
 
 
@@ -15,9 +17,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     num_rows, width = x.shape
     out = torch.empty(num_rows, width, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(num_rows, 1, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(width)
-    num_warps = min(16, max(1, block // 512))
-    _quantize_rows[(num_rows,)](x, out, scale, width, LARGEST=LARGEST, BLOCK=block, num_warps=num_warps)
+    _quantize_rows[(num_rows,)](x, out, scale, width, LARGEST=LARGEST, **whole_row(width))
     return out, scale
 
 

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engines.gpu.rows import whole_row
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """[T, H] to [T, H]; the mean is taken in float32. Source: Zhang, Sennrich 2019."""
@@ -24,11 +26,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 def _launch(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor, *, is_sum: bool) -> None:
     num_rows, hidden = x.shape
-    block = triton.next_power_of_2(hidden)
-    num_warps = min(16, max(1, block // 512))
-    _add_rms_norm[(num_rows,)](
-        x, residual, weight, out, hidden, eps, IS_SUM=is_sum, BLOCK=block, num_warps=num_warps
-    )
+    _add_rms_norm[(num_rows,)](x, residual, weight, out, hidden, eps, IS_SUM=is_sum, **whole_row(hidden))
 
 
 @triton.jit

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger("sluice.worker")
 
@@ -45,11 +45,45 @@ def varlen_is_paged() -> bool:
     names = inspect.signature(varlen_attn).parameters
     if not {"seqused_k", "block_table", "window_size", "enable_gqa"} <= names.keys():
         return False
-    return not torch.cuda.is_available() or _takes_pages(varlen_attn)
+    return not torch.cuda.is_available() or _takes_pages()
+
+
+def paged_flash(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    tables: Tensor,
+    max_query_len: int,
+    max_context: int,
+    scale: float,
+) -> Tensor:
+    """torch's FlashAttention over pages, causal: [T, Hq, D] to the same. keys, values: [num_blocks,
+    block_size, Hkv, D]. query_start [S + 1], context_lens [S] and tables [S, W]: int32."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = varlen_attn(
+        query,
+        keys,
+        values,
+        query_start,
+        query_start,  # looked at for its shape only: contexts are as long as seqused_k says
+        max_query_len,
+        max_context,
+        scale=scale,
+        window_size=(-1, 0),  # causal, aligned to the end of the context
+        enable_gqa=True,
+        seqused_k=context_lens,
+        block_table=tables,
+        **_one_split(),
+    )
+    assert isinstance(out, Tensor)  # a pair only where return_aux is asked for
+    return out
 
 
 @cache
-def one_split() -> dict[str, Any]:
+def _one_split() -> dict[str, Any]:
     """What keeps varlen_attn from cutting contexts into parts, for those versions that can: joining the parts
     of paged sequences, FlashAttention-2 leaves all but the first unwritten (pytorch/pytorch#194167)."""
     from torch.nn.attention.varlen import varlen_attn
@@ -57,27 +91,14 @@ def one_split() -> dict[str, Any]:
     return {"num_splits": 1} if "num_splits" in inspect.signature(varlen_attn).parameters else {}
 
 
-def _takes_pages(varlen_attn: Callable[..., object]) -> bool:
+def _takes_pages() -> bool:
     query = torch.zeros(2, 2, 64, dtype=torch.bfloat16, device="cuda")
     pages = torch.zeros(1, 256, 1, 64, dtype=torch.bfloat16, device="cuda")
     starts, lens, tables = (
         torch.tensor(values, dtype=torch.int32, device="cuda") for values in ([0, 2], [2], [[0]])
     )
     try:
-        varlen_attn(
-            query,
-            pages,
-            pages,
-            starts,
-            starts,
-            2,
-            256,
-            window_size=(-1, 0),
-            enable_gqa=True,
-            seqused_k=lens,
-            block_table=tables,
-            **one_split(),
-        )
+        paged_flash(query, pages, pages, starts, lens, tables, 2, 256, scale=0.125)
         torch.cuda.synchronize()
     except RuntimeError as error:
         log.warning(

@@ -82,8 +82,8 @@ class FusedQuantizedLinear:
     _MOST_BY_BYTES_OF_FP8 = 32  # beyond, its products in fp8 are the faster
     _MULTIPLE = 16  # that their sizes are of
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self._weight, self._scale, self._bias = weight.contiguous(), scale.float().contiguous(), bias
+    def __init__(self, operand: library.Weight, dtype: torch.dtype) -> None:
+        self._operand, weight = operand, operand.weight
         is_aligned = all(size % self._MULTIPLE == 0 for size in weight.shape)
         self._is_fp8 = weight.dtype == torch.float8_e4m3fn and dtype == torch.bfloat16 and is_aligned
         self._most = self._MOST_BY_BYTES_OF_FP8 if self._is_fp8 else self._MOST_BY_BYTES
@@ -92,12 +92,13 @@ class FusedQuantizedLinear:
         from engines.gpu.fp8 import fp8_linear
         from engines.gpu.weight_only import weight_only, widen
 
-        weight, scale = self._weight, self._scale
+        weight, scale, bias = self._operand.weight, self._operand.scale, self._operand.bias
+        assert scale is not None, "a quantised weight has one"
         if x.shape[0] <= self._most:
-            return weight_only(x.contiguous(), weight, scale, self._bias)
+            return weight_only(x.contiguous(), weight, scale, bias)
         if self._is_fp8:
-            return fp8_linear(x.contiguous(), weight, scale, self._bias)
-        return F.linear(x, widen(weight, scale, x.dtype), self._bias)
+            return fp8_linear(x.contiguous(), weight, scale, bias)
+        return F.linear(x, widen(weight, scale, x.dtype), bias)
 
 
 def make_quantized_linear(
@@ -108,7 +109,7 @@ def make_quantized_linear(
     if is_deterministic:
         return deterministic_linear(operand, dtype)
     if support.has_kernels(weight.device.type):
-        return FusedQuantizedLinear(weight, scale, bias, dtype)
+        return FusedQuantizedLinear(operand, dtype)
     many = QuantizedLinear(weight, scale, bias, dtype)
     return kernel_linear(operand, dtype, lambda: many) or many
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engines.base import Batch
 from engines.runtime.cpu import compute_dtype
-from engines.runtime.kv_cache import LayerCache, begun_blocks
+from engines.runtime.kv_cache import LayerCache, begun_blocks, clear_blocks
 
 MAX_SCORES = 2 << 20  # query-key pairs of a call, heads counted: what they take stays near the caches
 CONTEXT_STEP = 32  # padded contexts are multiples: oneDNN compiles a kernel for each new length
@@ -92,7 +92,7 @@ class GatherStep:
 
     def write(self, key: Tensor, value: Tensor, cache: LayerCache) -> None:
         if self.begun is not None:
-            cache.data.index_fill_(0, self.begun, 0.0)
+            clear_blocks([cache], self.begun)
         rows = torch.cat((key, value), dim=1).flatten(0, 1)  # [T * 2 Hkv, D]
         cache.data.view(-1, rows.shape[-1]).index_copy_(0, self.slots, rows)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Protocol
 
@@ -23,14 +24,18 @@ class PagedStep:
 
     def __init__(self, batch: Batch, cache: LayerCache) -> None:
         device = cache.data.device
-        self._batch = batch
+        self._batch, self._cache = batch, cache
         self._slots = batch.slot_mapping.to(device)
         self._parts = [_kernel_for(part, cache) for part in _by_kind(batch, device)]
 
+    @cached_property
+    def _begun(self) -> Tensor | None:
+        """The same for all layers; fused ones have cleared them."""
+        return begun_blocks(self._batch, self._cache)
+
     def write(self, key: Tensor, value: Tensor, cache: LayerCache) -> None:
-        begun = begun_blocks(self._batch, cache)
-        if begun is not None:
-            clear_blocks([cache], begun)
+        if self._begun is not None:
+            clear_blocks([cache], self._begun)
         keys, values = cache.data.flatten(1, 2).unbind(0)  # [num_slots, Hkv, D] each
         keys.index_copy_(0, self._slots, key)
         values.index_copy_(0, self._slots, value)
@@ -130,26 +135,9 @@ class _Flash:
     sequences: _Sequences
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
         own = self.sequences
-        out = varlen_attn(
-            query,
-            keys,
-            values,
-            own.query_start,
-            own.query_start,  # looked at for its shape only: contexts are as long as seqused_k says
-            max(own.query_lens),
-            own.max_context,
-            scale=scale,
-            window_size=(-1, 0),  # causal, aligned to the end of the context
-            enable_gqa=True,
-            seqused_k=own.context_lens,
-            block_table=own.tables,
-            **support.one_split(),
-        )
-        assert isinstance(out, Tensor)  # a pair only where return_aux is asked for
-        return out
+        index = (own.query_start, own.context_lens, own.tables)
+        return support.paged_flash(query, keys, values, *index, max(own.query_lens), own.max_context, scale)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

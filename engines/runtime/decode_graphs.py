@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from engines.base import Batch, Engine
 from engines.runtime.context import ForwardContext, forward_context
-from engines.runtime.kv_cache import LayerCache, clear_blocks
+from engines.runtime.kv_cache import LayerCache, begun_places, clear_blocks
 from engines.runtime.plan import RowUse, StepPlan
 from engines.runtime.transfer import staged, to_device
 
@@ -30,7 +31,8 @@ _INPUT_IDS, _POSITIONS, _SLOT_MAPPING, _CONTEXT_LENS, _SLOTS = range(5)
 class Recording(Protocol):
     """A piece of work that can be done again on the same tensors."""
 
-    output: Tensor | None
+    @property
+    def output(self) -> Tensor | None: ...
 
     def replay(self) -> None: ...
 
@@ -38,35 +40,40 @@ class Recording(Protocol):
 Record = Callable[[Callable[[], Tensor | None]], Recording]
 
 
-class CudaRecording:
-    """Records `work` as a CUDA graph. All recordings of a process share their memory: one runs at a time."""
+class CudaRecorder:
+    """Records pieces of work as CUDA graphs. They share their memory: one of them runs at a time."""
 
-    _pool: Any = None  # of CUDAGraph.pool
-    _stream: Any = None  # one for all: a library has memory of its own for each
+    def __init__(self) -> None:
+        self._pool: Any = None  # of CUDAGraph.pool
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
-    def __init__(self, work: Callable[[], Tensor | None]) -> None:
-        if CudaRecording._stream is None:
-            CudaRecording._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream = CudaRecording._stream
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # kernels are compiled and chosen
+    def __call__(self, work: Callable[[], Tensor | None]) -> Recording:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):  # kernels are compiled and chosen
             work()
             work()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=CudaRecording._pool, stream=stream):
-            self.output = work()
-        CudaRecording._pool = self._graph.pool()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            output = work()
+        self._pool = graph.pool()
+        return _CudaRecording(graph, output)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _CudaRecording:
+    graph: torch.cuda.CUDAGraph
+    output: Tensor | None
 
     def replay(self) -> None:
-        self._graph.replay()
+        self.graph.replay()
 
 
 class DecodeGraphs:
     """Recordings of `engine` over `caches`, whose block `num_blocks` is nobody's.
 
     `last_sampled`: what each slot sampled last, and one more entry, which nobody reads. `max_context`: of a
-    sequence, in tokens.
+    sequence, in tokens. `record`: a CudaRecorder without.
     """
 
     def __init__(
@@ -76,8 +83,9 @@ class DecodeGraphs:
         last_sampled: Tensor,
         num_blocks: int,
         max_context: int,
-        record: Record = CudaRecording,
+        record: Record | None = None,
     ) -> None:
+        record = record or CudaRecorder()
         self._engine, self._caches, self._last_sampled = engine, caches, last_sampled
         self.hidden_size = 0  # of the model
         num_slots, self._device = len(last_sampled) - 1, last_sampled.device
@@ -104,7 +112,7 @@ class DecodeGraphs:
         return (
             plan.num_seqs <= self._sizes[-1]
             and plan.has_a_row_for_each_token
-            and (plan.num_tokens == plan.num_seqs)
+            and plan.num_tokens == plan.num_seqs
         )
 
     def logits(self, plan: StepPlan) -> Tensor | None:
@@ -124,10 +132,9 @@ class DecodeGraphs:
         if tables is not self._tables_of:
             self._tables_of = tables
             self._tables[: plan.num_seqs, : tables.shape[1]] = to_device(tables, self._device, torch.int32)
-        begun = np.flatnonzero(plan.context_lens % self._block_size == 1)
+        begun, columns = begun_places(1, plan.context_lens, self._block_size)
         if len(begun):
-            blocks = tables[begun, plan.context_lens[begun] // self._block_size]
-            clear_blocks(self._caches, to_device(blocks, self._device, torch.int64))
+            clear_blocks(self._caches, to_device(tables[begun, columns], self._device, torch.int64))
 
     def _logits_of(self, size: int, vocab_size: int) -> Tensor:
         """Where the logits of so many rows go: the same for all recordings, for one runs at a time."""
@@ -153,7 +160,7 @@ class DecodeGraphs:
                 block_tables=tables,
                 logit_rows=rows[:size],
                 query_start_list=list(range(size + 1)),
-                context_lens_list=[],
+                context_lens_list=[0] * size,  # no host knows them, and `_fill` clears what a step begins
                 max_query_len=1,
                 max_context_len=tables.shape[1] * self._block_size,
             )

@@ -9,13 +9,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.base import Batch, KVSpec
 from engines.gpu import support
 from engines.runtime.pages_ahead import PagesAhead, Region
 from engines.runtime.transfer import to_device
+
+Integers = NDArray[np.integer]
 
 
 class Layout(Enum):
@@ -44,16 +48,22 @@ class LayerCache:
 def begun_blocks(batch: Batch, cache: LayerCache) -> Tensor | None:
     """The blocks whose first token this step writes and whose last it does not, on the cache's device.
     None: there are none, as in most steps."""
-    size, starts = cache.block_size, batch.query_start_list
-    places = [
-        (sequence, context // size)
-        for sequence, context in enumerate(batch.context_lens_list)
-        if 0 < context % size <= starts[sequence + 1] - starts[sequence]
-    ]
-    if not places:
+    lengths, contexts = np.diff(batch.query_start_list), np.array(batch.context_lens_list)
+    places = begun_places(lengths, contexts, cache.block_size)
+    if not len(places[0]):
         return None
-    index = [to_device(part, batch.block_tables.device, torch.int64) for part in zip(*places, strict=True)]
-    return batch.block_tables[index[0], index[1]].to(cache.data.device, torch.int64)
+    rows, columns = (to_device(part, batch.block_tables.device, torch.int64) for part in places)
+    return batch.block_tables[rows, columns].to(cache.data.device, torch.int64)
+
+
+def begun_places(
+    query_lens: Integers | int, contexts: Integers, block_size: int
+) -> tuple[Integers, Integers]:
+    """Rows and columns of a step's block tables: the blocks whose first token it writes and whose last it
+    does not. [S] each, or one length for all."""
+    offsets = contexts % block_size
+    rows = np.flatnonzero((offsets > 0) & (offsets <= query_lens))
+    return rows, contexts[rows] // block_size
 
 
 def clear_blocks(caches: Sequence[LayerCache], blocks: Tensor) -> None:

@@ -24,7 +24,7 @@ from engines.base import Batch, Engine
 from engines.runtime import sampler
 from engines.runtime.channel import PlanSender
 from engines.runtime.context import ForwardContext, forward_context
-from engines.runtime.decode_graphs import CudaRecording, DecodeGraphs, Record
+from engines.runtime.decode_graphs import DecodeGraphs, Record
 from engines.runtime.kv_cache import LayerCache
 from engines.runtime.mesh import Mesh
 from engines.runtime.pages_ahead import PagesAhead
@@ -101,7 +101,7 @@ class ModelRunner:
         return None if started is None else started.result()
 
     @torch.inference_mode()
-    def record_graphs(self, num_blocks: int, max_context: int, record: Record = CudaRecording) -> None:
+    def record_graphs(self, num_blocks: int, max_context: int, record: Record | None = None) -> None:
         """From now on replay steps that decode. `num_blocks` of the caches are for sequences, one more for
         what fills a step up. On every rank at once, for an engine that `is_recordable`."""
         self._graphs = DecodeGraphs(
@@ -138,7 +138,7 @@ class ModelRunner:
             return _Refused(len(plan.logit_rows), reason)
         middle = plan.num_seqs // 2
         parts = (plan.part(0, middle), plan.part(middle, plan.num_seqs))
-        return _Parts([started for part in parts if (started := self._launch_or_refuse(part)) is not None])
+        return _Parts([self._launch_or_refuse(part) for part in parts])
 
     def _launch(self, plan: StepPlan) -> Started | None:
         if self._graphs is not None and self._graphs.takes(plan):

@@ -54,7 +54,8 @@ def sample(
     tokens, is_finite = _likeliest(logits)
     random = [i for i in drawn if rows[i].params.temperature > 0 and i not in errors]
     _guarded(random, lambda some: _put_random(tokens, logits, rows, positions, some), "sampling", errors)
-    _put_targets(tokens, rows, row_use, len(rows) - len(drawn))
+    if len(drawn) < len(rows):
+        _put_targets(tokens, rows, row_use)
     logprobs: list[_Logprobs] = []
     unharmed = [i for i in asked if i not in errors]
     _guarded(
@@ -118,12 +119,11 @@ def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     return best, largest.isfinite()
 
 
-def _put_targets(tokens: Tensor, rows: Sequence[RowSampling], row_use: Sequence[int], count: int) -> None:
-    """Into `tokens`, for the `count` rows that draw none."""
-    if count:
-        undrawn = [i for i, use in enumerate(row_use) if use not in _DRAWN]
-        targets = to_device([rows[i].target_id for i in undrawn], tokens.device, torch.int64)
-        tokens.index_copy_(0, to_device(undrawn, tokens.device, torch.int64), targets)
+def _put_targets(tokens: Tensor, rows: Sequence[RowSampling], row_use: Sequence[int]) -> None:
+    """Into `tokens`, for the rows that draw none."""
+    undrawn = [i for i, use in enumerate(row_use) if use not in _DRAWN]
+    targets = to_device([rows[i].target_id for i in undrawn], tokens.device, torch.int64)
+    tokens.index_copy_(0, to_device(undrawn, tokens.device, torch.int64), targets)
 
 
 def _some_rows(values: Tensor, rows: Sequence[int]) -> Tensor:

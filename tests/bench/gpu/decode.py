@@ -11,7 +11,6 @@ import numpy as np
 
 from engines.native import NativeEngine
 from engines.runtime import kv_cache
-from engines.runtime.decode_graphs import CudaRecording
 from engines.runtime.mesh import single
 from engines.runtime.plan import LAST_SAMPLED, RowSampling, RowUse, StepKind, StepPlan, StepResult
 from engines.runtime.runner import ModelRunner
@@ -145,7 +144,6 @@ def record(runner: ModelRunner, engine: NativeEngine, num_blocks: int) -> None:
     """From now on it replays decoding steps, where they can be recorded: not on a CPU. `num_blocks`: of its
     caches, but for one."""
     if engine.is_recordable:
-        CudaRecording._pool = None  # memory of recordings before, which is none's once they are gone
         runner.record_graphs(num_blocks, engine.max_model_len)
 
 

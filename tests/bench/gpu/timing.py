@@ -9,6 +9,8 @@ from statistics import median
 
 import torch
 
+from engines.runtime.decode_graphs import CudaRecorder
+
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
@@ -33,20 +35,11 @@ def median_seconds(
     return median(timed(work, device) for _ in range(rounds))
 
 
-def replayed_seconds(work: Callable[[], object], device: torch.device) -> float:
+def replayed_seconds(work: Callable[[], None], device: torch.device) -> float:
     """As median_seconds, but on CUDA without what launching it costs the host: of a recording of `work`."""
     if device.type != "cuda":
         return median_seconds(work, device)
-    ahead = torch.cuda.Stream()
-    ahead.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(ahead):  # kernels are compiled and chosen
-        work()
-        work()
-    torch.cuda.current_stream().wait_stream(ahead)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return median_seconds(graph.replay, device)
+    return median_seconds(CudaRecorder()(work).replay, device)
 
 
 def release(device: torch.device) -> None:

@@ -38,7 +38,7 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], **op
 def attention(dtype: str, head_dim: int, tile: int) -> int:
     types = {"T": dtype, "block_tables": INTS, "context_lens": INTS, "sums": FLOATS, "marks": FLOATS}
     constants = {"BLOCK_SIZE": 256, "NUM_KV_HEADS": 8, "GROUP": 4, "ROWS": 16, "HEAD_DIM": head_dim}
-    constants |= {"BLOCK": head_dim, "TILE": tile, "PARTS": 16, "PART_TILES": 4}
+    constants |= {"BLOCK": head_dim, "TILE": tile, "PARTS": 16, "PART_TILES": decode_attention._PART_TILES}
     types |= {"scale": "fp32", "table_stride": "i32"}
     return compiled(
         decode_attention._attend_part, types, constants, num_warps=4, num_stages=decode_attention._STAGES
@@ -75,12 +75,12 @@ def main() -> None:
             decode_attention._join_parts,
             {"T": FLOATS, "out": "*bf16"},
             {"HEAD_DIM": 128, "BLOCK": 128, "PARTS": 32},
-            num_warps=1,
+            num_warps=4,
         ),
         "cut": compiled(
             cut._cut,
             {"T": FLOATS, "top_k": INTS, "size": "i32"},
-            {"TILE": 4096},
+            {"TILE": cut._TILE},
             num_warps=16,
         ),
         "weight_only, int8, few rows": weights("*i8", weight_only._FEW),

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from engines.gpu import support
 from engines.native import NativeEngine
-from engines.runtime.decode_graphs import CudaRecording
+from engines.runtime.decode_graphs import CudaRecorder
 from engines.runtime.kv_cache import Layout
 from engines.runtime.mesh import single
 from engines.wire import Generate, SamplingParams
@@ -50,7 +50,7 @@ class Counted:
     num_replays = 0
 
     def __init__(self, work: Callable[[], Tensor | None]) -> None:
-        self._recording = (CudaRecording if DEVICE == "cuda" else FakeRecording)(work)
+        self._recording = CudaRecorder()(work) if DEVICE == "cuda" else FakeRecording(work)
         self.output = self._recording.output
 
     def replay(self) -> None:
