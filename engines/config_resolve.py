@@ -86,6 +86,7 @@ def _resolve(s: Settings, base: Path, source: str, num_gpus: int | None) -> Mode
         prefix_cache=s.flag("prefixCache") or "prefixCache" not in s.values,
         prompt_lookup=s.integer("promptLookup") or 0,
         deterministic=s.flag("deterministic"),
+        int8_activations=s.flag("int8Activations") or "int8Activations" not in s.values,
         reshard=s.flag("reshard"),
         batch_size=s.integer("batchSize") or 1,
         max_batch_delay=_or(s.integer("maxBatchDelay"), 100) / 1000,
@@ -247,10 +248,17 @@ def _check_stage_split(s: Settings, split: Split) -> None:
 
 
 def _check_deterministic(s: Settings, engine: str, device: Device) -> None:
-    if s.flag("deterministic") and (device != "cpu" or engine not in ("native", "pipeline")):
-        here = f"engine {engine} on {'a CPU' if device == 'cpu' else 'GPUs'} has no such kernels"
+    if s.flag("deterministic") and not _has_kernels(engine, device):
         remedy = "remove it, or serve a Llama with engine native or pipeline and deviceType: cpu"
-        s.problem("deterministic", f"is true, but {here}", remedy=remedy)
+        s.problem("deterministic", f"is true, but {_no_kernels(engine, device)}", remedy=remedy)
+
+
+def _has_kernels(engine: str, device: Device) -> bool:
+    return device == "cpu" and engine in ("native", "pipeline")
+
+
+def _no_kernels(engine: str, device: Device) -> str:
+    return f"engine {engine} on {'a CPU' if device == 'cpu' else 'GPUs'} has no such kernels"
 
 
 def _warn_of_small_blocks(s: Settings, device: Device) -> None:
@@ -300,6 +308,10 @@ def _warn_without_effect(s: Settings, device: Device, engine: str, kind: Paralle
     elif isinstance(_first(s, "deviceMap", "handler.device_map"), Section):
         why = "deviceMap says where each module goes"
         idle += [("maxMemory", why), ("handler.max_memory", why)]
+    if is_ours and not _has_kernels(engine, device):
+        idle += [("int8Activations", _no_kernels(engine, device))]
+    elif s.flag("deterministic"):
+        idle += [("int8Activations", "with deterministic: true rows keep their 16 bits")]
     if kind == "custom":
         idle += [("torchrun.monitor-interval", "custom is one process, without torchrun")]
         idle += [("tensorParallel", reasons["parallel"]), ("pipelineParallel", reasons["parallel"])]

@@ -153,6 +153,7 @@ OURS = {
     "gpuMemoryShare": Key(Kind.NUMBER, 0, 1, above=True),
     "prefixCache": Key(Kind.BOOL),
     "deterministic": Key(Kind.BOOL),
+    "int8Activations": Key(Kind.BOOL),
     "promptLookup": Key(Kind.INT, 0, 32),
     "reshard": Key(Kind.BOOL),
     "shareDevices": Key(Kind.BOOL),

@@ -27,7 +27,7 @@ SWITCH = "SLUICE_KERNELS"
 class Matrix(Structure):
     """Mirrors Matrix of llama.cpp: addresses, none where there is no scale or bias."""
 
-    _fields_ = (("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p))
+    _fields_ = (("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("keeps_rows", c_int32))
 
 
 class LayerWeights(Structure):
@@ -94,16 +94,22 @@ class Ranks(Structure):
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """What a linear multiplies with: [out, in], for int8 with a float32 scale an output; contiguous."""
+    """What a linear multiplies with: [out, in], for int8 with a float32 scale an output; contiguous.
+
+    `keeps_rows`: many rows of bfloat16 by an int8 weight stay what they are. Else each 256 numbers of one get
+    8 bits and a scale, where that is faster.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: Tensor | None = None
+    keeps_rows: bool = True
 
     def matrix(self) -> Matrix:
         """Valid as long as this is."""
         parts = (self.weight, self.scale, self.bias)
-        return Matrix(*(None if part is None else part.data_ptr() for part in parts))
+        addresses = (None if part is None else part.data_ptr() for part in parts)
+        return Matrix(*addresses, self.keeps_rows)
 
 
 _BYTES_A_THREAD = 5 << 20
@@ -139,7 +145,7 @@ class Library:
                 name = f"{_NAMES[values]}_{_NAMES[weights]}"
                 run, linear = functions[f"sluice_run_{name}"], functions[f"sluice_linear_{name}"]
                 run.argtypes = [POINTER(Model), POINTER(Step), c_int, c_void_p, POINTER(Ranks)]
-                linear.argtypes = [c_void_p] * 5 + [c_int] * 5
+                linear.argtypes = [POINTER(Matrix), c_void_p, c_void_p, *[c_int] * 5]
                 run.restype, linear.restype = c_int64, None
                 self._run[values, weights], self._linear[values, weights] = run, linear
 
@@ -152,10 +158,9 @@ class Library:
         """x [T, in], contiguous, to [T, out]; deterministic: no row depends on how many there are."""
         (num_rows, num_k), num_n = x.shape, weight.weight.shape[0]
         out = x.new_empty(num_rows, num_n)
-        tensors = (weight.weight, weight.scale, weight.bias, x, out)
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         run = self._linear[x.dtype, weight.weight.dtype]
         num_threads = self._threads_for(weight.weight.nbytes, num_rows)
+        addresses = byref(weight.matrix()), x.data_ptr(), out.data_ptr()
         run(*addresses, num_rows, num_k, num_n, num_threads, is_deterministic)
         return out
 

@@ -27,13 +27,17 @@ template <class T> inline void put_row(const float* from, int count, T* to) {
     for (int i = 0; i < count; i += 2 * W) Pair<T>::put(to + i, load(from + i), load(from + i + W));
 }
 
+// The nearest whole numbers, in the last 16 bits of each.
+inline vint in_last_bits(vfloat x) { return vint(x + 12582912.0f); }  // 1.5 * 2^23
+
 // ---- In which numbers it is done. A word of x, the room of a float32, holds NUMBERS of them.
 
 template <class B> struct Floats {
     typedef B Weight, Order;
     typedef vfloat Sum;
     static constexpr int NUMBERS = 1;
-    static constexpr bool HAS_SCALES = false;  // of rows of x
+    static constexpr bool HAS_SCALES = false;        // of rows of x
+    static constexpr bool HAS_BLOCK_SCALES = false;  // of DEPTH numbers of one
 
     static vfloat load(const float* x) { return sluice::load(x); }
     static vfloat weight(const B* w, int word) { return word ? Pair<B>::second(w) : Pair<B>::first(w); }
@@ -69,7 +73,7 @@ template <class B> struct Halves : Pairs {
     typedef B Weight;
     typedef bfloat16 Order;
     typedef vfloat Sum;
-    static constexpr bool HAS_SCALES = false;
+    static constexpr bool HAS_SCALES = false, HAS_BLOCK_SCALES = false;
 
     static vshort weight(const B* w, int) { return halves(w); }
     static vfloat add_product(vfloat sum, vshort weight, vshort x) { return add_products(sum, weight, x); }
@@ -96,7 +100,7 @@ template <class B> struct Halves : Pairs {
 struct Ints : Pairs {
     typedef int8_t Weight, Order;
     typedef vint Sum;
-    static constexpr bool HAS_SCALES = true;
+    static constexpr bool HAS_SCALES = true, HAS_BLOCK_SCALES = false;
 
     static vshort weight(const int8_t* w, int) { return widened(w); }
     static vint add_product(vint sum, vshort weight, vshort x) { return add_products(sum, weight, x); }
@@ -107,19 +111,69 @@ struct Ints : Pairs {
         vfloat sizes = {}, zero = {};
         for (int k = 0; k < count; k += W) {
             vfloat x = sluice::load(from + k);
-            sizes = larger(sizes, larger(x, -x));
+            sizes = larger(sizes, size_of(x));
             zero += x * 0.0f;
         }
         float most = largest(sizes) + sum(zero);  // or what is not finite stays so
         float factor = most > 0.0f ? 32767.0f / most : 0.0f;
         auto* numbers = reinterpret_cast<vnarrow_at*>(to);
         for (int k = 0; k < count; k += W) {
-            vfloat shifted = sluice::load(from + k) * factor + 12582912.0f;  // 1.5 * 2^23: rounds, to its last bits
-            numbers[k / W] = __builtin_convertvector(vint(shifted), vnarrow_at);
+            numbers[k / W] = __builtin_convertvector(in_last_bits(sluice::load(from + k) * factor), vnarrow_at);
         }
         return most / 32767.0f + sum(zero);
     }
 };
+
+constexpr int DEPTH = 256;  // numbers that outer products sum at a time: of a panel they stay in the first-level cache
+
+#if defined(__AVX512VNNI__)
+// Weights of 8 bits by a row of 8, each DEPTH numbers of which have a scale of their own. Twice the work of Halves in
+// the same time, exact but for the row's rounding: to a 127th part of the largest of DEPTH, half of it at most. The
+// processor wants one side unsigned, so weights come with 128 added, which is taken off again by where sums begin.
+struct Bytes {
+    typedef int8_t Weight;
+    typedef bfloat16 Order;
+    typedef vint Sum;
+    static constexpr int NUMBERS = 4;
+    static constexpr bool HAS_SCALES = false, HAS_BLOCK_SCALES = true;
+
+    static vbyte load(const float* x) { return vbyte(*reinterpret_cast<const vbyte_at*>(x)); }
+    static vbyte weight(const int8_t* w, int) { return vbyte(*reinterpret_cast<const vbyte_at*>(w)) ^ int8_t(-128); }
+    static vbyte spread(const float* wide) {
+        uint32_t four;
+        std::memcpy(&four, wide, 4);
+        return vbyte(four + vuint{});
+    }
+    static vint add_product(vint sum, vbyte weight, vbyte x) { return add_products(sum, weight, x); }
+    static vfloat to_float(vint sum) { return __builtin_convertvector(sum, vfloat); }
+    static void store(float* to, vbyte weight) { *reinterpret_cast<vbyte_at*>(to) = weight; }
+
+    // DEPTH numbers, or the last ones, of a row in float32: to 8 bits, with a scale, and where a sum of them begins.
+    static void take(const float* from, int count, float* to, float* scale, float* start) {
+        vfloat sizes = {}, zero = {};
+        for (int k = 0; k < count; k += W) {
+            vfloat x = sluice::load(from + k);
+            sizes = larger(sizes, size_of(x));
+            zero += x * 0.0f;
+        }
+        float most = largest(sizes) + sum(zero);  // or what is not finite stays so
+        float factor = most > 0.0f ? 127.0f / most : 0.0f;
+        auto* numbers = reinterpret_cast<vquarter_at*>(to);
+        vint total = {};
+        for (int k = 0; k < count; k += 2 * W) {
+            vfloat first = sluice::load(from + k) * factor, second = sluice::load(from + k + W) * factor;
+            vint low = in_last_bits(low_in_turn(first, second)), high = in_last_bits(high_in_turn(first, second));
+            numbers[k / W] = __builtin_convertvector(low, vquarter_at);
+            numbers[k / W + 1] = __builtin_convertvector(high, vquarter_at);
+            total += (low << 24 >> 24) + (high << 24 >> 24);
+        }
+        *scale = most / 127.0f + sum(zero);
+        int32_t begin = 0;
+        for (int i = 0; i < W; i++) begin -= 128 * total[i];
+        std::memcpy(start, &begin, 4);
+    }
+};
+#endif
 
 // ---- Few rows: dot products, each row's result the same whatever others there are.
 
@@ -218,10 +272,10 @@ void few_rows(const typename A::Weight* w, int num_k, Range part, const float* x
 
 constexpr int PANEL = 2 * W;             // rows of x, beside each other: [words, PANEL]
 constexpr int STRIP = W == 16 ? 12 : 6;  // rows of the weights: STRIP * 2 vectors of sums stay in registers
-constexpr int DEPTH = 256;               // numbers at a time: of a panel they stay in the first-level cache
 constexpr int WIDE_STRIDE = DEPTH + W;   // words between rows of widened weights: not a power of two
 
 inline int num_panels(int num_rows) { return (num_rows + PANEL - 1) / PANEL; }
+inline int num_blocks(int num_k) { return (num_k + DEPTH - 1) / DEPTH; }
 
 // A panel of PANEL rows x, `stride` apart, of `size` words.
 inline void pack_panel(const float* x, int64_t stride, int size, float* panel) {
@@ -253,10 +307,21 @@ template <class A> struct NextWide {
     }
 };
 
+// Of a panel's rows in one block of DEPTH: what its sums are to be multiplied by, and where they begin.
+struct Block {
+    float scales[PANEL], starts[PANEL];
+};
+
 // out[n][m] of N rows of widened weights and M vectors of a panel's rows, added to what is there if `goes_on`.
 template <class A, int N, int M, class Beside>
-inline void outer_products(const float* wide, const float* panel, int size, float* out, bool goes_on, Beside beside) {
+inline void outer_products(const float* wide, const float* panel, const Block* block, int size, float* out,
+                           bool goes_on, Beside beside) {
     typename A::Sum sums[N][M] = {};
+    if constexpr (A::HAS_BLOCK_SCALES) {
+        for (int n = 0; n < N; n++) {
+            for (int m = 0; m < M; m++) sums[n][m] = typename A::Sum(load(block->starts + m * W));
+        }
+    }
     int i = 0;
     do {  // at least once, or the compiler has the sums in memory
         beside.step(i);
@@ -271,6 +336,7 @@ inline void outer_products(const float* wide, const float* panel, int size, floa
         for (int m = 0; m < M; m++) {
             float* to = out + n * PANEL + m * W;
             vfloat found = A::to_float(sums[n][m]);
+            if constexpr (A::HAS_BLOCK_SCALES) found *= load(block->scales + m * W);
             store(to, goes_on ? load(to) + found : found);
         }
     }
@@ -284,20 +350,22 @@ template <class A, int N, class... Rest> inline void outer_products_of(int n, bo
 // `height` rows of weights, `depth` numbers of each.
 template <class A>
 inline void widen(const typename A::Weight* from, int64_t stride, int height, int depth, float* wide) {
+    constexpr int STEP = std::max(2, A::NUMBERS) * W;
     for (int i = 0; i < height; i++) {
-        for (int k = 0; k < depth; k += 2 * W) {
-            for (int word = 0; word < 2 * W / A::NUMBERS; word += W) {
+        for (int k = 0; k < depth; k += STEP) {
+            for (int word = 0; word < STEP / A::NUMBERS; word += W) {
                 A::store(wide + i * WIDE_STRIDE + k / A::NUMBERS + word, A::weight(from + i * stride + k, word));
             }
         }
     }
 }
 
-// What few_rows does, to the rounding. panels: [num_panels, words, PANEL]. turned has room for
-// num_panels * (part.size() up to a multiple of W) * PANEL numbers, stride is no less than that multiple.
+// What few_rows does, to the rounding. panels: [num_panels, words, PANEL], blocks, if A has them: [num_panels,
+// num_blocks]. turned has room for num_panels * (part.size() up to a multiple of W) * PANEL numbers, stride is no less
+// than that multiple.
 template <class A>
-void many_rows(const typename A::Weight* w, int num_k, Range part, const float* panels, int num_rows, float* turned,
-               float* sums, int stride) {
+void many_rows(const typename A::Weight* w, int num_k, Range part, const float* panels, const Block* blocks,
+               int num_rows, float* turned, float* sums, int stride) {
     float both[2][STRIP * WIDE_STRIDE];
     float *wide = both[0], *next_wide = both[1];
     int count = num_panels(num_rows), columns = (part.size() + W - 1) / W * W;
@@ -315,12 +383,14 @@ void many_rows(const typename A::Weight* w, int num_k, Range part, const float* 
             for (int p = 0; p < count; p++) {
                 bool is_half = num_rows - p * PANEL <= W;
                 const float* panel = panels + (int64_t(p) * num_k + k) / A::NUMBERS * PANEL;
+                const Block* block = blocks + p * num_blocks(num_k) + k / DEPTH;
                 float* out = turned + (int64_t(p) * columns + n) * PANEL;
                 int size = depth / A::NUMBERS;
                 if (is_wide && p == 0) {
-                    outer_products_of<A, STRIP>(height, is_half, wide, panel, size, out, k > 0, next);
+                    outer_products_of<A, STRIP>(height, is_half, wide, panel, block, size, out, k > 0, next);
                 } else {
-                    outer_products_of<A, STRIP>(height, is_half, wide, panel, size, out, k > 0, NothingBeside{});
+                    outer_products_of<A, STRIP>(height, is_half, wide, panel, block, size, out, k > 0,
+                                                NothingBeside{});
                 }
             }
             if (is_wide) std::swap(wide, next_wide);

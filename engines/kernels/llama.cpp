@@ -13,11 +13,13 @@
 
 namespace sluice {
 
-// One matrix, in T or in int8 with a scale for each row; `bias` may be null.
+// One matrix, in T or in int8 with a scale for each row; `bias` may be null. If `keeps_rows`, what it is multiplied by
+// loses no bits for being many rows.
 template <class T, class B> struct Matrix {
     const B* weight;
     const float* scale;
     const T* bias;
+    int32_t keeps_rows;
 
     float result(int n, float sum) const {
         if (scale) sum *= scale[n];
@@ -31,7 +33,7 @@ template <class T, class B> struct Matrix {
     }
 
     Matrix from(int64_t row, int num_k) const {
-        return {weight + row * num_k, scale ? scale + row : nullptr, bias ? bias + row : nullptr};
+        return {weight + row * num_k, scale ? scale + row : nullptr, bias ? bias + row : nullptr, keeps_rows};
     }
 };
 
@@ -79,9 +81,10 @@ private:
     size_t room = 0;
 };
 
-// Rows in panels, with their scales.
+// Rows in panels, with their scales or those of their blocks.
 struct Panels {
     Buffer<float> x, scales;
+    Buffer<Block> blocks;
 };
 
 // Tokens of a sequence that stand side by side: [first, first + count) of a step.
@@ -119,6 +122,23 @@ template <> struct ArithmeticOf<bfloat16, int8_t> {
 
 template <class T, class B> using Arithmetic = typename ArithmeticOf<T, B>::type;
 
+// The same for many rows, where `fits` says so.
+template <class T, class B> struct ManyArithmeticOf {
+    typedef Arithmetic<T, B> type;
+};
+
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+template <> struct ManyArithmeticOf<bfloat16, int8_t> {
+    typedef Bytes type;
+};
+#endif
+
+template <class T, class B> using ManyArithmetic = typename ManyArithmeticOf<T, B>::type;
+
+template <class T, class B> inline bool fits(const Matrix<T, B>& w, int num_k) {
+    return !w.keeps_rows && num_k % (ManyArithmetic<T, B>::NUMBERS * W) == 0;
+}
+
 constexpr int UNIT = 4 * N_TILE;   // columns of a result that one thread takes at least: a cache line of it or two
 constexpr int MANY_UNIT = 24;      // the same where they are made in strips
 constexpr int MOST_COLUMNS = 192;  // that it takes at once: the sums stay in the second-level cache
@@ -126,8 +146,9 @@ constexpr int MOST_COLUMNS = 192;  // that it takes at once: the sums stay in th
 // The rows that a matrix is multiplied by, as few_rows or many_rows wants them.
 struct Input {
     const float *x, *scales;
+    const Block* blocks;
     int num_rows, num_k;
-    bool is_many;
+    bool is_many, is_fit;
 
     int unit() const { return is_many ? MANY_UNIT : UNIT; }
 };
@@ -151,6 +172,7 @@ inline void make_room(Panels& panels, size_t num_rows, size_t most_k) {
     size_t rows = num_panels(int(num_rows)) * PANEL;
     panels.x.make_room(rows * most_k);
     panels.scales.make_room(rows);
+    panels.blocks.make_room(num_panels(int(num_rows)) * num_blocks(int(most_k)));
 }
 
 inline void make_room(Scratch& own, size_t num_rows, size_t most_k, bool in_panels) {
@@ -162,36 +184,69 @@ inline void make_room(Scratch& own, size_t num_rows, size_t most_k, bool in_pane
     own.sums.make_room(rows * MOST_COLUMNS);
 }
 
-// `take(row, to)` puts a row into float32. Few rows every thread takes for itself, many they share out.
-template <class A, class Take>
-Input make_input(int num_rows, int num_k, bool is_deterministic, const Panels& panels, Scratch& own, Take take) {
-    bool in_panels = is_many(num_rows, is_deterministic);
-    float *x = own.x.data(), *scales = (in_panels ? panels.scales : own.scales).data();
-    int64_t size = num_k / A::NUMBERS;
-    auto put = [&](int row, float* to) {
-        if constexpr (A::NUMBERS == 1) {
-            take(row, to);
-        } else {
-            take(row, own.row.data());
-            if constexpr (A::HAS_SCALES) {
-                scales[row] = A::take(own.row.data(), num_k, to);
-            } else {
-                A::take(own.row.data(), num_k, to);
-            }
+// Row `row` of a panel from float32 into A's numbers.
+template <class A> void put_row_of(int row, int num_k, const float* from, float* to, float* scale, Block* blocks) {
+    if constexpr (A::HAS_BLOCK_SCALES) {
+        for (int k = 0; k < num_k; k += DEPTH, blocks++) {
+            int depth = std::min(DEPTH, num_k - k);
+            A::take(from + k, depth, to + k / A::NUMBERS, blocks->scales + row, blocks->starts + row);
         }
-    };
-    if (!in_panels) {
-        for (int row = 0; row < num_rows; row++) put(row, x + row * size);
-        return {x, scales, num_rows, num_k, false};
+    } else if constexpr (A::HAS_SCALES) {
+        *scale = A::take(from, num_k, to);
+    } else {
+        A::take(from, num_k, to);
     }
+}
+
+// `take(row, to)` puts a row into float32. The threads share out the panels.
+template <class A, class Take>
+Input make_panels(int num_rows, int num_k, const Panels& panels, Scratch& own, Take take) {
+    float *x = own.x.data(), *scales = panels.scales.data();
+    int64_t size = num_k / A::NUMBERS;
 #pragma omp for schedule(dynamic)
     for (int p = 0; p < num_panels(num_rows); p++) {
+        Block* blocks = panels.blocks.data() + p * num_blocks(num_k);
         int rows = std::min(PANEL, num_rows - p * PANEL);
-        for (int i = 0; i < rows; i++) put(p * PANEL + i, x + i * size);
+        for (int i = 0; i < rows; i++) {
+            int row = p * PANEL + i;
+            if constexpr (A::NUMBERS == 1) {
+                take(row, x + i * size);
+            } else {
+                take(row, own.row.data());
+                put_row_of<A>(i, num_k, own.row.data(), x + i * size, scales + row, blocks);
+            }
+        }
         std::fill(x + rows * size, x + PANEL * size, 0.0f);
         pack_panel(x, size, int(size), panels.x.data() + p * PANEL * size);
     }
-    return {panels.x.data(), scales, num_rows, num_k, true};
+    return {panels.x.data(), scales, panels.blocks.data(), num_rows, num_k, true, A::HAS_BLOCK_SCALES};
+}
+
+// The same for few rows, which every thread takes for itself.
+template <class A, class Take> Input make_rows(int num_rows, int num_k, Scratch& own, Take take) {
+    float *x = own.x.data(), *scales = own.scales.data();
+    int64_t size = num_k / A::NUMBERS;
+    for (int row = 0; row < num_rows; row++) {
+        if constexpr (A::NUMBERS == 1) {
+            take(row, x + row * size);
+        } else {
+            take(row, own.row.data());
+            put_row_of<A>(row, num_k, own.row.data(), x + row * size, scales + row, nullptr);
+        }
+    }
+    return {x, scales, nullptr, num_rows, num_k, false, false};
+}
+
+// What `w` is to be multiplied by.
+template <class T, class B, class Take>
+Input make_input(const Matrix<T, B>& w, int num_rows, int num_k, bool is_deterministic, const Panels& panels,
+                 Scratch& own, Take take) {
+    typedef Arithmetic<T, B> A;
+    typedef ManyArithmetic<T, B> Many;
+    static_assert(std::is_same_v<typename A::Order, typename Many::Order>);
+    if (!is_many(num_rows, is_deterministic)) return make_rows<A>(num_rows, num_k, own, take);
+    if (fits(w, num_k)) return make_panels<Many>(num_rows, num_k, panels, own, take);
+    return make_panels<A>(num_rows, num_k, panels, own, take);
 }
 
 // A row of hidden [size] over its root mean square, times weight.
@@ -212,10 +267,12 @@ template <class T, class B> void take_normed(const T* from, const T* weight, int
 template <class T, class B, class Put>
 void multiply(Matrix<T, B> w, Range part, const Input& input, Scratch& own, Put put) {
     typedef Arithmetic<T, B> A;
+    typedef ManyArithmetic<T, B> Many;
     float* sums = own.sums.data();
     int stride = (part.size() + W - 1) / W * W;
     if (input.is_many) {
-        many_rows<A>(w.weight, input.num_k, part, input.x, input.num_rows, own.turned.data(), sums, stride);
+        auto run = input.is_fit ? many_rows<Many> : many_rows<A>;
+        run(w.weight, input.num_k, part, input.x, input.blocks, input.num_rows, own.turned.data(), sums, stride);
     } else {
         few_rows<A>(w.weight, input.num_k, part, input.x, input.num_rows, sums, stride);
     }
@@ -336,7 +393,7 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
         const T* from = hidden + row * model.hidden;
         take_normed<T, typename A::Order>(from, layer.attention_norm, model.hidden, model.eps, to);
     };
-    Input input = make_input<A>(rows, model.hidden, step.is_deterministic, shared.panels, own, take);
+    Input input = make_input(layer.qkv, rows, model.hidden, step.is_deterministic, shared.panels, own, take);
     share_out(width, input.unit(), threads,
               [&](Range part) { project(layer.qkv, part, input, own, shared.qkv.data(), width); });
     Cache<T> cache{layer.cache, model.num_kv_heads, model.block_size, dim};
@@ -368,9 +425,10 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
             }
         }
     }
-    input = make_input<A>(rows, inner, step.is_deterministic, shared.panels, own, [&](int64_t row, float* to) {
+    auto take_attended = [&](int64_t row, float* to) {
         take_row<T, typename A::Order>(shared.attended.data() + row * inner, inner, to);
-    });
+    };
+    input = make_input(layer.output, rows, inner, step.is_deterministic, shared.panels, own, take_attended);
     share_out(model.hidden, input.unit(), threads,
               [&](Range part) { put(layer.output, part, input, own, out, model.hidden); });
 }
@@ -383,7 +441,7 @@ void mlp_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step
     auto take = [&](int64_t row, float* to) {
         take_normed<T, typename A::Order>(hidden + row * model.hidden, layer.mlp_norm, model.hidden, model.eps, to);
     };
-    Input input = make_input<A>(rows, model.hidden, step.is_deterministic, shared.panels, own, take);
+    Input input = make_input(layer.gate_up, rows, model.hidden, step.is_deterministic, shared.panels, own, take);
     T *gate_up = shared.gate_up.data(), *activated = shared.activated.data();
     share_out(inner, input.is_many ? 6 * W : 2 * W, threads, [&](Range part) {  // whole pairs, and whole strips
         for (int first : {0, inner}) {
@@ -392,9 +450,10 @@ void mlp_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step
         }
         activate(gate_up, rows, inner, part, activated);
     });
-    input = make_input<A>(rows, inner, step.is_deterministic, shared.panels, own, [&](int64_t row, float* to) {
+    auto take_activated = [&](int64_t row, float* to) {
         take_row<T, typename A::Order>(activated + row * inner, inner, to);
-    });
+    };
+    input = make_input(layer.down, rows, inner, step.is_deterministic, shared.panels, own, take_activated);
     share_out(model.hidden, input.unit(), threads,
               [&](Range part) { put(layer.down, part, input, own, out, model.hidden); });
 }
@@ -481,7 +540,7 @@ void linear_of(Matrix<T, B> w, const T* x, T* y, int num_rows, int num_k, int nu
         make_room(own, most_rows, num_k, in_panels);
         for (int begin = 0; begin < num_rows; begin += ROWS_AT_ONCE) {
             int rows = std::min(ROWS_AT_ONCE, num_rows - begin);
-            Input input = make_input<A>(rows, num_k, is_deterministic, panels, own, [&](int64_t row, float* to) {
+            Input input = make_input(w, rows, num_k, is_deterministic, panels, own, [&](int64_t row, float* to) {
                 take_row<T, typename A::Order>(x + (begin + row) * num_k, num_k, to);
             });
             share_out(num_n, input.unit(), omp_get_num_threads(), [&](Range part) {
@@ -515,11 +574,9 @@ void norm(const T* x, const T* weight, T* out, int num_rows, int size, float eps
                                          int num_layers, T* hidden, const sluice::Ranks* ranks) {                 \
         return sluice::run(*model, *step, num_layers, hidden, ranks);                                             \
     }                                                                                                             \
-    extern "C" void sluice_linear_##NAME(const B* weight, const float* scale, const T* bias, const T* x, T* y,    \
-                                         int num_rows, int num_k, int num_n, int num_threads,                     \
-                                         int is_deterministic) {                                                  \
-        sluice::linear_of<T, B>({weight, scale, bias}, x, y, num_rows, num_k, num_n, num_threads,                 \
-                                is_deterministic);                                                                \
+    extern "C" void sluice_linear_##NAME(const sluice::Matrix<T, B>* w, const T* x, T* y, int num_rows, int num_k, \
+                                         int num_n, int num_threads, int is_deterministic) {                      \
+        sluice::linear_of(*w, x, y, num_rows, num_k, num_n, num_threads, is_deterministic);                       \
     }
 
 SLUICE_EXPORT(float32_float32, float, float)

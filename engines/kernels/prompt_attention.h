@@ -87,7 +87,7 @@ template <class A> void weigh(TileRoom& room, int row, int count, int num_panels
 template <class A>
 void by_panel(const float* spread, int first, int rows, const float* panel, int size, float* out, bool goes_on) {
     for (int n = first; n < rows; n += STRIP) {
-        outer_products_of<A, STRIP>(std::min(STRIP, rows - n), false, spread + n * WIDE_STRIDE, panel, size,
+        outer_products_of<A, STRIP>(std::min(STRIP, rows - n), false, spread + n * WIDE_STRIDE, panel, nullptr, size,
                                     out + n * PANEL, goes_on, NothingBeside{});
     }
 }

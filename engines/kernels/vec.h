@@ -21,12 +21,16 @@ typedef float vfloat __attribute__((vector_size(4 * W)));
 typedef int32_t vint __attribute__((vector_size(4 * W)));
 typedef uint32_t vuint __attribute__((vector_size(4 * W)));
 typedef int16_t vshort __attribute__((vector_size(4 * W)));
+typedef int8_t vbyte __attribute__((vector_size(4 * W)));
 // The same at any address.
 typedef float vfloat_at __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef uint32_t vuint_at __attribute__((vector_size(4 * W), aligned(2), may_alias));
 typedef uint16_t vhalf_at __attribute__((vector_size(2 * W), aligned(2), may_alias));
 typedef int16_t vnarrow_at __attribute__((vector_size(2 * W), aligned(2), may_alias));
 typedef int16_t vshort_at __attribute__((vector_size(4 * W), aligned(2), may_alias));
+typedef int32_t vint_at __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int8_t vbyte_at __attribute__((vector_size(4 * W), aligned(1), may_alias));
+typedef int8_t vquarter_at __attribute__((vector_size(W), aligned(1), may_alias));
 
 struct bfloat16 {
     uint16_t bits;
@@ -143,6 +147,8 @@ inline void transpose(const float* from, int64_t from_stride, float* to, int64_t
 
 inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
 
+inline vfloat size_of(vfloat x) { return larger(x, -x); }
+
 inline float largest(vfloat8 x) {
     vfloat4 low = __builtin_shufflevector(x, x, 0, 1, 2, 3), high = __builtin_shufflevector(x, x, 4, 5, 6, 7);
     vfloat4 four = low > high ? low : high, turned = __builtin_shufflevector(four, four, 2, 3, 0, 1);
@@ -228,6 +234,13 @@ inline vint add_products(vint sums, vshort a, vshort b) {
     return sums + vint(_mm256_madd_epi16(__m256i(a), __m256i(b)));
 #endif
 }
+
+#if defined(__AVX512VNNI__)
+// sums and each four products of a, taken as unsigned, and b.
+inline vint add_products(vint sums, vbyte a, vbyte b) {
+    return vint(_mm512_dpbusd_epi32(__m512i(sums), __m512i(a), __m512i(b)));
+}
+#endif
 
 #if defined(__AVX512BF16__)
 // 2 W bfloat16 numbers, of which the processor multiplies each two at once.

@@ -43,9 +43,10 @@ class WeightLoader:
         dtype: torch.dtype,
         report: ReportProgress,
         is_deterministic: bool = False,
+        int8_activations: bool = True,
     ) -> None:
         self._checkpoint, self._config, self._mesh, self._dtype = checkpoint, config, mesh, dtype
-        self.is_deterministic = is_deterministic
+        self.is_deterministic, self._int8_activations = is_deterministic, int8_activations
         self._specs = expected_tensors(config)
         checkpoint.check(self._specs.values(), optional=frozenset({"lm_head.weight"}))
         self._report, self._num_read, self._num_tensors = report, 0, len(self._specs)
@@ -96,7 +97,14 @@ class WeightLoader:
             return make_linear(self.load(*weights), bias, is_deterministic=self.is_deterministic)
         self._count(len(weights))
         weight, scale = (tensor.to(self._mesh.device) for tensor in quantized)
-        return make_quantized_linear(weight, scale, bias, self._dtype, is_deterministic=self.is_deterministic)
+        return make_quantized_linear(
+            weight,
+            scale,
+            bias,
+            self._dtype,
+            is_deterministic=self.is_deterministic,
+            keeps_rows=not self._int8_activations,
+        )
 
     def norm(self, name: str) -> RMSNorm:
         return RMSNorm(self.load(f"{name}.weight"), self._config.rms_norm_eps)

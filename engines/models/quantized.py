@@ -102,10 +102,17 @@ class FusedQuantizedLinear:
 
 
 def make_quantized_linear(
-    weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, *, is_deterministic: bool = False
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    is_deterministic: bool = False,
+    keeps_rows: bool = True,
 ) -> LinearOp:
-    """The fastest for values of `dtype`, or one whose rows depend on no others. Raises UnsupportedModel."""
-    operand = library.Weight(weight.contiguous(), bias, scale.float().contiguous())
+    """The fastest for values of `dtype`, or one whose rows depend on no others. `keeps_rows`: see
+    library.Weight. Raises UnsupportedModel."""
+    operand = library.Weight(weight.contiguous(), bias, scale.float().contiguous(), keeps_rows)
     if is_deterministic:
         return deterministic_linear(operand, dtype)
     if support.has_kernels(weight.device.type):

@@ -30,6 +30,7 @@ def native(
             "max_model_len": None,
             "reshard": False,
             "deterministic": False,
+            "int8_activations": True,
         }
         | settings
     )  # all that the engine reads of it

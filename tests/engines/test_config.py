@@ -321,6 +321,16 @@ def test_a_size_may_be_said_twice(tmp_path: Path) -> None:
     assert load(file, num_gpus=0).tp_size == 4
 
 
+def test_rows_in_8_bits_are_the_default_and_named_where_they_are_not(tmp_path: Path) -> None:
+    assert loaded(tmp_path, "modelName: it\n").int8_activations
+    config = loaded(tmp_path, "int8Activations: false\ndeviceType: cpu\n")
+    assert (config.int8_activations, config.warnings) == (False, ())
+    for beside in ("deviceType: gpu", "engine: accelerate\nparallelType: custom", "deterministic: true"):
+        device = "" if "deviceType" in beside else "\ndeviceType: cpu"
+        warnings = loaded(tmp_path, f"int8Activations: true\n{beside}{device}\n").warnings
+        assert any("int8Activations: has no effect" in warning for warning in warnings), beside
+
+
 def test_prompts_may_double_a_step_on_a_cpu_and_what_is_told_elsewhere(tmp_path: Path) -> None:
     assert loaded(tmp_path, "deviceType: cpu\n").max_prompt_slowdown == 2
     assert loaded(tmp_path, "deviceType: gpu\n").max_prompt_slowdown is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from conversion.plan import Target
 from engines.base import UnsupportedModel
-from engines.kernels import library
+from engines.kernels import build, library
 from engines.models.layers import MOST_ROWS, KernelLinear, PlainLinear, RMSNorm
 from engines.native import NativeEngine
 from engines.runtime import cpu
@@ -23,6 +24,7 @@ from tests.models import ODD, Shape, make_llama
 KERNELS = library.load()
 pytestmark = pytest.mark.skipif(KERNELS is None, reason="no kernels for this machine; the log says why")
 
+HAS_VNNI = build._processor_flags() >= {"avx512_bf16", "avx512_vnni"}
 VOCAB = 250  # of the smallest model, nearly
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -69,6 +71,33 @@ def test_linear_is_exact_to_rounding(dtype: torch.dtype, num_n: int, num_k: int,
             torch.testing.assert_close(got, exact, rtol=torch.finfo(dtype).eps, atol=tolerance * num_k**0.5)
 
 
+@pytest.mark.skipif(not HAS_VNNI, reason="by no instruction of this processor")
+@pytest.mark.parametrize(("num_n", "num_k"), [(64, 64), (37, 704), (1, 4096), (130, 2112)])
+@pytest.mark.parametrize("num_rows", [16, 24, 33, 150])
+def test_many_rows_in_8_bits_are_rounded_once(num_n: int, num_k: int, num_rows: int) -> None:
+    weight = (40 * random(num_n, num_k, dtype=torch.float32)).clamp(-127, 127).to(torch.int8)
+    scale, bias = random(num_n, dtype=torch.float32).abs() / 40, random(num_n, dtype=torch.bfloat16, seed=1)
+    x = random(num_rows, num_k, dtype=torch.bfloat16, seed=2)
+    x[3, 5], x[4] = 300, 0  # a block that it leaves little of, and a row without a largest number
+    rounded = torch.cat([_in_8_bits(block) for block in x.float().split(256, dim=1)], dim=1)
+    exact = rounded @ (weight.double() * scale.double().unsqueeze(1)).T + bias.double()
+    got = linear(weight, x, bias=bias, scale=scale, keeps_rows=False).double()
+    torch.testing.assert_close(got, exact, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-3)
+    few = linear(weight, x[:15], bias=bias, scale=scale, keeps_rows=False)
+    assert torch.equal(few, linear(weight, x[:15], bias=bias, scale=scale))
+    x[0, 17] = torch.nan
+    got = linear(weight, x, scale=scale, keeps_rows=False)
+    assert got[0].isnan().all()
+    assert got[1:].isfinite().all()
+
+
+def _in_8_bits(block: Tensor) -> Tensor:
+    """Each row of it as 127ths of its largest number; by float32's factor, for ties are many."""
+    most = block.abs().amax(dim=1, keepdim=True)
+    factor = torch.where(most > 0, torch.full_like(most, 127) / most, 0)
+    return (block * factor).round().double() * most / 127
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_of_a_linear_depends_on_no_other(dtype: torch.dtype) -> None:
     weight, x = random(70, 4128, dtype=dtype), random(32, 4128, dtype=dtype, seed=1)
@@ -81,7 +110,7 @@ def test_a_row_of_a_linear_depends_on_no_other(dtype: torch.dtype) -> None:
         assert num_rows <= 5 or got[5].isnan().all()
 
 
-def linear(weight: Tensor, x: Tensor, *, is_deterministic: bool = False, **others: Tensor | None) -> Tensor:
+def linear(weight: Tensor, x: Tensor, *, is_deterministic: bool = False, **others: Any) -> Tensor:
     assert KERNELS is not None
     return KERNELS.linear(library.Weight(weight, **others), x, is_deterministic=is_deterministic)
 
@@ -154,8 +183,8 @@ BFLOAT16_TOLERANCE = 6e-2
 class Both:
     """One model by the kernels and by its modules, fed the same tokens."""
 
-    def __init__(self, directory: Path, dtype: str, stale: float = 0.0) -> None:
-        self.engines = [native(directory, dtype=dtype), native(directory, dtype=dtype)]
+    def __init__(self, directory: Path, dtype: str, stale: float = 0.0, **settings: Any) -> None:
+        self.engines = [native(directory, dtype=dtype, **settings) for _ in range(2)]
         by_kernels, by_modules = self.engines
         assert by_kernels._model.kernel_layers is not None
         by_modules._model.kernel_layers = None
@@ -216,6 +245,21 @@ def test_int8_layers_do_what_their_modules_do(tmp_path: Path, dtype: str, tolera
     both.add(1, 9)
     for _ in range(6):
         torch.testing.assert_close(*both.step(3), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(not HAS_VNNI, reason="by no instruction of this processor")
+def test_the_engine_keeps_rows_where_it_is_told_to(tmp_path: Path) -> None:
+    source = make_llama(tmp_path / "hf", SHAPES["group of 2"], seed=2)
+    convert(source, tmp_path / "int8", Target("sluice", quantize="int8"))
+    kept, rounded = (Both(tmp_path / "int8", "bfloat16", int8_activations=has) for has in (False, True))
+    found = []
+    for both in (kept, rounded):
+        both.add(40)
+        ours, modules = both.step(40)
+        torch.testing.assert_close(ours, modules, rtol=BFLOAT16_TOLERANCE, atol=BFLOAT16_TOLERANCE)
+        found.append(ours)
+    error = float((found[1] - found[0]).norm() / found[0].norm())
+    assert 0.005 < error < 0.05
 
 
 def test_nothing_stale_is_read_or_left(tmp_path: Path) -> None:
