@@ -177,11 +177,17 @@ struct Bytes {
 
 // ---- Few rows: dot products, each row's result the same whatever others there are.
 
-constexpr int N_TILE = 4;                // rows of the weights at a time, each of another quarter of a part: memory is
-                                         // read in so many streams, each in order, 1.3 to 1.8 times as fast as in one
-constexpr int M_TILE = W == 16 ? 6 : 3;  // rows of x: N_TILE * M_TILE sums stay in registers
-constexpr int K_BLOCK = 2048;            // numbers that are summed before the sums are added: of x they stay in the
-                                         // second-level cache
+// N rows of the weights at a time, each of another part of as many: memory is read in so many streams, each in order, 1.3
+// to 1.8 times as fast as in one. M rows of x at most: N * M sums stay in registers.
+template <int N_, int M_> struct Tiling {
+    static constexpr int N = N_, M = M_;
+};
+
+typedef Tiling<4, W == 16 ? 6 : 3> Squarish;
+typedef Tiling<3, 8> Tall;  // with 32 registers: up to eight rows meet every weight as it comes from memory
+
+constexpr int K_BLOCK = 2048;  // numbers that are summed before the sums are added: of x they stay in the second-level
+                               // cache
 
 // Where the weights are that are wanted next: of as many streams, one piece of x's rows after the other asks for its
 // share. Memory takes few requests at once.
@@ -200,12 +206,20 @@ __attribute__((noinline)) void tile(const typename A::Weight* w, int64_t w_strid
     int k = 0;
     auto step = [&] {
         for (int word = 0; word < 2 * W / A::NUMBERS; word += W) {
-            decltype(A::load(x)) rows[M];
-            for (int m = 0; m < M; m++) rows[m] = A::load(x + m * x_stride + word);
-            for (int n = 0; n < N; n++) {
+            decltype(A::load(x)) weights[N], rows[M];
+            auto take_weight = [&](int n) {
                 if (!word) __builtin_prefetch(ahead.from + n * stream);
-                auto weight = A::weight(w + n * w_stride + k, word);
-                for (int m = 0; m < M; m++) sums[n][m] = A::add_product(sums[n][m], weight, rows[m]);
+                weights[n] = A::weight(w + n * w_stride + k, word);
+            };
+            auto take_row = [&](int m) { rows[m] = A::load(x + m * x_stride + word); };
+            // what there are fewer of stays in registers
+            for (int i = 0; i < (M < N ? M : N); i++) M < N ? take_row(i) : take_weight(i);
+            for (int i = 0; i < (M < N ? N : M); i++) {
+                M < N ? take_weight(i) : take_row(i);
+                for (int j = 0; j < (M < N ? M : N); j++) {
+                    int n = M < N ? i : j, m = M < N ? j : i;
+                    sums[n][m] = A::add_product(sums[n][m], weights[n], rows[m]);
+                }
             }
         }
         k += 2 * W, x += 2 * W / A::NUMBERS, ahead.from += ahead_step;
@@ -218,34 +232,53 @@ __attribute__((noinline)) void tile(const typename A::Weight* w, int64_t w_strid
     } else {
         while (k < num_k) step();
     }
-    for (int m = 0; m < M; m++, out += stride) {
-        if constexpr (N == 4) {
-            vfloat4 four = four_sums(A::to_float(sums[0][m]), A::to_float(sums[1][m]), A::to_float(sums[2][m]),
-                                     A::to_float(sums[3][m]));
-            for (int n = 0; n < N; n++) out[n * spacing] = four[n] + (goes_on ? out[n * spacing] : 0.0f);
-        } else {
-            for (int n = 0; n < N; n++) out[n] = sum(A::to_float(sums[n][m])) + (goes_on ? out[n] : 0.0f);
-        }
+    auto sums_of = [&](int n, int m) { return n < N ? A::to_float(sums[n < N ? n : 0][m]) : vfloat{}; };
+    for (int m = 0; m < M; m++, out += stride) {  // added up in one order, whatever N is
+        vfloat4 four = four_sums(sums_of(0, m), sums_of(1, m), sums_of(2, m), sums_of(3, m));
+        for (int n = 0; n < N; n++) out[n * spacing] = four[n] + (goes_on ? out[n * spacing] : 0.0f);
     }
 }
 
-template <class A, int N, int M = M_TILE, class... Rest> inline void tile_of(int m, Rest... rest) {
+template <class A, int N, int M, class... Rest> inline void tile_of(int m, Rest... rest) {
     if (m == M) return tile<A, N, M>(rest...);
     if constexpr (M > 1) tile_of<A, N, M - 1>(m, rest...);
 }
 
 // All of x's rows against N of the weights', `spacing` apart, which stay in the first-level cache.
-template <class A, int N>
+template <class A, int N, int M>
 inline void strip(const typename A::Weight* w, int num_k, int spacing, int width, const float* x, int num_rows,
                   float* out, int stride, bool goes_on) {
-    int num_pieces = (num_rows + M_TILE - 1) / M_TILE;
+    int num_pieces = (num_rows + M - 1) / M;
     for (int piece = 0, m = 0; piece < num_pieces; piece++) {
         int rows = (num_rows - m + num_pieces - piece - 1) / (num_pieces - piece);  // as equal as can be
         int64_t x_stride = num_k / A::NUMBERS;
         Ahead ahead{reinterpret_cast<const char*>(w + num_k + piece * width / num_pieces), num_pieces};
-        tile_of<A, N>(rows, w, int64_t(spacing) * num_k, x + m * x_stride, x_stride, width, out + m * stride, stride,
-                      spacing, goes_on, ahead);
+        tile_of<A, N, M>(rows, w, int64_t(spacing) * num_k, x + m * x_stride, x_stride, width, out + m * stride,
+                         stride, spacing, goes_on, ahead);
         m += rows;
+    }
+}
+
+// The last rows of the weights, fewer than there are streams.
+template <class A, int N, int M, class... Rest> inline void last_strip(int n, Rest... rest) {
+    if (n == N) return strip<A, N, M>(rest...);
+    if constexpr (N > 1) last_strip<A, N - 1, M>(n, rest...);
+}
+
+template <class A, class Tiles>
+void few_rows_by(const typename A::Weight* w, int num_k, Range part, const float* x, int num_rows, float* sums,
+                 int stride) {
+    constexpr int N = Tiles::N, M = Tiles::M;
+    int spacing = part.size() / N, done = N * spacing;
+    for (int k = 0; k < num_k; k += K_BLOCK) {
+        const auto* from = w + int64_t(part.begin) * num_k + k;
+        const float* x_from = x + k / A::NUMBERS;
+        int width = std::min(K_BLOCK, num_k - k);
+        for (int n = 0; n < spacing; n++) {
+            strip<A, N, M>(from + int64_t(n) * num_k, num_k, spacing, width, x_from, num_rows, sums + n, stride, k > 0);
+        }
+        last_strip<A, N - 1, M>(part.size() - done, from + int64_t(done) * num_k, num_k, 1, width, x_from, num_rows,
+                                sums + done, stride, k > 0);
     }
 }
 
@@ -253,19 +286,8 @@ inline void strip(const typename A::Weight* w, int num_k, int spacing, int width
 template <class A>
 void few_rows(const typename A::Weight* w, int num_k, Range part, const float* x, int num_rows, float* sums,
               int stride) {
-    int spacing = part.size() / N_TILE;
-    for (int k = 0; k < num_k; k += K_BLOCK) {
-        const auto* from = w + int64_t(part.begin) * num_k + k;
-        int width = std::min(K_BLOCK, num_k - k);
-        for (int n = 0; n < spacing; n++) {
-            strip<A, N_TILE>(from + int64_t(n) * num_k, num_k, spacing, width, x + k / A::NUMBERS, num_rows, sums + n,
-                             stride, k > 0);
-        }
-        for (int n = N_TILE * spacing; n < part.size(); n++) {
-            strip<A, 1>(from + int64_t(n) * num_k, num_k, 0, width, x + k / A::NUMBERS, num_rows, sums + n, stride,
-                        k > 0);
-        }
-    }
+    if (W == 16 && num_rows <= Tall::M) return few_rows_by<A, Tall>(w, num_k, part, x, num_rows, sums, stride);
+    few_rows_by<A, Squarish>(w, num_k, part, x, num_rows, sums, stride);
 }
 
 // ---- Many rows: outer products, with x in panels and every weight widened once for all of them.

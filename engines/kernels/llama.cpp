@@ -139,7 +139,7 @@ template <class T, class B> inline bool fits(const Matrix<T, B>& w, int num_k) {
     return !w.keeps_rows && num_k % (ManyArithmetic<T, B>::NUMBERS * W) == 0;
 }
 
-constexpr int UNIT = 4 * N_TILE;   // columns of a result that one thread takes at least: a cache line of it or two
+constexpr int UNIT = 16;           // columns of a result that one thread takes at least: a cache line of it or two
 constexpr int MANY_UNIT = 24;      // the same where they are made in strips
 constexpr int MOST_COLUMNS = 192;  // that it takes at once: the sums stay in the second-level cache
 
