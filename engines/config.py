@@ -68,6 +68,7 @@ class ModelConfig(BaseModel):
     gpu_memory_share: float = 0.9  # of each device's total
     prefix_cache: bool = True
     prompt_lookup: int = 0  # tokens guessed at once from what came before; 0: none
+    pack_weights: bool = True  # bfloat16 in 12 bits, nothing lost
     int8_activations: bool = True  # what int8 weights are multiplied by in steps of many tokens
     deterministic: bool = False  # no token depends on what runs beside it, to the bit
     reshard: bool = False  # divide per-rank files of another layout anew at each start

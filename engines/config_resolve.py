@@ -86,6 +86,7 @@ def _resolve(s: Settings, base: Path, source: str, num_gpus: int | None) -> Mode
         prefix_cache=s.flag("prefixCache") or "prefixCache" not in s.values,
         prompt_lookup=s.integer("promptLookup") or 0,
         deterministic=s.flag("deterministic"),
+        pack_weights=s.flag("packWeights") or "packWeights" not in s.values,
         int8_activations=s.flag("int8Activations") or "int8Activations" not in s.values,
         reshard=s.flag("reshard"),
         batch_size=s.integer("batchSize") or 1,
@@ -309,7 +310,7 @@ def _warn_without_effect(s: Settings, device: Device, engine: str, kind: Paralle
         why = "deviceMap says where each module goes"
         idle += [("maxMemory", why), ("handler.max_memory", why)]
     if is_ours and not _has_kernels(engine, device):
-        idle += [("int8Activations", _no_kernels(engine, device))]
+        idle += [(key, _no_kernels(engine, device)) for key in ("int8Activations", "packWeights")]
     elif s.flag("deterministic"):
         idle += [("int8Activations", "with deterministic: true rows keep their 16 bits")]
     if kind == "custom":

@@ -154,6 +154,7 @@ OURS = {
     "prefixCache": Key(Kind.BOOL),
     "deterministic": Key(Kind.BOOL),
     "int8Activations": Key(Kind.BOOL),
+    "packWeights": Key(Kind.BOOL),
     "promptLookup": Key(Kind.INT, 0, 32),
     "reshard": Key(Kind.BOOL),
     "shareDevices": Key(Kind.BOOL),

@@ -33,7 +33,7 @@ class NativeEngine:
         checkpoint = open_weights(config.model_path, self._config, mesh, layers, reshard=config.reshard)
         self._mesh = mesh
         self._dtype = checkpoint.dtype if config.dtype == "auto" else _DTYPES[config.dtype]
-        how = config.deterministic, config.int8_activations
+        how = config.deterministic, config.int8_activations, config.pack_weights
         loader = WeightLoader(checkpoint, self._config, mesh, self._dtype, report, *how)
         max_positions = min(config.max_model_len or self._config.max_positions, self._config.max_positions)
         with torch.inference_mode():

@@ -134,7 +134,7 @@ def _load_llama(config: ModelConfig, mesh: Mesh, report: ReportProgress) -> _Sta
     layers = _layers_of(sizes_of(model), config, mesh)
     checkpoint = open_weights(config.model_path, model, mesh, layers, reshard=config.reshard)
     dtype = checkpoint.dtype if config.dtype == "auto" else _DTYPES[config.dtype]
-    how = config.deterministic, config.int8_activations
+    how = config.deterministic, config.int8_activations, config.pack_weights
     loader = WeightLoader(checkpoint, model, mesh, dtype, report, *how)
     max_positions = min(config.max_model_len or model.max_positions, model.max_positions)
     return _Stage(

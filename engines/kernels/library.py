@@ -24,10 +24,19 @@ log = logging.getLogger("sluice.engine")
 SWITCH = "SLUICE_KERNELS"
 
 
+_PATCHES = (("starts", c_void_p), ("columns", c_void_p), ("values", c_void_p))
+
+
 class Matrix(Structure):
     """Mirrors Matrix of llama.cpp: addresses, none where there is no scale or bias."""
 
-    _fields_ = (("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("keeps_rows", c_int32))
+    _fields_ = (
+        ("weight", c_void_p),
+        ("scale", c_void_p),
+        ("bias", c_void_p),
+        *_PATCHES,
+        ("keeps_rows", c_int32),
+    )
 
 
 class LayerWeights(Structure):
@@ -96,6 +105,8 @@ class Ranks(Structure):
 class Weight:
     """What a linear multiplies with: [out, in], for int8 with a float32 scale an output; contiguous.
 
+    Packed bfloat16 (see pack.h) is uint8 [out, in * 3 / 2], with scales and patches.
+
     `keeps_rows`: many rows of bfloat16 by an int8 weight stay what they are. Else each 256 numbers of one get
     8 bits and a scale, where that is faster.
     """
@@ -104,12 +115,21 @@ class Weight:
     bias: Tensor | None = None
     scale: Tensor | None = None
     keeps_rows: bool = True
+    patches: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def num_inputs(self) -> int:
+        num_bytes = self.weight.shape[1]
+        return num_bytes * 2 // 3 if self.weight.dtype == _PACKED else num_bytes
 
     def matrix(self) -> Matrix:
         """Valid as long as this is."""
         parts = (self.weight, self.scale, self.bias)
         addresses = (None if part is None else part.data_ptr() for part in parts)
-        return Matrix(*addresses, self.keeps_rows)
+        patches = (part.data_ptr() for part in self.patches or ())
+        matrix = Matrix(*addresses, *patches)
+        matrix.keeps_rows = self.keeps_rows
+        return matrix
 
 
 _BYTES_A_THREAD = 5 << 20
@@ -126,7 +146,10 @@ def threads_for(num_bytes: int, num_rows: int) -> int:
     return min(torch.get_num_threads(), 1 + work // _BYTES_A_THREAD)
 
 
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
+_PACKED = torch.uint8
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8", _PACKED: "packed"}
+_GROUP = 64  # numbers that are packed together
+_NUMBERS_A_PATCH = 512  # at least: each costs as much as a vector of numbers
 
 
 class Library:
@@ -137,11 +160,19 @@ class Library:
         self.most_threads: int | None = None  # of `linear` and `norm`, where fewer do better
         self.pair_width: int = functions.sluice_pair_width()
         self._run, self._linear, self._norm = {}, {}, {}
+        self._can_pack = hasattr(functions, "sluice_pack")
+        if self._can_pack:
+            self._find_patches, self._pack = functions.sluice_find_patches, functions.sluice_pack
+            self._find_patches.argtypes = [c_void_p, c_int, c_int, c_int64, c_int, c_void_p]
+            self._find_patches.restype = c_int64
+            self._pack.argtypes = [c_void_p, c_int, c_int, c_int, *[c_void_p] * 5]
+            self._pack.restype = None
         for values in (torch.float32, torch.bfloat16):
             self._norm[values] = norm = functions[f"sluice_norm_{_NAMES[values]}"]
             norm.argtypes = [c_void_p] * 3 + [c_int, c_int, c_float, c_int]
             norm.restype = None
-            for weights in (values, torch.int8):
+            packed = [_PACKED] if self._can_pack and values == torch.bfloat16 else []
+            for weights in (values, torch.int8, *packed):
                 name = f"{_NAMES[values]}_{_NAMES[weights]}"
                 run, linear = functions[f"sluice_run_{name}"], functions[f"sluice_linear_{name}"]
                 run.argtypes = [POINTER(Model), POINTER(Step), c_int, c_void_p, POINTER(Ranks)]
@@ -153,6 +184,26 @@ class Library:
         """Whether `linear` multiplies values of that dtype by this weight."""
         is_cpus = weight.device.type == "cpu"
         return is_cpus and (values, weight.dtype) in self._linear and weight.shape[1] % self.pair_width == 0
+
+    def pack(self, weight: Weight) -> Weight | None:
+        """The same in three quarters of the room, to the bit; None where it cannot be."""
+        values = weight.weight
+        is_plain = values.dtype == torch.bfloat16 and weight.scale is None and values.is_contiguous()
+        if not (self._can_pack and is_plain and values.shape[1] % _GROUP == 0):
+            return None
+        (num_rows, num_k), num_threads = values.shape, torch.get_num_threads()
+        starts = torch.empty(num_rows + 1, dtype=torch.int64)
+        most = values.numel() // _NUMBERS_A_PATCH
+        sizes = num_rows, num_k
+        found: int = self._find_patches(values.data_ptr(), *sizes, most, num_threads, starts.data_ptr())
+        if found < 0:
+            return None
+        packed = torch.empty(num_rows, num_k * 3 // 2, dtype=_PACKED)
+        scale, columns = torch.empty(num_rows), torch.empty(found, dtype=torch.int32)
+        patches = starts, columns, torch.empty(found)
+        out = [tensor.data_ptr() for tensor in (starts, packed, scale, columns, patches[2])]
+        self._pack(values.data_ptr(), *sizes, num_threads, *out)
+        return Weight(packed, weight.bias, scale, patches=patches)
 
     def linear(self, weight: Weight, x: Tensor, *, is_deterministic: bool = False) -> Tensor:
         """x [T, in], contiguous, to [T, out]; deterministic: no row depends on how many there are."""

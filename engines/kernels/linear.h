@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "vec.h"
+#include "pack.h"
 
 namespace sluice {
 
@@ -30,12 +30,19 @@ template <class T> inline void put_row(const float* from, int count, T* to) {
 // The nearest whole numbers, in the last 16 bits of each.
 inline vint in_last_bits(vfloat x) { return vint(x + 12582912.0f); }  // 1.5 * 2^23
 
-// ---- In which numbers it is done. A word of x, the room of a float32, holds NUMBERS of them.
+// ---- In which numbers it is done. A word of x, the room of a float32, holds NUMBERS of them. Weights are taken STEP
+// at a time, which are STEP_BYTES in memory.
+
+// `numbers` further in a row, a multiple of STEP.
+template <class A> inline const typename A::Weight* further(const typename A::Weight* w, uint64_t numbers) {
+    return reinterpret_cast<const typename A::Weight*>(reinterpret_cast<const char*>(w) +
+                                                       numbers / A::STEP * A::STEP_BYTES);
+}
 
 template <class B> struct Floats {
     typedef B Weight, Order;
     typedef vfloat Sum;
-    static constexpr int NUMBERS = 1;
+    static constexpr int NUMBERS = 1, STEP = 2 * W, STEP_BYTES = STEP * sizeof(B);
     static constexpr bool HAS_SCALES = false;        // of rows of x
     static constexpr bool HAS_BLOCK_SCALES = false;  // of DEPTH numbers of one
 
@@ -56,7 +63,7 @@ template <class B> struct Floats {
 
 // A word is two numbers of 16 bits.
 struct Pairs {
-    static constexpr int NUMBERS = 2;
+    static constexpr int NUMBERS = 2, STEP = 2 * W;
 
     static vshort load(const float* x) { return vshort(*reinterpret_cast<const vshort_at*>(x)); }
     static vshort spread(const float* wide) {
@@ -73,6 +80,7 @@ template <class B> struct Halves : Pairs {
     typedef B Weight;
     typedef bfloat16 Order;
     typedef vfloat Sum;
+    static constexpr int STEP_BYTES = STEP * sizeof(B);
     static constexpr bool HAS_SCALES = false, HAS_BLOCK_SCALES = false;
 
     static vshort weight(const B* w, int) { return halves(w); }
@@ -95,11 +103,22 @@ template <class B> struct Halves : Pairs {
 };
 #endif
 
+#if SLUICE_PACKS
+// The same of weights that pack.h has made shorter, and in its scale for each of their rows.
+struct Packed : Halves<bfloat16> {
+    typedef Group Weight;
+    static constexpr int STEP = Group::NUMBERS, STEP_BYTES = sizeof(Group);
+
+    static vshort weight(const Group* w, int word) { return w->half(word / W); }
+};
+#endif
+
 // Weights of 8 bits by a row of 16, which has a scale of its own: of the row's largest number one part in 65,534 is
 // lost, and nothing after that, for K_BLOCK / W of the products fit into 32 bits. Half the work of Floats.
 struct Ints : Pairs {
     typedef int8_t Weight, Order;
     typedef vint Sum;
+    static constexpr int STEP_BYTES = STEP;
     static constexpr bool HAS_SCALES = true, HAS_BLOCK_SCALES = false;
 
     static vshort weight(const int8_t* w, int) { return widened(w); }
@@ -134,7 +153,7 @@ struct Bytes {
     typedef int8_t Weight;
     typedef bfloat16 Order;
     typedef vint Sum;
-    static constexpr int NUMBERS = 4;
+    static constexpr int NUMBERS = 4, STEP = 4 * W, STEP_BYTES = STEP;
     static constexpr bool HAS_SCALES = false, HAS_BLOCK_SCALES = true;
 
     static vbyte load(const float* x) { return vbyte(*reinterpret_cast<const vbyte_at*>(x)); }
@@ -177,8 +196,8 @@ struct Bytes {
 
 // ---- Few rows: dot products, each row's result the same whatever others there are.
 
-// N rows of the weights at a time, each of another part of as many: memory is read in so many streams, each in order, 1.3
-// to 1.8 times as fast as in one. M rows of x at most: N * M sums stay in registers.
+// N rows of the weights at a time, each of another part of as many: memory is read in so many streams, each in order,
+// 1.3 to 1.8 times as fast as in one. M rows of x at most: N * M sums stay in registers.
 template <int N_, int M_> struct Tiling {
     static constexpr int N = N_, M = M_;
 };
@@ -202,14 +221,16 @@ template <class A, int N, int M>
 __attribute__((noinline)) void tile(const typename A::Weight* w, int64_t w_stride, const float* x, int64_t x_stride,
                                     int num_k, float* out, int stride, int spacing, bool goes_on, Ahead ahead) {
     typename A::Sum sums[N][M] = {};
-    int64_t ahead_step = 2 * W * sizeof(*w) / ahead.num_pieces, stream = w_stride * sizeof(*w);
+    constexpr int WORDS = A::STEP / A::NUMBERS, LINES = (A::STEP_BYTES + 63) / 64;
+    int64_t ahead_step = A::STEP_BYTES / ahead.num_pieces, stream = w_stride / A::STEP * A::STEP_BYTES;
+    auto from = reinterpret_cast<const char*>(w);
     int k = 0;
     auto step = [&] {
-        for (int word = 0; word < 2 * W / A::NUMBERS; word += W) {
+        for (int word = 0; word < WORDS; word += W) {
             decltype(A::load(x)) weights[N], rows[M];
             auto take_weight = [&](int n) {
-                if (!word) __builtin_prefetch(ahead.from + n * stream);
-                weights[n] = A::weight(w + n * w_stride + k, word);
+                if (word / W < LINES) __builtin_prefetch(ahead.from + n * stream + word / W * 64);
+                weights[n] = A::weight(reinterpret_cast<const typename A::Weight*>(from + n * stream), word);
             };
             auto take_row = [&](int m) { rows[m] = A::load(x + m * x_stride + word); };
             // what there are fewer of stays in registers
@@ -222,7 +243,7 @@ __attribute__((noinline)) void tile(const typename A::Weight* w, int64_t w_strid
                 }
             }
         }
-        k += 2 * W, x += 2 * W / A::NUMBERS, ahead.from += ahead_step;
+        k += A::STEP, x += WORDS, from += A::STEP_BYTES, ahead.from += ahead_step;
     };
     // The same loop: of the first GCC has a sum in memory with AVX2's sixteen registers, of the second it clears and
     // adds up all of them there.
@@ -252,7 +273,8 @@ inline void strip(const typename A::Weight* w, int num_k, int spacing, int width
     for (int piece = 0, m = 0; piece < num_pieces; piece++) {
         int rows = (num_rows - m + num_pieces - piece - 1) / (num_pieces - piece);  // as equal as can be
         int64_t x_stride = num_k / A::NUMBERS;
-        Ahead ahead{reinterpret_cast<const char*>(w + num_k + piece * width / num_pieces), num_pieces};
+        Ahead ahead{reinterpret_cast<const char*>(further<A>(w, num_k)), num_pieces};
+        ahead.from += int64_t(piece) * width / A::STEP * A::STEP_BYTES / num_pieces;
         tile_of<A, N, M>(rows, w, int64_t(spacing) * num_k, x + m * x_stride, x_stride, width, out + m * stride,
                          stride, spacing, goes_on, ahead);
         m += rows;
@@ -271,18 +293,19 @@ void few_rows_by(const typename A::Weight* w, int num_k, Range part, const float
     constexpr int N = Tiles::N, M = Tiles::M;
     int spacing = part.size() / N, done = N * spacing;
     for (int k = 0; k < num_k; k += K_BLOCK) {
-        const auto* from = w + int64_t(part.begin) * num_k + k;
+        const auto* from = further<A>(w, int64_t(part.begin) * num_k + k);
         const float* x_from = x + k / A::NUMBERS;
         int width = std::min(K_BLOCK, num_k - k);
         for (int n = 0; n < spacing; n++) {
-            strip<A, N, M>(from + int64_t(n) * num_k, num_k, spacing, width, x_from, num_rows, sums + n, stride, k > 0);
+            strip<A, N, M>(further<A>(from, int64_t(n) * num_k), num_k, spacing, width, x_from, num_rows, sums + n,
+                           stride, k > 0);
         }
-        last_strip<A, N - 1, M>(part.size() - done, from + int64_t(done) * num_k, num_k, 1, width, x_from, num_rows,
-                                sums + done, stride, k > 0);
+        last_strip<A, N - 1, M>(part.size() - done, further<A>(from, int64_t(done) * num_k), num_k, 1, width, x_from,
+                                num_rows, sums + done, stride, k > 0);
     }
 }
 
-// sums [num_rows, stride] = x [num_rows, num_k] times rows `part` of w [., num_k]. num_k is a multiple of 2 W.
+// sums [num_rows, stride] = x [num_rows, num_k] times rows `part` of w [., num_k]. num_k is a multiple of A::STEP.
 template <class A>
 void few_rows(const typename A::Weight* w, int num_k, Range part, const float* x, int num_rows, float* sums,
               int stride) {
@@ -319,13 +342,17 @@ template <class A> struct NextWide {
     float* wide;
 
     __attribute__((always_inline)) void step(unsigned i) const {
-        constexpr unsigned WORDS = DEPTH / A::NUMBERS, VECTORS = WORDS / W, LINES = DEPTH * sizeof(*next) / 64;
+        constexpr unsigned WORDS = DEPTH / A::NUMBERS, VECTORS = WORDS / W, STEP_WORDS = A::STEP / A::NUMBERS;
+        constexpr unsigned BYTES = DEPTH / A::STEP * A::STEP_BYTES;
+        constexpr unsigned LINES = BYTES == 6 * 64 ? 8 : BYTES / 64;  // a power of two
         static_assert(STRIP * VECTORS <= WORDS && STRIP * LINES <= WORDS);
-        __builtin_prefetch(reinterpret_cast<const char*>(after + i / LINES * stride) + i % LINES * 64);
-        if (i >= STRIP * VECTORS) return;
-        unsigned row = i / VECTORS, word = i % VECTORS * W, pair = word % (2 * W / A::NUMBERS);
-        A::store(wide + row * WIDE_STRIDE + word,
-                 A::weight(next + row * stride + (word - pair) * A::NUMBERS, pair));
+        __builtin_prefetch(reinterpret_cast<const char*>(further<A>(after, i / LINES * stride)) + i % LINES * 64);
+        if (i >= STRIP * VECTORS || i % (STEP_WORDS / W)) return;
+        unsigned row = i / VECTORS, word = i % VECTORS * W;
+        const auto* weights = further<A>(next, row * stride + word * A::NUMBERS);
+        for (unsigned part = 0; part < STEP_WORDS; part += W) {
+            A::store(wide + row * WIDE_STRIDE + word + part, A::weight(weights, part));
+        }
     }
 };
 
@@ -372,11 +399,11 @@ template <class A, int N, class... Rest> inline void outer_products_of(int n, bo
 // `height` rows of weights, `depth` numbers of each.
 template <class A>
 inline void widen(const typename A::Weight* from, int64_t stride, int height, int depth, float* wide) {
-    constexpr int STEP = std::max(2, A::NUMBERS) * W;
     for (int i = 0; i < height; i++) {
-        for (int k = 0; k < depth; k += STEP) {
-            for (int word = 0; word < STEP / A::NUMBERS; word += W) {
-                A::store(wide + i * WIDE_STRIDE + k / A::NUMBERS + word, A::weight(from + i * stride + k, word));
+        for (int k = 0; k < depth; k += A::STEP) {
+            const auto* weights = further<A>(from, i * stride + k);
+            for (int word = 0; word < A::STEP / A::NUMBERS; word += W) {
+                A::store(wide + i * WIDE_STRIDE + k / A::NUMBERS + word, A::weight(weights, word));
             }
         }
     }
@@ -393,13 +420,15 @@ void many_rows(const typename A::Weight* w, int num_k, Range part, const float* 
     int count = num_panels(num_rows), columns = (part.size() + W - 1) / W * W;
     bool is_wide = false;
     for (int n = 0; n < part.size(); n += STRIP) {
-        const auto* from = w + int64_t(part.begin + n) * num_k;
-        const auto* next_strip = from + int64_t(STRIP) * num_k;
+        const auto* from = further<A>(w, int64_t(part.begin + n) * num_k);
+        const auto* next_strip = further<A>(from, int64_t(STRIP) * num_k);
         int height = std::min(STRIP, part.size() - n), next_height = std::min(STRIP, part.size() - n - STRIP);
         for (int k = 0; k < num_k; k += DEPTH) {
             int depth = std::min(DEPTH, num_k - k);
-            if (!is_wide) widen<A>(from + k, num_k, height, depth, wide);
-            auto at = [&](int later) { return later < num_k ? from + later : next_strip + (later - num_k); };
+            if (!is_wide) widen<A>(further<A>(from, k), num_k, height, depth, wide);
+            auto at = [&](int later) {
+                return later < num_k ? further<A>(from, later) : further<A>(next_strip, later - num_k);
+            };
             NextWide<A> next{at(k + DEPTH), at(k + 2 * DEPTH), num_k, next_wide};
             is_wide = k + 2 * DEPTH <= num_k ? height == STRIP : k + DEPTH == num_k && next_height == STRIP;
             for (int p = 0; p < count; p++) {

@@ -13,12 +13,17 @@
 
 namespace sluice {
 
-// One matrix, in T or in int8 with a scale for each row; `bias` may be null. If `keeps_rows`, what it is multiplied by
-// loses no bits for being many rows.
+// How many numbers one of a matrix's has in it.
+template <class B> constexpr int NUMBERS_OF = 1;
+template <> constexpr int NUMBERS_OF<Group> = Group::NUMBERS;
+
+// One matrix, in T, or packed or in int8 with a scale for each row; `bias` may be null. If `keeps_rows`, what it is
+// multiplied by loses no bits for being many rows.
 template <class T, class B> struct Matrix {
     const B* weight;
     const float* scale;
     const T* bias;
+    Patches patches;  // of packed ones
     int32_t keeps_rows;
 
     float result(int n, float sum) const {
@@ -33,7 +38,10 @@ template <class T, class B> struct Matrix {
     }
 
     Matrix from(int64_t row, int num_k) const {
-        return {weight + row * num_k, scale ? scale + row : nullptr, bias ? bias + row : nullptr, keeps_rows};
+        Patches rest = patches;
+        if (rest.starts) rest.starts += row;
+        return {weight + row * num_k / NUMBERS_OF<B>, scale ? scale + row : nullptr, bias ? bias + row : nullptr, rest,
+                keeps_rows};
     }
 };
 
@@ -50,9 +58,12 @@ template <class T, class B> struct Model {
     float eps, scale;
 };
 
-constexpr int MANY = 16;  // rows from which on many_rows is the faster
+template <class B> constexpr int MANY = 16;  // rows from which on many_rows is the faster
+template <> constexpr int MANY<Group> = 24;
 
-inline bool is_many(int num_rows, bool is_deterministic) { return num_rows >= MANY && !is_deterministic; }
+template <class B> inline bool is_many(int num_rows, bool is_deterministic) {
+    return num_rows >= MANY<B> && !is_deterministic;
+}
 
 struct Step {
     const int64_t *positions, *slots;  // [num_tokens]
@@ -117,6 +128,12 @@ template <class B> struct ArithmeticOf<bfloat16, B> {
 #else
 template <> struct ArithmeticOf<bfloat16, int8_t> {
     typedef Ints type;
+};
+#endif
+
+#if SLUICE_PACKS
+template <> struct ArithmeticOf<bfloat16, Group> {
+    typedef Packed type;
 };
 #endif
 
@@ -244,7 +261,7 @@ Input make_input(const Matrix<T, B>& w, int num_rows, int num_k, bool is_determi
     typedef Arithmetic<T, B> A;
     typedef ManyArithmetic<T, B> Many;
     static_assert(std::is_same_v<typename A::Order, typename Many::Order>);
-    if (!is_many(num_rows, is_deterministic)) return make_rows<A>(num_rows, num_k, own, take);
+    if (!is_many<B>(num_rows, is_deterministic)) return make_rows<A>(num_rows, num_k, own, take);
     if (fits(w, num_k)) return make_panels<Many>(num_rows, num_k, panels, own, take);
     return make_panels<A>(num_rows, num_k, panels, own, take);
 }
@@ -263,6 +280,21 @@ template <class T, class B> void take_normed(const T* from, const T* weight, int
     }
 }
 
+// Adds what packed weights are to sums [rows, stride] of the columns of `part`. Rows of x are bfloat16, in pairs.
+inline void add_patches(const Patches& patches, Range part, const Input& input, float* sums, int stride) {
+    auto x = reinterpret_cast<const bfloat16*>(input.x);
+    for (int n = part.begin; n < part.end; n++) {
+        for (int64_t i = patches.starts[n]; i < patches.starts[n + 1]; i++) {
+            int k = patches.columns[i];
+            for (int m = 0; m < input.num_rows; m++) {
+                int64_t word = int64_t(m / PANEL) * PANEL * (input.num_k / 2) + int64_t(k / 2) * PANEL + m % PANEL;
+                int64_t place = input.is_many ? 2 * word + k % 2 : int64_t(m) * input.num_k + k;
+                sums[int64_t(m) * stride + n - part.begin] += patches.values[i] * to_float(x[place]);
+            }
+        }
+    }
+}
+
 // `put(m, sums)` gets the sums of row m for the columns of `part`.
 template <class T, class B, class Put>
 void multiply(Matrix<T, B> w, Range part, const Input& input, Scratch& own, Put put) {
@@ -276,6 +308,7 @@ void multiply(Matrix<T, B> w, Range part, const Input& input, Scratch& own, Put 
     } else {
         few_rows<A>(w.weight, input.num_k, part, input.x, input.num_rows, sums, stride);
     }
+    if constexpr (std::is_same_v<B, Group>) add_patches(w.patches, part, input, sums, stride);
     for (int m = 0; m < input.num_rows; m++, sums += stride) {
         if constexpr (A::HAS_SCALES) {
             for (int n = 0; n < stride; n += W) store(sums + n, load(sums + n) * input.scales[m]);
@@ -480,7 +513,7 @@ template <class T, class B>
 int64_t run(const Model<T, B>& model, const Step& step, int num_layers, T* hidden, const Ranks* ranks) {
     static Shared<T> shared;  // one caller at a time: the rank's only thread that computes
     size_t rows = step.num_tokens, inner = size_t(model.num_heads) * model.head_dim;
-    bool in_panels = is_many(step.num_tokens, step.is_deterministic);
+    bool in_panels = is_many<B>(step.num_tokens, step.is_deterministic);
     make_tiles(step, model.num_heads / model.num_kv_heads, shared.tiles);
     shared.qkv.make_room(rows * (inner + 2 * size_t(model.num_kv_heads) * model.head_dim));
     shared.attended.make_room(rows * inner);
@@ -532,7 +565,7 @@ void linear_of(Matrix<T, B> w, const T* x, T* y, int num_rows, int num_k, int nu
     typedef Arithmetic<T, B> A;
     static Panels panels;
     int most_rows = std::min(num_rows, ROWS_AT_ONCE);
-    bool in_panels = is_many(most_rows, is_deterministic);  // but for a few rows at the end
+    bool in_panels = is_many<B>(most_rows, is_deterministic);  // but for a few rows at the end
     if (in_panels) make_room(panels, most_rows, num_k);
 #pragma omp parallel num_threads(num_threads)
     {
@@ -583,6 +616,20 @@ SLUICE_EXPORT(float32_float32, float, float)
 SLUICE_EXPORT(bfloat16_bfloat16, sluice::bfloat16, sluice::bfloat16)
 SLUICE_EXPORT(float32_int8, float, int8_t)
 SLUICE_EXPORT(bfloat16_int8, sluice::bfloat16, int8_t)
+
+#if SLUICE_PACKS
+SLUICE_EXPORT(bfloat16_packed, sluice::bfloat16, sluice::Group)
+
+extern "C" int64_t sluice_find_patches(const sluice::bfloat16* w, int num_rows, int num_k, int64_t most,
+                                       int num_threads, int64_t* starts) {
+    return sluice::find_patches(w, num_rows, num_k, most, num_threads, starts);
+}
+
+extern "C" void sluice_pack(const sluice::bfloat16* w, int num_rows, int num_k, int num_threads, const int64_t* starts,
+                            sluice::Group* to, float* scales, int32_t* columns, float* values) {
+    sluice::pack(w, num_rows, num_k, num_threads, starts, to, scales, columns, values);
+}
+#endif
 
 #define SLUICE_EXPORT_NORM(NAME, T)                                                                               \
     extern "C" void sluice_norm_##NAME(const T* x, const T* weight, T* out, int num_rows, int size, float eps,    \

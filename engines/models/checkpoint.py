@@ -226,6 +226,9 @@ class Checkpoint:
         None where they must be read: here always, for the files are the whole model's."""
         return None
 
+    def let_go(self, weight: Tensor) -> None:
+        """What `mapped` gave is read no more, or rarely."""
+
     def read_into(self, out: Tensor, name: str, part: Slice) -> None:
         """Fill `out` with a slice of the tensor `name` and its padding, in `out`'s dtype.
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from ctypes import POINTER, cast
+from ctypes import POINTER, byref, cast, sizeof
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from engines.base import Batch
@@ -46,16 +47,16 @@ class KernelLayers:
         kernels = library.load()
         if kernels is None:
             return None
-        dtypes = {operand.weight.dtype for layer in operands for operand in layer}
+        has_mixed = any(len({operand.weight.dtype for operand in layer}) > 1 for layer in operands)
         head_dim = model.layers[0].attention.head_dim
-        if len(dtypes) > 1 or head_dim > _MAX_HEAD_DIM or head_dim % kernels.pair_width:
+        if has_mixed or head_dim > _MAX_HEAD_DIM or head_dim % kernels.pair_width:
             return None
         return cls(kernels, model, operands)
 
     def __init__(
         self, kernels: library.Library, model: Llama, operands: Sequence[Sequence[library.Weight]]
     ) -> None:
-        self._kernels, self._mesh, self._num_layers = kernels, model.mesh, len(model.layers)
+        self._kernels, self._mesh = kernels, model.mesh
         self._weights = (library.LayerWeights * len(operands))()
         for weights, layer, (qkv, output, gate_up, down) in zip(
             self._weights, model.layers, operands, strict=True
@@ -71,7 +72,7 @@ class KernelLayers:
         attention, rotary, config = model.layers[0].attention, model.rotary, model.config
         self._kept = (model.layers, rotary)  # the addresses are theirs
         down = operands[0][-1]
-        self._dtype = down.weight.dtype
+        self._runs = _runs_of([layer[0].weight.dtype for layer in operands])
         self._num_bytes = sum(operand.weight.nbytes for layer in operands for operand in layer)
         self._model = library.Model(
             layers=cast(self._weights, POINTER(library.LayerWeights)),
@@ -81,7 +82,7 @@ class KernelLayers:
             num_heads=attention.num_heads,
             num_kv_heads=attention.num_kv_heads,
             head_dim=attention.head_dim,
-            intermediate=down.weight.shape[1],
+            intermediate=down.num_inputs,
             eps=config.rms_norm_eps,
             scale=attention.scale,
         )
@@ -116,17 +117,20 @@ class KernelLayers:
         return hidden
 
     def _run(self, hidden: Tensor, step: library.Step) -> None:
-        shared, num_layers = self._mesh.shared, self._num_layers
-        if shared is None:
-            self._kernels.run(self._model, self._dtype, step, num_layers, hidden, None)
-            return
-        ranks = library.Ranks(
-            *shared.addresses, CAPACITY, shared.num_operations, shared.rank, shared.size, shared.timeout
-        )
-        failed = self._kernels.run(self._model, self._dtype, step, num_layers, hidden, ranks)
-        if failed:
-            raise shared.late(failed)
-        shared.num_operations += 2 * num_layers
+        shared = self._mesh.shared
+        for weights, layers in self._runs:
+            first = byref(self._weights, layers.start * sizeof(library.LayerWeights))
+            self._model.layers = cast(first, POINTER(library.LayerWeights))
+            if shared is None:
+                self._kernels.run(self._model, weights, step, len(layers), hidden, None)
+                continue
+            ranks = library.Ranks(
+                *shared.addresses, CAPACITY, shared.num_operations, shared.rank, shared.size, shared.timeout
+            )
+            failed = self._kernels.run(self._model, weights, step, len(layers), hidden, ranks)
+            if failed:
+                raise shared.late(failed)
+            shared.num_operations += 2 * len(layers)
 
     def _use(self, caches: Sequence[LayerCache]) -> None:
         if caches is self._caches:
@@ -135,6 +139,17 @@ class KernelLayers:
         self._caches, self._model.block_size = caches, caches[0].block_size
         for weights, cache in zip(self._weights, caches, strict=True):
             weights.cache = cache.data.data_ptr()
+
+
+def _runs_of(dtypes: Sequence[torch.dtype]) -> list[tuple[torch.dtype, range]]:
+    """Layers that follow each other and have weights of one dtype: each a call."""
+    runs: list[tuple[torch.dtype, range]] = []
+    for layer, dtype in enumerate(dtypes):
+        if runs and runs[-1][0] == dtype:
+            runs[-1] = dtype, range(runs[-1][1].start, layer + 1)
+        else:
+            runs.append((dtype, range(layer, layer + 1)))
+    return runs
 
 
 def _tokens_at_once(num_tokens: int, most: int) -> int:
@@ -180,6 +195,5 @@ class _Tokens:
 
 def _operands(layer: Layer) -> list[library.Weight]:
     """Of its four linears; none where one of them is no kernel of ours."""
-    linears = (layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down)
-    found = [linear.operand for linear in linears if isinstance(linear, KernelLinear)]
-    return found if len(found) == len(linears) else []
+    found = [linear.operand for linear in layer.linears if isinstance(linear, KernelLinear)]
+    return found if len(found) == len(layer.linears) else []

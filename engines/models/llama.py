@@ -5,6 +5,7 @@ Embedding and head are split by the vocabulary, so that a rank's memory is its s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -22,6 +23,7 @@ from engines.models.layers import (
     Rotary,
     embed_share,
     make_linear,
+    pack,
     swiglu,
 )
 from engines.models.names import Slice, expected_tensors, kv_heads_of, slice_of
@@ -44,9 +46,11 @@ class WeightLoader:
         report: ReportProgress,
         is_deterministic: bool = False,
         int8_activations: bool = True,
+        pack_weights: bool = True,
     ) -> None:
         self._checkpoint, self._config, self._mesh, self._dtype = checkpoint, config, mesh, dtype
         self.is_deterministic, self._int8_activations = is_deterministic, int8_activations
+        self._pack_weights = pack_weights
         self._specs = expected_tensors(config)
         checkpoint.check(self._specs.values(), optional=frozenset({"lm_head.weight"}))
         self._report, self._num_read, self._num_tensors = report, 0, len(self._specs)
@@ -106,6 +110,12 @@ class WeightLoader:
             keeps_rows=not self._int8_activations,
         )
 
+    def finish(self, linears: Sequence[LinearOp]) -> None:
+        """Those of one layer have been loaded."""
+        if self._pack_weights:
+            for weight in pack(linears):
+                self._checkpoint.let_go(weight)
+
     def norm(self, name: str) -> RMSNorm:
         return RMSNorm(self.load(f"{name}.weight"), self._config.rms_norm_eps)
 
@@ -164,6 +174,11 @@ class Layer:
         self.attention = Attention(loader, config, mesh, layer, cache_index)
         self.mlp_norm = loader.norm(f"{name}.post_attention_layernorm")
         self.mlp = Mlp(loader, layer)
+        loader.finish(self.linears)
+
+    @property
+    def linears(self) -> tuple[LinearOp, ...]:
+        return self.attention.qkv, self.attention.output, self.mlp.gate_up, self.mlp.down
 
     def __call__(self, hidden: Tensor, rotary: Rotary, cos: Tensor, sin: Tensor) -> None:
         attended = self.attention(self.attention_norm(hidden), rotary, cos, sin)
@@ -195,6 +210,7 @@ class Llama:
         if self.is_last:
             self.norm = loader.norm("model.norm")
             self.head = self._load_head(loader)
+            loader.finish((self.head,))
         self.rotary = Rotary(config.rope, config.head_dim, max_positions, loader.dtype, mesh.device)
         self.fused_layers = FusedLayers.of(self)
         self.kernel_layers = KernelLayers.of(self)

@@ -17,6 +17,7 @@ from engines.models.layout import layout_of, misfit, no_fp8
 from engines.models.manifest import Layout, rank_file, read_rank
 from engines.models.names import Slice, TensorSpec, expected_tensors, is_on_stage, slice_of
 from engines.models.quantized import ENCODINGS, encoding_of, has_fp8
+from engines.runtime.cpu import unmap_pages
 from engines.runtime.mesh import Mesh
 
 _DTYPES = DTYPES | dict(ENCODINGS.values())
@@ -132,6 +133,10 @@ class MappedRank(Checkpoint):
         shape = (sum(s.shape[0] for s in stored), *first.shape[1:])
         num_bytes = sum(s.num_bytes for s in stored)
         return self._bytes[first.offset : first.offset + num_bytes].view(dtype).view(shape)
+
+    def let_go(self, weight: Tensor) -> None:
+        if weight.untyped_storage().data_ptr() == self._bytes.untyped_storage().data_ptr():
+            unmap_pages(weight)
 
     def read_into(self, out: Tensor, name: str, part: Slice) -> None:
         """All of what this rank holds, padding included: `part` is what that is of the whole tensor."""

@@ -31,6 +31,7 @@ def native(
             "reshard": False,
             "deterministic": False,
             "int8_activations": True,
+            "pack_weights": True,
         }
         | settings
     )  # all that the engine reads of it

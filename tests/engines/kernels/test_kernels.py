@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conversion.plan import Target
 from engines.base import UnsupportedModel
 from engines.kernels import build, library
+from engines.models import layers
 from engines.models.layers import MOST_ROWS, KernelLinear, PlainLinear, RMSNorm
 from engines.native import NativeEngine
 from engines.runtime import cpu
@@ -96,6 +98,54 @@ def _in_8_bits(block: Tensor) -> Tensor:
     most = block.abs().amax(dim=1, keepdim=True)
     factor = torch.where(most > 0, torch.full_like(most, 127) / most, 0)
     return (block * factor).round().double() * most / 127
+
+
+CAN_PACK = KERNELS is not None and KERNELS._can_pack
+
+
+@pytest.mark.skipif(not CAN_PACK, reason="by no instruction of this processor")
+@pytest.mark.parametrize(("num_n", "num_k"), [(64, 64), (37, 704), (5, 4096), (130, 2112)])
+def test_packed_weights_are_what_they_were(num_n: int, num_k: int) -> None:
+    assert KERNELS is not None
+    weight, bias = random(num_n, num_k, dtype=torch.bfloat16), random(num_n, dtype=torch.bfloat16, seed=1)
+    weight[0] *= 1e-35  # not far from the smallest that there are
+    weight[1] *= 1e30
+    weight[2, 3], weight[2, 5], weight[3, 0], weight[4, -1] = 0.0, -0.0, -1e-8, 1e-40
+    for plain in (library.Weight(weight), library.Weight(weight, bias)):
+        packed = KERNELS.pack(plain)
+        assert packed is not None
+        assert packed.patches is not None
+        assert len(packed.patches[1]) >= 4
+        assert packed.weight.nbytes == weight.nbytes * 3 // 4
+        for num_rows in (1, 3, 8, 9, 16, 23, 24, 33, 150):
+            x = random(num_rows, num_k, dtype=torch.bfloat16, seed=num_rows)
+            exact = x.double() @ weight.double().T + (0 if plain.bias is None else bias.double())
+            got = KERNELS.linear(packed, x)
+            for row in range(num_n):  # each as large as its own numbers
+                size = float(weight[row].abs().max())
+                torch.testing.assert_close(
+                    got[:, row].double(),
+                    exact[:, row],
+                    rtol=torch.finfo(torch.bfloat16).eps,
+                    atol=1e-6 * size * num_k**0.5,
+                )
+            few = KERNELS.linear(packed, x, is_deterministic=True)
+            assert torch.equal(few[:1], KERNELS.linear(packed, x[:1]))
+
+
+@pytest.mark.skipif(not CAN_PACK, reason="by no instruction of this processor")
+def test_what_cannot_be_packed_stays_as_it_is() -> None:
+    assert KERNELS is not None
+    weight = random(40, 128, dtype=torch.bfloat16)
+    assert KERNELS.pack(library.Weight(weight)) is not None
+    for value in (torch.inf, torch.nan):
+        odd = weight.clone()
+        odd[3, 5] = value
+        assert KERNELS.pack(library.Weight(odd)) is None
+    sparse = weight.clone()
+    sparse[:, ::8] = 0
+    others = (sparse, weight[:, :96].contiguous(), weight[:, 64:], weight.float(), weight.to(torch.int8))
+    assert all(KERNELS.pack(library.Weight(other)) is None for other in others)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -241,7 +291,7 @@ def test_int8_layers_do_what_their_modules_do(tmp_path: Path, dtype: str, tolera
     source = make_llama(tmp_path / "hf", SHAPES["biases"], seed=2)
     convert(source, tmp_path / "int8", Target("sluice", quantize="int8"))
     both = Both(tmp_path / "int8", dtype)
-    assert both.engines[0]._model.kernel_layers._dtype == torch.int8  # type: ignore[union-attr]
+    assert both.engines[0]._model.kernel_layers._runs[0][0] == torch.int8  # type: ignore[union-attr]
     both.add(1, 9)
     for _ in range(6):
         torch.testing.assert_close(*both.step(3), rtol=tolerance, atol=tolerance)
@@ -260,6 +310,32 @@ def test_the_engine_keeps_rows_where_it_is_told_to(tmp_path: Path) -> None:
         found.append(ours)
     error = float((found[1] - found[0]).norm() / found[0].norm())
     assert 0.005 < error < 0.05
+
+
+@pytest.mark.skipif(not CAN_PACK, reason="by no instruction of this processor")
+@pytest.mark.parametrize("kind", ["hf", "sluice"])
+def test_packed_layers_answer_as_plain_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The second of three layers cannot be packed: too many of its numbers are zeros."""
+    monkeypatch.setattr(layers, "_LEAST_PACKED", 1)
+    shape = Shape(hidden=64, layers=3, heads=4, kv_heads=2, head_dim=64, ffn=128, vocab=256)
+    root = make_llama(tmp_path / "hf", shape, seed=2)
+    tensors = load_file(root / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][:, ::8] = 0
+    save_file(tensors, root / "model.safetensors", metadata={"format": "pt"})
+    if kind == "sluice":
+        convert(root, tmp_path / "sluice", Target("sluice", dtype="BF16"))
+        root = tmp_path / "sluice"
+    found = []
+    for packs in (False, True):
+        both = Both(root, "bfloat16", pack_weights=packs)
+        both.add(1, 9, 40)
+        found.append([torch.cat(both.step(chunk)) for chunk in (40, 1, 1)])
+        runs = both.engines[0]._model.kernel_layers._runs  # type: ignore[union-attr]
+        assert [len(layers) for _, layers in runs] == ([1, 1, 1] if packs else [3])
+    for plain, packed in zip(*found, strict=True):
+        torch.testing.assert_close(packed, plain, rtol=BFLOAT16_TOLERANCE, atol=BFLOAT16_TOLERANCE)
 
 
 def test_nothing_stale_is_read_or_left(tmp_path: Path) -> None:
