@@ -409,12 +409,29 @@ inline void widen(const typename A::Weight* from, int64_t stride, int height, in
     }
 }
 
+// Adds what packed weights lack to turned [num_panels, columns, PANEL] of the columns of `part`, whose rows of x are
+// pairs of bfloat16.
+inline void add_patches(const Patches& patches, Range part, const float* panels, int num_k, int num_rows,
+                        float* turned, int columns) {
+    for (int n = part.begin; n < part.end; n++) {
+        for (int64_t i = patches.starts[n]; i < patches.starts[n + 1]; i++) {
+            int k = patches.columns[i];
+            for (int m = 0; m < num_rows; m += W) {
+                int64_t panel = m / PANEL, word = (panel * num_k + k) / 2 * PANEL + m % PANEL;
+                auto pairs = *reinterpret_cast<const vuint_at*>(panels + word);
+                float* to = turned + (panel * columns + n - part.begin) * PANEL + m % PANEL;
+                store(to, load(to) + vfloat(k % 2 ? pairs & 0xffff0000u : pairs << 16) * patches.values[i]);
+            }
+        }
+    }
+}
+
 // What few_rows does, to the rounding. panels: [num_panels, words, PANEL], blocks, if A has them: [num_panels,
 // num_blocks]. turned has room for num_panels * (part.size() up to a multiple of W) * PANEL numbers, stride is no less
 // than that multiple.
 template <class A>
 void many_rows(const typename A::Weight* w, int num_k, Range part, const float* panels, const Block* blocks,
-               int num_rows, float* turned, float* sums, int stride) {
+               const Patches& patches, int num_rows, float* turned, float* sums, int stride) {
     float both[2][STRIP * WIDE_STRIDE];
     float *wide = both[0], *next_wide = both[1];
     int count = num_panels(num_rows), columns = (part.size() + W - 1) / W * W;
@@ -447,6 +464,7 @@ void many_rows(const typename A::Weight* w, int num_k, Range part, const float* 
             if (is_wide) std::swap(wide, next_wide);
         }
     }
+    if (patches.starts) add_patches(patches, part, panels, num_k, num_rows, turned, columns);
     for (int m = 0; m < num_rows; m += W) {
         const float* from = turned + int64_t(m / PANEL) * columns * PANEL + m % PANEL;
         for (int n = 0; n < columns; n += W) transpose(from + n * PANEL, PANEL, sums + int64_t(m) * stride + n, stride);

@@ -280,16 +280,14 @@ template <class T, class B> void take_normed(const T* from, const T* weight, int
     }
 }
 
-// Adds what packed weights are to sums [rows, stride] of the columns of `part`. Rows of x are bfloat16, in pairs.
+// The same for few rows: to sums [rows, stride].
 inline void add_patches(const Patches& patches, Range part, const Input& input, float* sums, int stride) {
     auto x = reinterpret_cast<const bfloat16*>(input.x);
     for (int n = part.begin; n < part.end; n++) {
         for (int64_t i = patches.starts[n]; i < patches.starts[n + 1]; i++) {
             int k = patches.columns[i];
             for (int m = 0; m < input.num_rows; m++) {
-                int64_t word = int64_t(m / PANEL) * PANEL * (input.num_k / 2) + int64_t(k / 2) * PANEL + m % PANEL;
-                int64_t place = input.is_many ? 2 * word + k % 2 : int64_t(m) * input.num_k + k;
-                sums[int64_t(m) * stride + n - part.begin] += patches.values[i] * to_float(x[place]);
+                sums[m * stride + n - part.begin] += patches.values[i] * to_float(x[int64_t(m) * input.num_k + k]);
             }
         }
     }
@@ -304,11 +302,12 @@ void multiply(Matrix<T, B> w, Range part, const Input& input, Scratch& own, Put 
     int stride = (part.size() + W - 1) / W * W;
     if (input.is_many) {
         auto run = input.is_fit ? many_rows<Many> : many_rows<A>;
-        run(w.weight, input.num_k, part, input.x, input.blocks, input.num_rows, own.turned.data(), sums, stride);
+        run(w.weight, input.num_k, part, input.x, input.blocks, w.patches, input.num_rows, own.turned.data(), sums,
+            stride);
     } else {
         few_rows<A>(w.weight, input.num_k, part, input.x, input.num_rows, sums, stride);
+        if (w.patches.starts) add_patches(w.patches, part, input, sums, stride);
     }
-    if constexpr (std::is_same_v<B, Group>) add_patches(w.patches, part, input, sums, stride);
     for (int m = 0; m < input.num_rows; m++, sums += stride) {
         if constexpr (A::HAS_SCALES) {
             for (int n = 0; n < stride; n += W) store(sums + n, load(sums + n) * input.scales[m]);
