@@ -98,17 +98,17 @@ def step_seconds(engines: Sequence[Engine], batch: int, vocab: int, steps: int =
 
 
 def speeds(name: str, root: Path) -> list[dict[str, object]]:
-    """Of int8 over bfloat16, at several sequences; with int8Activations and without."""
+    """Of int8 over bfloat16, at several sequences; with int8Activations and packWeights, and without."""
     shape = SHAPES[name]
     plain = make_llama(root / "plain", shape, dtype=torch.bfloat16)
     convert(plain, root / "int8", Target("sluice", quantize="int8"))
-    engines = [native(root / "plain", dtype="bfloat16")]
+    engines = [native(root / "plain", dtype="bfloat16", pack_weights=packs) for packs in (False, True)]
     engines += [native(root / "int8", dtype="bfloat16", int8_activations=has) for has in (True, False)]
     torch.set_num_threads(os.cpu_count() or 1)
     found = []
     for batch in (1, 8, 32):
         bfloat16, *small = step_seconds(engines, batch, shape.vocab)
-        names = ("bfloat16", "int8", "int8, weights alone")
+        names = ("bfloat16", "bfloat16, packed", "int8", "int8, weights alone")
         found.append(
             {
                 "shape": name,
