@@ -55,7 +55,7 @@ _MODEL = {
     "packWeights": Help(
         "bfloat16 weights are kept in 12 bits each while they are served, and nothing is lost: steps of "
         "few tokens are up to a third faster. They are no longer the file's pages, which replicas share. For "
-        "Llamas with engine native or pipeline on CPUs with AVX512-BF16 and -VBMI2.",
+        "Llamas with engine native or pipeline on CPUs with AVX512-BF16 and -VBMI.",
         True,
     ),
     "int8Activations": Help(

@@ -1,10 +1,11 @@
 // bfloat16 weights in 12 bits each, and nothing lost: the exponents of a row's numbers are nearly all among 16 that
-// follow each other. So four bits say which, the row has a scale, and the few numbers outside have patches.
+// follow each other. So four bits say which, but for its last bit, and the sign; the row has a scale, and the few
+// numbers outside have patches.
 #pragma once
 
 #include "vec.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 #define SLUICE_PACKS 1
 #else
 #define SLUICE_PACKS 0
@@ -20,34 +21,49 @@ struct Patches {
     const float* values;
 };
 
-// That packed numbers have in their row's scale: they are 2 to the -15 up to 2.
+// Of packed numbers in their row's scale, which is such that they are 2 to the -15 up to 2.
 constexpr int LOWEST_EXPONENT = 112, EXPONENTS = 16;
 
-struct ByPlace {
-    alignas(64) int16_t exponents[32] = {};
+// The second bytes of bfloat16, sign and exponent but for its last bit: by codes of four bits, looked up by six.
+struct SecondBytes {
+    alignas(64) uint8_t of[64] = {};
 
-    constexpr ByPlace() {
-        for (int i = 0; i < 32; i++) exponents[i] = int16_t((LOWEST_EXPONENT + i % EXPONENTS) << 7);
+    constexpr SecondBytes() {
+        for (int i = 0; i < 64; i++) of[i] = uint8_t((i & 8) << 4 | (LOWEST_EXPONENT / 2 + (i & 7)));
     }
 };
 
-inline constexpr ByPlace BY_PLACE;
+inline constexpr SecondBytes SECOND_BYTES;
 
+// Byte 16 L + i of `firsts` is of number 8 L + i, byte 16 L + 8 + i of number 32 + 8 L + i: so half a lane each comes
+// to lie beside its second bytes. Half i of word q of the codes is of bytes 32 i + 8 q to 32 i + 8 q + 7.
 struct alignas(32) Group {
     static constexpr int NUMBERS = 64;
 
-    uint8_t exponents[32];  // over the lowest: of number i in the low half of byte i, of number 32 + i in the high one
-    uint8_t rest[NUMBERS];  // sign in the last bit, above it the fraction
+    uint64_t codes[4];
+    uint8_t firsts[NUMBERS];
 
 #if SLUICE_PACKS
     // Numbers 0 to 31, or the others, as bfloat16.
     vshort half(int number) const {
-        __m512i places = _mm512_cvtepu8_epi16(_mm256_load_si256(reinterpret_cast<const __m256i*>(exponents)));
-        if (number) places = _mm512_srli_epi16(places, 4);
-        __m512i others = _mm512_cvtepu8_epi16(_mm256_load_si256(reinterpret_cast<const __m256i*>(rest + 32 * number)));
-        __m512i turned = _mm512_shrdi_epi16(others, others, 1);  // the sign to the front
-        __m512i table = _mm512_load_si512(BY_PLACE.exponents);  // looked up by five bits, one of them not its own
-        return vshort(_mm512_or_si512(turned, _mm512_permutexvar_epi16(places, table)));
+        const __m512i shifts = _mm512_set_epi64(0x3c3834302c282420, 0x3c3834302c282420, 0x3c3834302c282420,
+                                                0x3c3834302c282420, 0x1c1814100c080400, 0x1c1814100c080400,
+                                                0x1c1814100c080400, 0x1c1814100c080400);
+        __m512i twice = _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(codes)));
+        __m512i places = _mm512_multishift_epi64_epi8(shifts, twice);
+        __m512i second = _mm512_permutexvar_epi8(places, _mm512_load_si512(SECOND_BYTES.of));
+        __m512i first = _mm512_loadu_si512(firsts);
+        return vshort(number ? _mm512_unpackhi_epi8(first, second) : _mm512_unpacklo_epi8(first, second));
+    }
+
+    // Of 64 numbers, each 32 one vector: their bytes, and codes in the same places.
+    void put(__m512i first, __m512i places) {
+        _mm512_storeu_si512(firsts, first);
+        uint64_t eight[8];
+        std::memcpy(eight, &places, sizeof(eight));
+        for (int q = 0; q < 4; q++) {
+            codes[q] = _pext_u64(eight[q], 0x0f0f0f0f0f0f0f0f) | _pext_u64(eight[q + 4], 0x0f0f0f0f0f0f0f0f) << 32;
+        }
     }
 #endif
 };
@@ -71,12 +87,13 @@ struct Exponents {
         is_packable = most < 255;
     }
 
-    __m512i least() const { return _mm512_set1_epi16(int16_t(most - EXPONENTS + 1)); }
+    int least() const { return most / 2 * 2 - EXPONENTS + 2; }  // even: the last bit is not in the code
 
     int count_patches(const bfloat16* row, int num_k) const {
         int count = 0;
         for (int k = 0; k < num_k; k += 2 * W) {
-            count += __builtin_popcount(_mm512_cmplt_epu16_mask(exponents_of(row + k), least()));
+            __mmask32 is_low = _mm512_cmplt_epu16_mask(exponents_of(row + k), _mm512_set1_epi16(int16_t(least())));
+            count += __builtin_popcount(is_low);
         }
         return count;
     }
@@ -85,24 +102,25 @@ struct Exponents {
 // A row of num_k, a multiple of Group::NUMBERS, with its patches. Returns its scale.
 inline float pack_row(const bfloat16* row, int num_k, Exponents exponents, Group* to, int32_t* columns,
                       float* values) {
-    float scale = std::ldexp(1.0f, exponents.most - 127), lowest = std::ldexp(1.0f, LOWEST_EXPONENT - 127);
-    __m512i least = exponents.least();
+    float scale = std::ldexp(1.0f, exponents.least() - LOWEST_EXPONENT);
+    float lowest = std::ldexp(1.0f, LOWEST_EXPONENT - 127);
+    __m512i least = _mm512_set1_epi16(int16_t(exponents.least())), first_byte = _mm512_set1_epi16(0xff);
     for (int k = 0; k < num_k; k += Group::NUMBERS, to++) {
-        __m256i places[2];
+        __m512i firsts[2], codes[2];
         for (int half = 0; half < 2; half++) {
             const bfloat16* from = row + k + 2 * W * half;
             __m512i found = exponents_of(from), bits = _mm512_loadu_si512(from);
             __mmask32 is_low = _mm512_cmplt_epu16_mask(found, least);
-            places[half] = _mm512_cvtepi16_epi8(_mm512_maskz_sub_epi16(~is_low, found, least));
-            __m512i rest = _mm512_maskz_shldi_epi16(~is_low, bits, bits, 1);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to->rest + 2 * W * half), _mm512_cvtepi16_epi8(rest));
+            firsts[half] = _mm512_maskz_mov_epi16(~is_low, _mm512_and_si512(bits, first_byte));
+            __m512i sign = _mm512_slli_epi16(_mm512_srli_epi16(bits, 15), 3);
+            __m512i place = _mm512_srli_epi16(_mm512_sub_epi16(found, least), 1);
+            codes[half] = _mm512_maskz_mov_epi16(~is_low, _mm512_or_si512(sign, place));
             for (; is_low; is_low &= is_low - 1) {
                 int i = __builtin_ctz(is_low);
                 *columns++ = k + 2 * W * half + i, *values++ = to_float(from[i]) / scale - lowest;
             }
         }
-        __m256i both = _mm256_or_si256(places[0], _mm256_slli_epi16(places[1], 4));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to->exponents), both);
+        to->put(_mm512_packus_epi16(firsts[0], firsts[1]), _mm512_packus_epi16(codes[0], codes[1]));
     }
     return scale;
 }
