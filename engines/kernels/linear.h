@@ -30,6 +30,17 @@ template <class T> inline void put_row(const float* from, int count, T* to) {
 // The nearest whole numbers, in the last 16 bits of each.
 inline vint in_last_bits(vfloat x) { return vint(x + 12582912.0f); }  // 1.5 * 2^23
 
+// The size of the largest number of a row; NaN if one is not finite.
+inline float largest_size(const float* from, int count) {
+    vfloat sizes = {}, zero = {};
+    for (int k = 0; k < count; k += W) {
+        vfloat x = load(from + k);
+        sizes = larger(sizes, size_of(x));
+        zero += x * 0.0f;
+    }
+    return largest(sizes) + sum(zero);
+}
+
 // ---- In which numbers it is done. A word of x, the room of a float32, holds NUMBERS of them. Weights are taken STEP
 // at a time, which are STEP_BYTES in memory.
 
@@ -127,19 +138,13 @@ struct Ints : Pairs {
 
     // A row of float32 into one of 16 bits. Returns its scale.
     static float take(const float* from, int count, float* to) {
-        vfloat sizes = {}, zero = {};
-        for (int k = 0; k < count; k += W) {
-            vfloat x = sluice::load(from + k);
-            sizes = larger(sizes, size_of(x));
-            zero += x * 0.0f;
-        }
-        float most = largest(sizes) + sum(zero);  // or what is not finite stays so
+        float most = largest_size(from, count);
         float factor = most > 0.0f ? 32767.0f / most : 0.0f;
         auto* numbers = reinterpret_cast<vnarrow_at*>(to);
         for (int k = 0; k < count; k += W) {
             numbers[k / W] = __builtin_convertvector(in_last_bits(sluice::load(from + k) * factor), vnarrow_at);
         }
-        return most / 32767.0f + sum(zero);
+        return most / 32767.0f;
     }
 };
 
@@ -169,13 +174,7 @@ struct Bytes {
 
     // DEPTH numbers, or the last ones, of a row in float32: to 8 bits, with a scale, and where a sum of them begins.
     static void take(const float* from, int count, float* to, float* scale, float* start) {
-        vfloat sizes = {}, zero = {};
-        for (int k = 0; k < count; k += W) {
-            vfloat x = sluice::load(from + k);
-            sizes = larger(sizes, size_of(x));
-            zero += x * 0.0f;
-        }
-        float most = largest(sizes) + sum(zero);  // or what is not finite stays so
+        float most = largest_size(from, count);
         float factor = most > 0.0f ? 127.0f / most : 0.0f;
         auto* numbers = reinterpret_cast<vquarter_at*>(to);
         vint total = {};
@@ -186,7 +185,7 @@ struct Bytes {
             numbers[k / W + 1] = __builtin_convertvector(high, vquarter_at);
             total += (low << 24 >> 24) + (high << 24 >> 24);
         }
-        *scale = most / 127.0f + sum(zero);
+        *scale = most / 127.0f;
         int32_t begin = 0;
         for (int i = 0; i < W; i++) begin -= 128 * total[i];
         std::memcpy(start, &begin, 4);
