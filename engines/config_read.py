@@ -46,8 +46,8 @@ class Settings:
     def text(self, key: str) -> str | None:
         return cast("str | None", self.values.get(key))
 
-    def flag(self, key: str) -> bool:
-        return self.values.get(key) is True
+    def flag(self, key: str, *, default: bool = False) -> bool:
+        return self.values.get(key, default) is True
 
     def texts(self, key: str) -> tuple[str, ...] | None:
         return cast("tuple[str, ...] | None", self.values.get(key))

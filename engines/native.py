@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engines.base import Batch, KVSpec, ReportProgress, UnsupportedModel
 from engines.models.config import LlamaConfig
-from engines.models.llama import Llama, WeightLoader
+from engines.models.llama import HowLinear, Llama, WeightLoader
 from engines.models.names import indivisible, kv_heads_of
 from engines.models.rank_weights import open_weights
 from engines.runtime.mesh import Mesh
@@ -33,8 +33,7 @@ class NativeEngine:
         checkpoint = open_weights(config.model_path, self._config, mesh, layers, reshard=config.reshard)
         self._mesh = mesh
         self._dtype = checkpoint.dtype if config.dtype == "auto" else _DTYPES[config.dtype]
-        how = config.deterministic, config.int8_activations, config.pack_weights
-        loader = WeightLoader(checkpoint, self._config, mesh, self._dtype, report, *how)
+        loader = WeightLoader(checkpoint, self._config, mesh, self._dtype, report, HowLinear.of(config))
         max_positions = min(config.max_model_len or self._config.max_positions, self._config.max_positions)
         with torch.inference_mode():
             self._model = Llama(loader, self._config, mesh, max_positions)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from engines.base import Batch, KVSpec, ReportProgress, UnsupportedModel
 from engines.models.config import LlamaConfig, is_llama
-from engines.models.llama import Llama, WeightLoader
+from engines.models.llama import HowLinear, Llama, WeightLoader
 from engines.models.names import indivisible, kv_heads_of, kv_share
 from engines.models.rank_weights import open_weights
 from engines.models.stages import BadSplit, Sizes, sizes_of, split_layers
@@ -134,8 +134,7 @@ def _load_llama(config: ModelConfig, mesh: Mesh, report: ReportProgress) -> _Sta
     layers = _layers_of(sizes_of(model), config, mesh)
     checkpoint = open_weights(config.model_path, model, mesh, layers, reshard=config.reshard)
     dtype = checkpoint.dtype if config.dtype == "auto" else _DTYPES[config.dtype]
-    how = config.deterministic, config.int8_activations, config.pack_weights
-    loader = WeightLoader(checkpoint, model, mesh, dtype, report, *how)
+    loader = WeightLoader(checkpoint, model, mesh, dtype, report, HowLinear.of(config))
     max_positions = min(config.max_model_len or model.max_positions, model.max_positions)
     return _Stage(
         Llama(loader, model, mesh, max_positions, layers),

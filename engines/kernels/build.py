@@ -24,12 +24,14 @@ _SOURCES = ("llama.cpp", "attention.h", "prompt_attention.h", "linear.h", "pack.
 _FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno")
 _V4 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 _LEVELS = {
-    "x86-64-v4-bf16": _V4 | {"avx512_bf16", "avx512_vnni", "avx512vbmi"},
+    "x86-64-v4-bf16-vbmi": _V4 | {"avx512_bf16", "avx512_vnni", "avx512vbmi"},
+    "x86-64-v4-bf16": _V4 | {"avx512_bf16", "avx512_vnni"},
     "x86-64-v4": _V4,
     "x86-64-v3": frozenset({"avx2", "fma", "bmi2"}),
 }
 """Of x86 processors, the best first, with what Linux calls the instructions that tell them apart."""
-_ARCHITECTURES = {"x86-64-v4-bf16": ("x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi")}
+_V4_BF16 = ("x86-64-v4", "-mavx512bf16", "-mavx512vnni")
+_ARCHITECTURES = {"x86-64-v4-bf16-vbmi": (*_V4_BF16, "-mavx512vbmi"), "x86-64-v4-bf16": _V4_BF16}
 """What the compiler calls a level, where it has no such name."""
 _COMPILE_SECONDS = 300
 

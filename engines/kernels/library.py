@@ -24,17 +24,16 @@ log = logging.getLogger("sluice.engine")
 SWITCH = "SLUICE_KERNELS"
 
 
-_PATCHES = (("starts", c_void_p), ("columns", c_void_p), ("values", c_void_p))
-
-
 class Matrix(Structure):
-    """Mirrors Matrix of llama.cpp: addresses, none where there is no scale or bias."""
+    """Mirrors Matrix of llama.cpp: addresses, none where there is no scale, bias or patch."""
 
     _fields_ = (
         ("weight", c_void_p),
         ("scale", c_void_p),
         ("bias", c_void_p),
-        *_PATCHES,
+        ("patch_starts", c_void_p),
+        ("patch_columns", c_void_p),
+        ("patch_values", c_void_p),
         ("keeps_rows", c_int32),
     )
 
@@ -124,12 +123,8 @@ class Weight:
 
     def matrix(self) -> Matrix:
         """Valid as long as this is."""
-        parts = (self.weight, self.scale, self.bias)
-        addresses = (None if part is None else part.data_ptr() for part in parts)
-        patches = (part.data_ptr() for part in self.patches or ())
-        matrix = Matrix(*addresses, *patches)
-        matrix.keeps_rows = self.keeps_rows
-        return matrix
+        parts = (self.weight, self.scale, self.bias, *(self.patches or (None,) * 3))
+        return Matrix(*(None if part is None else part.data_ptr() for part in parts), self.keeps_rows)
 
 
 _BYTES_A_THREAD = 5 << 20

@@ -35,7 +35,7 @@ inline float largest_size(const float* from, int count) {
     vfloat sizes = {}, zero = {};
     for (int k = 0; k < count; k += W) {
         vfloat x = load(from + k);
-        sizes = larger(sizes, size_of(x));
+        sizes = larger(sizes, larger(x, -x));
         zero += x * 0.0f;
     }
     return largest(sizes) + sum(zero);
@@ -304,12 +304,32 @@ void few_rows_by(const typename A::Weight* w, int num_k, Range part, const float
     }
 }
 
+// Adds what packed weights lack to sums [num_rows, stride] of the columns of `part`; rows of x are bfloat16.
+inline void add_patches(const Patches& patches, Range part, const bfloat16* x, int num_k, int num_rows, float* sums,
+                        int stride) {
+    for (int n = part.begin; n < part.end; n++) {
+        for (int64_t i = patches.starts[n]; i < patches.starts[n + 1]; i++) {
+            const bfloat16* from = x + patches.columns[i];
+            for (int m = 0; m < num_rows; m++) {
+                sums[m * stride + n - part.begin] += patches.values[i] * to_float(from[int64_t(m) * num_k]);
+            }
+        }
+    }
+}
+
 // sums [num_rows, stride] = x [num_rows, num_k] times rows `part` of w [., num_k]. num_k is a multiple of A::STEP.
 template <class A>
-void few_rows(const typename A::Weight* w, int num_k, Range part, const float* x, int num_rows, float* sums,
-              int stride) {
-    if (W == 16 && num_rows <= Tall::M) return few_rows_by<A, Tall>(w, num_k, part, x, num_rows, sums, stride);
-    few_rows_by<A, Squarish>(w, num_k, part, x, num_rows, sums, stride);
+void few_rows(const typename A::Weight* w, int num_k, Range part, const float* x, const Patches& patches, int num_rows,
+              float* sums, int stride) {
+    constexpr bool HAS_TALL = W == 16;
+    if (HAS_TALL && num_rows <= Tall::M) {
+        if constexpr (HAS_TALL) few_rows_by<A, Tall>(w, num_k, part, x, num_rows, sums, stride);
+    } else {
+        few_rows_by<A, Squarish>(w, num_k, part, x, num_rows, sums, stride);
+    }
+    if (patches.starts) {
+        add_patches(patches, part, reinterpret_cast<const bfloat16*>(x), num_k, num_rows, sums, stride);
+    }
 }
 
 // ---- Many rows: outer products, with x in panels and every weight widened once for all of them.
@@ -408,10 +428,10 @@ inline void widen(const typename A::Weight* from, int64_t stride, int height, in
     }
 }
 
-// Adds what packed weights lack to turned [num_panels, columns, PANEL] of the columns of `part`, whose rows of x are
-// pairs of bfloat16.
-inline void add_patches(const Patches& patches, Range part, const float* panels, int num_k, int num_rows,
-                        float* turned, int columns) {
+// Adds what packed weights lack to turned [num_panels, columns, PANEL] of the columns of `part`; panels are of pairs of
+// bfloat16.
+inline void add_patches_to_turned(const Patches& patches, Range part, const float* panels, int num_k,
+                                  int num_rows, float* turned, int columns) {
     for (int n = part.begin; n < part.end; n++) {
         for (int64_t i = patches.starts[n]; i < patches.starts[n + 1]; i++) {
             int k = patches.columns[i];
@@ -463,7 +483,7 @@ void many_rows(const typename A::Weight* w, int num_k, Range part, const float* 
             if (is_wide) std::swap(wide, next_wide);
         }
     }
-    if (patches.starts) add_patches(patches, part, panels, num_k, num_rows, turned, columns);
+    if (patches.starts) add_patches_to_turned(patches, part, panels, num_k, num_rows, turned, columns);
     for (int m = 0; m < num_rows; m += W) {
         const float* from = turned + int64_t(m / PANEL) * columns * PANEL + m % PANEL;
         for (int n = 0; n < columns; n += W) transpose(from + n * PANEL, PANEL, sums + int64_t(m) * stride + n, stride);

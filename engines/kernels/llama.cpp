@@ -280,19 +280,6 @@ template <class T, class B> void take_normed(const T* from, const T* weight, int
     }
 }
 
-// The same for few rows: to sums [rows, stride].
-inline void add_patches(const Patches& patches, Range part, const Input& input, float* sums, int stride) {
-    auto x = reinterpret_cast<const bfloat16*>(input.x);
-    for (int n = part.begin; n < part.end; n++) {
-        for (int64_t i = patches.starts[n]; i < patches.starts[n + 1]; i++) {
-            int k = patches.columns[i];
-            for (int m = 0; m < input.num_rows; m++) {
-                sums[m * stride + n - part.begin] += patches.values[i] * to_float(x[int64_t(m) * input.num_k + k]);
-            }
-        }
-    }
-}
-
 // `put(m, sums)` gets the sums of row m for the columns of `part`.
 template <class T, class B, class Put>
 void multiply(Matrix<T, B> w, Range part, const Input& input, Scratch& own, Put put) {
@@ -305,8 +292,7 @@ void multiply(Matrix<T, B> w, Range part, const Input& input, Scratch& own, Put 
         run(w.weight, input.num_k, part, input.x, input.blocks, w.patches, input.num_rows, own.turned.data(), sums,
             stride);
     } else {
-        few_rows<A>(w.weight, input.num_k, part, input.x, input.num_rows, sums, stride);
-        if (w.patches.starts) add_patches(w.patches, part, input, sums, stride);
+        few_rows<A>(w.weight, input.num_k, part, input.x, w.patches, input.num_rows, sums, stride);
     }
     for (int m = 0; m < input.num_rows; m++, sums += stride) {
         if constexpr (A::HAS_SCALES) {

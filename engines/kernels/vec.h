@@ -28,7 +28,6 @@ typedef uint32_t vuint_at __attribute__((vector_size(4 * W), aligned(2), may_ali
 typedef uint16_t vhalf_at __attribute__((vector_size(2 * W), aligned(2), may_alias));
 typedef int16_t vnarrow_at __attribute__((vector_size(2 * W), aligned(2), may_alias));
 typedef int16_t vshort_at __attribute__((vector_size(4 * W), aligned(2), may_alias));
-typedef int32_t vint_at __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int8_t vbyte_at __attribute__((vector_size(4 * W), aligned(1), may_alias));
 typedef int8_t vquarter_at __attribute__((vector_size(W), aligned(1), may_alias));
 
@@ -146,8 +145,6 @@ inline void transpose(const float* from, int64_t from_stride, float* to, int64_t
 }
 
 inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
-
-inline vfloat size_of(vfloat x) { return larger(x, -x); }
 
 inline float largest(vfloat8 x) {
     vfloat4 low = __builtin_shufflevector(x, x, 0, 1, 2, 3), high = __builtin_shufflevector(x, x, 4, 5, 6, 7);

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from ctypes import POINTER, byref, cast, sizeof
+from ctypes import pointer
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from engines.base import Batch
@@ -72,10 +72,10 @@ class KernelLayers:
         attention, rotary, config = model.layers[0].attention, model.rotary, model.config
         self._kept = (model.layers, rotary)  # the addresses are theirs
         down = operands[0][-1]
-        self._runs = _runs_of([layer[0].weight.dtype for layer in operands])
+        by_dtype = groupby(range(len(operands)), lambda layer: operands[layer][0].weight.dtype)
+        self._runs = [(dtype, list(layers)) for dtype, layers in by_dtype]  # each a call
         self._num_bytes = sum(operand.weight.nbytes for layer in operands for operand in layer)
         self._model = library.Model(
-            layers=cast(self._weights, POINTER(library.LayerWeights)),
             cos=rotary.cos.data_ptr(),
             sin=rotary.sin.data_ptr(),
             hidden=config.hidden_size,
@@ -119,8 +119,7 @@ class KernelLayers:
     def _run(self, hidden: Tensor, step: library.Step) -> None:
         shared = self._mesh.shared
         for weights, layers in self._runs:
-            first = byref(self._weights, layers.start * sizeof(library.LayerWeights))
-            self._model.layers = cast(first, POINTER(library.LayerWeights))
+            self._model.layers = pointer(self._weights[layers[0]])
             if shared is None:
                 self._kernels.run(self._model, weights, step, len(layers), hidden, None)
                 continue
@@ -139,17 +138,6 @@ class KernelLayers:
         self._caches, self._model.block_size = caches, caches[0].block_size
         for weights, cache in zip(self._weights, caches, strict=True):
             weights.cache = cache.data.data_ptr()
-
-
-def _runs_of(dtypes: Sequence[torch.dtype]) -> list[tuple[torch.dtype, range]]:
-    """Layers that follow each other and have weights of one dtype: each a call."""
-    runs: list[tuple[torch.dtype, range]] = []
-    for layer, dtype in enumerate(dtypes):
-        if runs and runs[-1][0] == dtype:
-            runs[-1] = dtype, range(runs[-1][1].start, layer + 1)
-        else:
-            runs.append((dtype, range(layer, layer + 1)))
-    return runs
 
 
 def _tokens_at_once(num_tokens: int, most: int) -> int:

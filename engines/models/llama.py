@@ -6,6 +6,7 @@ Embedding and head are split by the vocabulary, so that a rank's memory is its s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engines.base import ReportProgress
+from engines.config import ModelConfig
 from engines.models.checkpoint import Checkpoint
 from engines.models.config import LlamaConfig
 from engines.models.fused_layers import FusedLayers
@@ -34,6 +36,19 @@ from engines.runtime.mesh import Mesh
 _EMBEDDING = "model.embed_tokens.weight"
 
 
+@dataclass(frozen=True, slots=True)
+class HowLinear:
+    """What a configuration says of how linears are computed; see the keys of its YAML."""
+
+    is_deterministic: bool = False
+    int8_activations: bool = True
+    pack_weights: bool = True
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> HowLinear:
+        return cls(config.deterministic, config.int8_activations, config.pack_weights)
+
+
 class WeightLoader:
     """Hands out this rank's slices of a checkpoint, joined where a projection is fused."""
 
@@ -44,13 +59,10 @@ class WeightLoader:
         mesh: Mesh,
         dtype: torch.dtype,
         report: ReportProgress,
-        is_deterministic: bool = False,
-        int8_activations: bool = True,
-        pack_weights: bool = True,
+        how: HowLinear = HowLinear(),
     ) -> None:
         self._checkpoint, self._config, self._mesh, self._dtype = checkpoint, config, mesh, dtype
-        self.is_deterministic, self._int8_activations = is_deterministic, int8_activations
-        self._pack_weights = pack_weights
+        self.is_deterministic, self._how = how.is_deterministic, how
         self._specs = expected_tensors(config)
         checkpoint.check(self._specs.values(), optional=frozenset({"lm_head.weight"}))
         self._report, self._num_read, self._num_tensors = report, 0, len(self._specs)
@@ -107,12 +119,12 @@ class WeightLoader:
             bias,
             self._dtype,
             is_deterministic=self.is_deterministic,
-            keeps_rows=not self._int8_activations,
+            keeps_rows=not self._how.int8_activations,
         )
 
     def finish(self, linears: Sequence[LinearOp]) -> None:
         """Those of one layer have been loaded."""
-        if self._pack_weights:
+        if self._how.pack_weights:
             for weight in pack(linears):
                 self._checkpoint.let_go(weight)
 
