@@ -1,4 +1,4 @@
-// Attention of one query token over its context in the paged K/V, for the query heads that share a K/V head.
+// Attention of one query token over its context in the paged K/V.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +19,17 @@ template <class T> struct Cache {
     }
 };
 
+// What a token attends to: so many tokens of a sequence, whose blocks `table` has, in these K/V heads.
+struct Context {
+    const int32_t* table;
+    int num_tokens;
+    Range heads;
+
+    int num_blocks(int block_size) const { return (num_tokens + block_size - 1) / block_size; }
+};
+
 constexpr int MAX_HEAD_DIM = 256;
-constexpr int AHEAD = 2;  // blocks: a head's part of one is too short for the processor to see what comes next
+constexpr int AHEAD_BYTES = 16 << 10, MOST_AHEAD = 8;  // blocks: too short for the processor to see what comes next
 
 // Has memory bring `size` bytes.
 inline void prefetch(const void* from, int64_t size) {
@@ -122,25 +131,52 @@ inline void softmax(float* scores, int count, float scale) {
     for (int t = 0; t < count; t += W) store(scores + t, load(scores + t) * share);
 }
 
-// G heads at once: q [G, dim] as A has its rows, out [G, dim] in the order of Pair<T>; scores has room for G * stride,
-// stride a multiple of W and no less than the context.
-template <class T, class A, int G>
-void attend(const Cache<T>& cache, const int32_t* table, int head, int context, const float* q, float scale,
+// `work` on 4 of `count` at a time, then on the rest: their number as a constant, and the first.
+template <class F> inline void in_fours(int count, F work) {
+    int first = 0;
+    for (; first + 4 <= count; first += 4) work(std::integral_constant<int, 4>{}, first);
+    if (count - first == 3) work(std::integral_constant<int, 3>{}, first);
+    if (count - first == 2) work(std::integral_constant<int, 2>{}, first);
+    if (count - first == 1) work(std::integral_constant<int, 1>{}, first);
+}
+
+// The `group` query heads of each of own.heads: q [heads, group, dim] as A has its rows, out the same in the order of
+// Pair<T>; scores has room for heads * group * stride, stride a multiple of W and no less than the context. All heads
+// of a block after each other, as they lie there, all keys before all values; memory is asked for these, and for the
+// keys of `next`, which is to come after it, in the same order.
+template <class T, class A>
+void attend(const Cache<T>& cache, const Context& own, const Context& next, int group, const float* q, float scale,
             float* scores, int64_t stride, float* out) {
-    int size = cache.block_size, dim = cache.head_dim;
-    auto next = [&](int t, int kind) {
-        return cache.at(table[std::min(t + AHEAD * size, context - 1) / size], kind, head);
+    int size = cache.block_size, dim = cache.head_dim, num_heads = own.heads.size(), num_blocks = own.num_blocks(size);
+    int ahead = std::clamp(AHEAD_BYTES / int(num_heads * size * dim * sizeof(T)), 1, MOST_AHEAD);
+    auto later = [&](int block, int kind, int head) {
+        if (block >= num_blocks) block -= num_blocks, kind++;
+        const Context& context = kind < 2 ? own : next;
+        head = std::min(context.heads.begin + head, context.heads.end - 1);
+        return cache.at(context.table[std::min(block, context.num_blocks(size) - 1)], kind % 2, head);
     };
-    for (int t = 0; t < context; t += size) {
-        const T* keys = cache.at(table[t / size], 0, head);
-        dot_products<A, G>(q, keys, std::min(size, context - t), dim, scores + t, stride, next(t, 0));
-    }
-    for (int g = 0; g < G; g++) softmax(scores + g * stride, context, scale);
-    std::fill(out, out + G * dim, 0.0f);
-    for (int t = 0; t < context; t += size) {
-        const T* values = cache.at(table[t / size], 1, head);
-        weighted_sum<T, G>(scores + t, stride, values, std::min(size, context - t), dim, out, next(t, 1));
-    }
+    auto on_each = [&](int kind, auto work) {
+        for (int b = 0; b < num_blocks; b++) {
+            int begin = b * size, count = std::min(size, own.num_tokens - begin);
+            for (int head = 0; head < num_heads; head++) {
+                const T* from = cache.at(own.table[b], kind, own.heads.begin + head);
+                const T* wanted = later(b + ahead, kind, head);
+                in_fours(group, [&](auto rows, int g) {
+                    work(rows, head * group + g, begin, count, from, g ? from : wanted);
+                });
+            }
+        }
+    };
+    on_each(0, [&](auto rows, int row, int begin, int count, const T* keys, const T* wanted) {
+        const float* heads = q + row * dim / A::NUMBERS;
+        dot_products<A, rows()>(heads, keys, count, dim, scores + row * stride + begin, stride, wanted);
+    });
+    for (int row = 0; row < num_heads * group; row++) softmax(scores + row * stride, own.num_tokens, scale);
+    std::fill(out, out + num_heads * group * dim, 0.0f);
+    on_each(1, [&](auto rows, int row, int begin, int count, const T* values, const T* wanted) {
+        const float* weights = scores + row * stride + begin;
+        weighted_sum<T, rows()>(weights, stride, values, count, dim, out + row * dim, wanted);
+    });
 }
 
 }  // namespace sluice

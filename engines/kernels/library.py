@@ -171,7 +171,7 @@ class Library:
                 name = f"{_NAMES[values]}_{_NAMES[weights]}"
                 run, linear = functions[f"sluice_run_{name}"], functions[f"sluice_linear_{name}"]
                 run.argtypes = [POINTER(Model), POINTER(Step), c_int, c_void_p, POINTER(Ranks)]
-                linear.argtypes = [POINTER(Matrix), c_void_p, c_void_p, *[c_int] * 5]
+                linear.argtypes = [POINTER(Matrix), c_void_p, c_void_p, *[c_int] * 6]
                 run.restype, linear.restype = c_int64, None
                 self._run[values, weights], self._linear[values, weights] = run, linear
 
@@ -200,14 +200,20 @@ class Library:
         self._pack(values.data_ptr(), *sizes, num_threads, *out)
         return Weight(packed, weight.bias, scale, patches=patches)
 
-    def linear(self, weight: Weight, x: Tensor, *, is_deterministic: bool = False) -> Tensor:
-        """x [T, in], contiguous, to [T, out]; deterministic: no row depends on how many there are."""
+    def linear(
+        self, weight: Weight, x: Tensor, *, is_deterministic: bool = False, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """x [T, in], contiguous, to [T, out]; deterministic: no row depends on how many there are.
+
+        `dtype`: of the result, x's or float32, into which it goes after it was rounded to x's.
+        """
         (num_rows, num_k), num_n = x.shape, weight.weight.shape[0]
-        out = x.new_empty(num_rows, num_n)
+        out = x.new_empty(num_rows, num_n, dtype=dtype)
         run = self._linear[x.dtype, weight.weight.dtype]
         num_threads = self._threads_for(weight.weight.nbytes, num_rows)
         addresses = byref(weight.matrix()), x.data_ptr(), out.data_ptr()
-        run(*addresses, num_rows, num_k, num_n, num_threads, is_deterministic)
+        in_float32 = out.dtype == torch.float32
+        run(*addresses, num_rows, num_k, num_n, num_threads, is_deterministic, in_float32)
         return out
 
     def _threads_for(self, num_bytes: int, num_rows: int) -> int:

@@ -341,11 +341,9 @@ constexpr int WIDE_STRIDE = DEPTH + W;   // words between rows of widened weight
 inline int num_panels(int num_rows) { return (num_rows + PANEL - 1) / PANEL; }
 inline int num_blocks(int num_k) { return (num_k + DEPTH - 1) / DEPTH; }
 
-// A panel of PANEL rows x, `stride` apart, of `size` words.
-inline void pack_panel(const float* x, int64_t stride, int size, float* panel) {
-    for (int i = 0; i < size; i += W) {
-        for (int m = 0; m < PANEL; m += W) transpose(x + m * stride + i, stride, panel + i * PANEL + m, PANEL);
-    }
+// W rows x, `stride` apart, of `size` words, to the half of a panel that begins at `half`.
+inline void pack_half(const float* x, int64_t stride, int size, float* half) {
+    for (int i = 0; i < size; i += W) transpose(x + i, stride, half + i * PANEL, PANEL);
 }
 
 // What outer_products does beside each of its steps.
@@ -445,15 +443,14 @@ inline void add_patches_to_turned(const Patches& patches, Range part, const floa
     }
 }
 
-// What few_rows does, to the rounding. panels: [num_panels, words, PANEL], blocks, if A has them: [num_panels,
-// num_blocks]. turned has room for num_panels * (part.size() up to a multiple of W) * PANEL numbers, stride is no less
-// than that multiple.
+// What few_rows does, to the rounding, but turned: [num_panels, columns, PANEL], of which `columns`, a multiple of W,
+// are part.size() or some more. panels: [num_panels, words, PANEL], blocks, if A has them: [num_panels, num_blocks].
 template <class A>
 void many_rows(const typename A::Weight* w, int num_k, Range part, const float* panels, const Block* blocks,
-               const Patches& patches, int num_rows, float* turned, float* sums, int stride) {
+               const Patches& patches, int num_rows, float* turned, int columns) {
     float both[2][STRIP * WIDE_STRIDE];
     float *wide = both[0], *next_wide = both[1];
-    int count = num_panels(num_rows), columns = (part.size() + W - 1) / W * W;
+    int count = num_panels(num_rows);
     bool is_wide = false;
     for (int n = 0; n < part.size(); n += STRIP) {
         const auto* from = further<A>(w, int64_t(part.begin + n) * num_k);
@@ -484,10 +481,12 @@ void many_rows(const typename A::Weight* w, int num_k, Range part, const float* 
         }
     }
     if (patches.starts) add_patches_to_turned(patches, part, panels, num_k, num_rows, turned, columns);
-    for (int m = 0; m < num_rows; m += W) {
-        const float* from = turned + int64_t(m / PANEL) * columns * PANEL + m % PANEL;
-        for (int n = 0; n < columns; n += W) transpose(from + n * PANEL, PANEL, sums + int64_t(m) * stride + n, stride);
-    }
+}
+
+// sums [W, columns] of the rows from `row` on, a multiple of W.
+inline void turn_back(const float* turned, int row, int columns, float* sums) {
+    const float* from = turned + int64_t(row / PANEL) * columns * PANEL + row % PANEL;
+    for (int n = 0; n < columns; n += W) transpose(from + n * PANEL, PANEL, sums + n, columns);
 }
 
 }  // namespace sluice

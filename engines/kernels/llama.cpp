@@ -112,7 +112,7 @@ template <class T> struct Shared {
 
 // What one thread has for itself.
 struct Scratch {
-    Buffer<float> x, row, scales, turned, sums, scores;
+    Buffer<float> x, row, scales, turned, sums, q, found, scores;
     Buffer<TileRoom> tile;
 };
 
@@ -194,11 +194,12 @@ inline void make_room(Panels& panels, size_t num_rows, size_t most_k) {
 
 inline void make_room(Scratch& own, size_t num_rows, size_t most_k, bool in_panels) {
     size_t rows = num_panels(int(num_rows)) * PANEL;
-    own.x.make_room((in_panels ? PANEL : rows) * most_k);
+    size_t at_once = in_panels ? PANEL : rows;  // no fewer than the few that may be left of many
+    own.x.make_room(at_once * most_k);
     own.row.make_room(most_k);
     own.scales.make_room(rows);
     own.turned.make_room(in_panels ? rows * MOST_COLUMNS : 0);
-    own.sums.make_room(rows * MOST_COLUMNS);
+    own.sums.make_room(at_once * MOST_COLUMNS);
 }
 
 // Row `row` of a panel from float32 into A's numbers.
@@ -215,26 +216,25 @@ template <class A> void put_row_of(int row, int num_k, const float* from, float*
     }
 }
 
-// `take(row, to)` puts a row into float32. The threads share out the panels.
+// `take(row, to)` puts a row into float32. The threads share out the panels, by halves.
 template <class A, class Take>
 Input make_panels(int num_rows, int num_k, const Panels& panels, Scratch& own, Take take) {
     float *x = own.x.data(), *scales = panels.scales.data();
     int64_t size = num_k / A::NUMBERS;
 #pragma omp for schedule(dynamic)
-    for (int p = 0; p < num_panels(num_rows); p++) {
+    for (int begin = 0; begin < num_rows; begin += W) {
+        int p = begin / PANEL, first = begin % PANEL, rows = std::min(W, num_rows - begin);
         Block* blocks = panels.blocks.data() + p * num_blocks(num_k);
-        int rows = std::min(PANEL, num_rows - p * PANEL);
         for (int i = 0; i < rows; i++) {
-            int row = p * PANEL + i;
             if constexpr (A::NUMBERS == 1) {
-                take(row, x + i * size);
+                take(begin + i, x + i * size);
             } else {
-                take(row, own.row.data());
-                put_row_of<A>(i, num_k, own.row.data(), x + i * size, scales + row, blocks);
+                take(begin + i, own.row.data());
+                put_row_of<A>(first + i, num_k, own.row.data(), x + i * size, scales + begin + i, blocks);
             }
         }
-        std::fill(x + rows * size, x + PANEL * size, 0.0f);
-        pack_panel(x, size, int(size), panels.x.data() + p * PANEL * size);
+        std::fill(x + rows * size, x + W * size, 0.0f);
+        pack_half(x, size, int(size), panels.x.data() + p * PANEL * size + first);
     }
     return {panels.x.data(), scales, panels.blocks.data(), num_rows, num_k, true, A::HAS_BLOCK_SCALES};
 }
@@ -286,30 +286,41 @@ void multiply(Matrix<T, B> w, Range part, const Input& input, Scratch& own, Put 
     typedef Arithmetic<T, B> A;
     typedef ManyArithmetic<T, B> Many;
     float* sums = own.sums.data();
-    int stride = (part.size() + W - 1) / W * W;
-    if (input.is_many) {
-        auto run = input.is_fit ? many_rows<Many> : many_rows<A>;
-        run(w.weight, input.num_k, part, input.x, input.blocks, w.patches, input.num_rows, own.turned.data(), sums,
-            stride);
-    } else {
-        few_rows<A>(w.weight, input.num_k, part, input.x, w.patches, input.num_rows, sums, stride);
-    }
-    for (int m = 0; m < input.num_rows; m++, sums += stride) {
-        if constexpr (A::HAS_SCALES) {
-            for (int n = 0; n < stride; n += W) store(sums + n, load(sums + n) * input.scales[m]);
+    int columns = (part.size() + W - 1) / W * W, num_rows = input.num_rows;
+    auto put_rows = [&](int begin, int end) {
+        for (int m = begin; m < end; m++) {
+            float* row = sums + (m - begin) * columns;
+            if constexpr (A::HAS_SCALES) {
+                for (int n = 0; n < columns; n += W) store(row + n, load(row + n) * input.scales[m]);
+            }
+            put(m, row);
         }
-        put(m, sums);
+    };
+    if (!input.is_many) {
+        few_rows<A>(w.weight, input.num_k, part, input.x, w.patches, num_rows, sums, columns);
+        return put_rows(0, num_rows);
+    }
+    auto run = input.is_fit ? many_rows<Many> : many_rows<A>;
+    float* turned = own.turned.data();
+    run(w.weight, input.num_k, part, input.x, input.blocks, w.patches, num_rows, turned, columns);
+    for (int begin = 0; begin < num_rows; begin += W) {
+        turn_back(turned, begin, columns, sums);
+        put_rows(begin, std::min(begin + W, num_rows));
     }
 }
 
-// out [rows, width] = x w^T + bias, the columns of `part`.
-template <class T, class B>
-void project(Matrix<T, B> w, Range part, const Input& input, Scratch& own, T* out, int width) {
+// out [rows, width] = x w^T + bias, the columns of `part`, rounded to T.
+template <class T, class B, class Out>
+void project(Matrix<T, B> w, Range part, const Input& input, Scratch& own, Out* out, int width) {
+    constexpr bool IS_WIDER = !std::is_same_v<T, Out>;
     multiply(w, part, input, own, [=](int m, const float* sums) {
-        T* into = out + int64_t(m) * width;
+        Out* into = out + int64_t(m) * width;
         int n = part.begin;
-        for (; n + W <= part.end; n += W, sums += W) put_consecutive(into + n, w.result(n, load(sums)));
-        for (; n < part.end; n++) into[n] = from_float<T>(w.result(n, *sums++));
+        for (; n + W <= part.end; n += W, sums += W) {
+            vfloat found = w.result(n, load(sums));
+            put_consecutive(into + n, IS_WIDER ? rounded<T>(found) : found);
+        }
+        for (; n < part.end; n++) into[n] = from_float<Out>(rounded<T>(w.result(n, *sums++)));
     });
 }
 
@@ -328,8 +339,17 @@ void project_and_add(Matrix<T, B> w, Range part, const Input& input, Scratch& ow
 
 // Turns one head by its position, in place; see layers.Rotary.
 template <class T> void turn(T* head, const T* cos, const T* sin, int dim) {
-    T turned[MAX_HEAD_DIM];
     int half = dim / 2;
+    if (half % W == 0) {
+        for (int d = 0; d < half; d += W) {
+            T *first = head + d, *second = first + half;
+            vfloat x = consecutive(first), y = consecutive(second);
+            put_consecutive(first, rounded<T>(x * consecutive(cos + d)) + y * consecutive(sin + d));
+            put_consecutive(second, rounded<T>(y * consecutive(cos + d + half)) + x * consecutive(sin + d + half));
+        }
+        return;
+    }
+    T turned[MAX_HEAD_DIM];
     for (int d = 0; d < dim; d++) {
         float swapped = to_float(head[d < half ? d + half : d - half]);
         float scaled = rounded<T>(to_float(head[d]) * to_float(cos[d]));
@@ -359,29 +379,33 @@ void turn_and_keep(const Model<T, B>& model, const Cache<T>& cache, int64_t posi
     keep(key + model.num_kv_heads * dim, cache, slot, 1, head);
 }
 
-// Attention of one token's query heads that share K/V head `head`: q to out, at the same places in their rows.
+// In whole vectors.
+inline size_t room_for(int count) { return (size_t(count) + W - 1) / W * W; }
+
+constexpr size_t SCORES_AT_ONCE = 64 << 10;  // of a thread: they stay in the second-level cache
+
+// Of `num_tiles`, which `threads` share: several, for they are read as they lie, but not all where tiles are few.
+inline int kv_heads_at_once(int num_kv_heads, int num_tiles, int threads, int64_t scores_of_each) {
+    int parts = std::clamp((8 * threads + num_tiles - 1) / num_tiles, 1, num_kv_heads);
+    int most = int(std::max<int64_t>(1, int64_t(SCORES_AT_ONCE) / scores_of_each));
+    return std::min((num_kv_heads + parts - 1) / parts, most);
+}
+
+// Attention of one token's query heads that share K/V heads `own.heads`: q to out, at the same places in their rows.
 template <class T, class B>
-void attend_heads(const Model<T, B>& model, const Cache<T>& cache, const int32_t* table, int head, int context,
-                  int64_t stride, const T* q, T* out, float* scores) {
-    int dim = model.head_dim, group = model.num_heads / model.num_kv_heads;
+void attend_heads(const Model<T, B>& model, const Cache<T>& cache, const Context& own, const Context& next,
+                  int64_t stride, const T* q, T* out, Scratch& room) {
     typedef Arithmetic<T, T> A;
-    float rows[4 * MAX_HEAD_DIM], found[4 * MAX_HEAD_DIM];
-    for (int g = 0; g < group;) {
-        int64_t place = (int64_t(head) * group + g) * dim;
-        int count = std::min(group - g, 4);
-        for (int k = 0; k < count * dim; k += 2 * W) {
-            for (int word = 0; word < 2 * W / A::NUMBERS; word += W) {
-                A::store(rows + k / A::NUMBERS + word, A::weight(q + place + k, word));
-            }
+    int dim = model.head_dim, group = model.num_heads / model.num_kv_heads, size = own.heads.size() * group * dim;
+    int64_t place = int64_t(own.heads.begin) * group * dim;
+    float *rows = room.q.data(), *found = room.found.data();
+    for (int k = 0; k < size; k += 2 * W) {
+        for (int word = 0; word < 2 * W / A::NUMBERS; word += W) {
+            A::store(rows + k / A::NUMBERS + word, A::weight(q + place + k, word));
         }
-        auto run = count == 4   ? attend<T, A, 4>
-                   : count == 3 ? attend<T, A, 3>
-                   : count == 2 ? attend<T, A, 2>
-                                : attend<T, A, 1>;
-        run(cache, table, head, context, rows, model.scale, scores, stride, found);
-        put_row(found, count * dim, out + place);
-        g += count;
     }
+    attend<T, A>(cache, own, next, group, rows, model.scale, room.scores.data(), stride, found);
+    put_row(found, size, out + place);
 }
 
 // silu(gate) * up, the columns of `part` [whole pairs].
@@ -423,24 +447,32 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
             turn_and_keep(model, cache, step.positions[t], step.slots[t], head, row);
         }
     }
-    int64_t stride = (step.max_context + W - 1) / W * W;
+    int64_t stride = room_for(step.max_context);
+    int group = model.num_heads / model.num_kv_heads, num_tiles = int(shared.tiles.size());
+    int heads = kv_heads_at_once(model.num_kv_heads, num_tiles, threads, group * stride);
+    int parts = (model.num_kv_heads + heads - 1) / heads, num_parts = num_tiles * parts;
+    auto context_of = [&](int i) -> Context {
+        Tile tile = shared.tiles[i / parts];
+        int begin = i % parts * heads, last = tile.first + tile.count - 1;
+        return {step.tables + int64_t(step.sequences[last]) * step.table_width, int(step.positions[last]) + 1,
+                {begin, std::min(begin + heads, model.num_kv_heads)}};
+    };
 #pragma omp barrier
-#pragma omp for schedule(dynamic) collapse(2)
-    for (size_t i = 0; i < shared.tiles.size(); i++) {
-        for (int head = 0; head < model.num_kv_heads; head++) {
-            Tile tile = shared.tiles[i];
-            const int32_t* table = step.tables + int64_t(step.sequences[tile.first]) * step.table_width;
-            const T* q = shared.qkv.data() + int64_t(tile.first) * width;
-            T* to = shared.attended.data() + int64_t(tile.first) * inner;
-            int position = int(step.positions[tile.first]);
-            if (tile.count == 1) {
-                attend_heads(model, cache, table, head, position + 1, stride, q, to, own.scores.data());
-            } else {
-                int group = model.num_heads / model.num_kv_heads, place = head * group * dim;
-                own.tile.make_room(1);
-                attend_tile<T, Arithmetic<T, T>>(cache, table, head, position, tile.count, group, q + place, width,
-                                                 model.scale, to + place, inner, *own.tile.data());
-            }
+#pragma omp for schedule(dynamic)
+    for (int i = 0; i < num_parts; i++) {
+        Context context = context_of(i), next = context_of(i + threads < num_parts ? i + threads : i);
+        Tile tile = shared.tiles[i / parts];
+        const T* q = shared.qkv.data() + int64_t(tile.first) * width;
+        T* to = shared.attended.data() + int64_t(tile.first) * inner;
+        if (tile.count == 1) {
+            attend_heads(model, cache, context, next, stride, q, to, own);
+            continue;
+        }
+        own.tile.make_room(1);
+        for (int head = context.heads.begin; head < context.heads.end; head++) {
+            int place = head * group * dim, position = int(step.positions[tile.first]);
+            attend_tile<T, Arithmetic<T, T>>(cache, context.table, head, position, tile.count, group, q + place, width,
+                                             model.scale, to + place, inner, *own.tile.data());
         }
     }
     auto take_attended = [&](int64_t row, float* to) {
@@ -513,8 +545,11 @@ int64_t run(const Model<T, B>& model, const Step& step, int num_layers, T* hidde
         static thread_local Scratch own;
         int thread = omp_get_thread_num(), threads = omp_get_num_threads();
         make_room(own, rows, most_k, in_panels);
-        own.scores.make_room(4 * (size_t(step.max_context) + W));
-        auto put = ranks ? project<T, B> : project_and_add<T, B>;
+        own.q.make_room(inner);
+        own.found.make_room(inner);
+        size_t group = model.num_heads / model.num_kv_heads;
+        own.scores.make_room(std::max(SCORES_AT_ONCE, group * room_for(step.max_context)));
+        auto put = ranks ? project<T, B, T> : project_and_add<T, B>;
         int64_t operation = ranks ? ranks->operation + 1 : 0;
         auto out = [&] { return ranks ? ranks->part<T>(operation, ranks->rank) : hidden; };
         auto add_shares = [&] {
@@ -543,9 +578,9 @@ int64_t run(const Model<T, B>& model, const Step& step, int num_layers, T* hidde
 
 constexpr int ROWS_AT_ONCE = 128;  // of a matrix alone: they stay in the third-level cache
 
-// y [num_rows, num_n] = x [num_rows, num_k] w^T + bias.
-template <class T, class B>
-void linear_of(Matrix<T, B> w, const T* x, T* y, int num_rows, int num_k, int num_n, int num_threads,
+// y [num_rows, num_n] = x [num_rows, num_k] w^T + bias, rounded to T.
+template <class T, class B, class Out>
+void linear_of(Matrix<T, B> w, const T* x, Out* y, int num_rows, int num_k, int num_n, int num_threads,
                bool is_deterministic) {
     typedef Arithmetic<T, B> A;
     static Panels panels;
@@ -592,9 +627,13 @@ void norm(const T* x, const T* weight, T* out, int num_rows, int size, float eps
                                          int num_layers, T* hidden, const sluice::Ranks* ranks) {                 \
         return sluice::run(*model, *step, num_layers, hidden, ranks);                                             \
     }                                                                                                             \
-    extern "C" void sluice_linear_##NAME(const sluice::Matrix<T, B>* w, const T* x, T* y, int num_rows, int num_k, \
-                                         int num_n, int num_threads, int is_deterministic) {                      \
-        sluice::linear_of(*w, x, y, num_rows, num_k, num_n, num_threads, is_deterministic);                       \
+    extern "C" void sluice_linear_##NAME(const sluice::Matrix<T, B>* w, const T* x, void* y, int num_rows,        \
+                                         int num_k, int num_n, int num_threads, int is_deterministic,             \
+                                         int in_float32) {                                                        \
+        auto to = [&](auto* y) {                                                                                  \
+            sluice::linear_of(*w, x, y, num_rows, num_k, num_n, num_threads, is_deterministic);                   \
+        };                                                                                                        \
+        in_float32 ? to(static_cast<float*>(y)) : to(static_cast<T*>(y));                                         \
     }
 
 SLUICE_EXPORT(float32_float32, float, float)

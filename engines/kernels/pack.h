@@ -69,21 +69,25 @@ struct alignas(32) Group {
 };
 
 #if SLUICE_PACKS
-inline __m512i exponents_of(const bfloat16* p) {
-    return _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(p), 7), _mm512_set1_epi16(0xff));
+inline __m512i sizes_of(const bfloat16* p) {
+    return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi16(0x7fff));
 }
+
+inline __m512i exponents_of(const bfloat16* p) { return _mm512_srli_epi16(sizes_of(p), 7); }
 
 // The exponents of a row's numbers, but for patches. Not `is_packable`: there are numbers that are not finite.
 struct Exponents {
-    int most = EXPONENTS;  // so the least is not 0, which has another meaning, and zeros have patches
-    bool is_packable;
+    int most;
+    bool is_zero, is_packable;  // is_zero: all of the row, as of a vocabulary that was filled up
 
     Exponents(const bfloat16* row, int num_k) {
         __m512i largest = _mm512_setzero_si512();
-        for (int k = 0; k < num_k; k += 2 * W) largest = _mm512_max_epu16(largest, exponents_of(row + k));
+        for (int k = 0; k < num_k; k += 2 * W) largest = _mm512_max_epu16(largest, sizes_of(row + k));
         uint16_t found[2 * W];
         std::memcpy(found, &largest, sizeof(found));
-        most = std::max<int>(most, *std::max_element(found, found + 2 * W));
+        int size = *std::max_element(found, found + 2 * W);
+        most = std::max(EXPONENTS, size >> 7);  // so the least is not 0, which has another meaning: zeros have patches
+        is_zero = size == 0;
         is_packable = most < 255;
     }
 
@@ -91,6 +95,7 @@ struct Exponents {
 
     int count_patches(const bfloat16* row, int num_k) const {
         int count = 0;
+        if (is_zero) return count;
         for (int k = 0; k < num_k; k += 2 * W) {
             __mmask32 is_low = _mm512_cmplt_epu16_mask(exponents_of(row + k), _mm512_set1_epi16(int16_t(least())));
             count += __builtin_popcount(is_low);
@@ -102,6 +107,10 @@ struct Exponents {
 // A row of num_k, a multiple of Group::NUMBERS, with its patches. Returns its scale.
 inline float pack_row(const bfloat16* row, int num_k, Exponents exponents, Group* to, int32_t* columns,
                       float* values) {
+    if (exponents.is_zero) {
+        std::fill(to, to + num_k / Group::NUMBERS, Group{});
+        return 0.0f;
+    }
     float scale = std::ldexp(1.0f, exponents.least() - LOWEST_EXPONENT);
     float lowest = std::ldexp(1.0f, LOWEST_EXPONENT - 127);
     __m512i least = _mm512_set1_epi16(int16_t(exponents.least())), first_byte = _mm512_set1_epi16(0xff);

@@ -43,7 +43,10 @@ void take_tile(const Cache<T>& cache, const int32_t* table, int head, int begin,
     };
     for (int first = 0; first < count; first += PANEL) {
         for (int t = 0; t < PANEL; t++) widen<A>(row_of(first + t, 0), 0, 1, dim, room.keys + t * WIDE_STRIDE);
-        pack_panel(room.keys, WIDE_STRIDE, dim / A::NUMBERS, room.key_panels + first * dim / A::NUMBERS);
+        for (int t = 0; t < PANEL; t += W) {
+            float* half = room.key_panels + first * dim / A::NUMBERS + t;
+            pack_half(room.keys + t * WIDE_STRIDE, WIDE_STRIDE, dim / A::NUMBERS, half);
+        }
         for (int t = first; t < first + PANEL; t += A::NUMBERS) {
             const T* rows[] = {row_of(t, 1), row_of(t + 1, 1)};
             for (int d = 0; d < dim; d += PANEL) {

@@ -132,12 +132,22 @@ class KernelLinear:
         is."""
         return self._kernels.pack(self.operand) if self._many is None else None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """`dtype`: of the result, where it is not to be x's: float32."""
         rows = x.flatten(0, -2)
         if self._many is not None and rows.shape[0] > MOST_ROWS:
-            return self._many(x)
-        out = self._kernels.linear(self.operand, rows.contiguous(), is_deterministic=self._is_deterministic)
+            return self._many(x).to(dtype or x.dtype)
+        out = self._kernels.linear(
+            self.operand, rows.contiguous(), is_deterministic=self._is_deterministic, dtype=dtype
+        )
         return out.view(*x.shape[:-1], -1)
+
+
+def in_float32(linear: LinearOp, x: Tensor) -> Tensor:
+    """What it makes of x, rounded to x's dtype, in float32: by our kernels without a copy."""
+    if isinstance(linear, KernelLinear):
+        return linear(x, torch.float32)
+    return linear(x).float()
 
 
 _LEAST_PACKED = 4 << 20  # bytes: fewer may stay in the caches, where what is packed is slower

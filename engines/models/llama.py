@@ -24,6 +24,7 @@ from engines.models.layers import (
     RMSNorm,
     Rotary,
     embed_share,
+    in_float32,
     make_linear,
     pack,
     swiglu,
@@ -252,12 +253,11 @@ class Llama:
 
     def logits(self, hidden: Tensor) -> Tensor | None:
         """[L, H] to [L, V] float32 on tensor-parallel rank 0, None on the others."""
+        if self.mesh.tp_size == 1:
+            return in_float32(self.head, hidden)
         logits = self.mesh.gather_columns(self.head(hidden))
-        if logits is None:
-            return None
-        if logits.shape[1] > self.config.vocab_size:  # filled up so that the ranks' shares are equal
-            logits = logits[:, : self.config.vocab_size]
-        return logits.float()
+        # filled up so that the ranks' shares are equal
+        return None if logits is None else logits[:, : self.config.vocab_size]
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """[T] to [T, H]: each rank looks up what its part of the vocabulary holds, zeros elsewhere."""

@@ -85,17 +85,17 @@ class Mesh:
             dist.broadcast(x, src=self.rank - self.tp_rank, group=self.tp_group)
 
     def gather_columns(self, x: Tensor) -> Tensor | None:
-        """[L, V / tp] of each rank to [L, V] on tensor-parallel rank 0, None on the others."""
+        """[L, V / tp] of each rank to [L, V] float32 on tensor-parallel rank 0, None on the others."""
         if self.shared is not None:
             return self.shared.gather_columns(x)
         if self.tp_group is None:
-            return x
+            return x.float()
         root = self.rank - self.tp_rank
         is_gloo = dist.get_backend(self.tp_group) == "gloo"  # which gathers host memory only
         own = x.to("cpu" if is_gloo else x.device).contiguous()
         parts = [torch.empty_like(own) for _ in range(self.tp_size)] if self.tp_rank == 0 else None
         dist.gather(own, parts, dst=root, group=self.tp_group)
-        return torch.cat(parts, dim=-1).to(x.device) if parts is not None else None
+        return torch.cat(parts, dim=-1).to(x.device, torch.float32) if parts is not None else None
 
 
 def join(

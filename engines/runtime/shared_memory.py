@@ -66,8 +66,9 @@ class SharedGroup:
                 torch.sum(parts, dim=0, out=piece)
 
     def gather_columns(self, x: Tensor) -> Tensor | None:
-        """[L, C] of each rank to [L, size * C] on rank 0, None on the others."""
-        whole = x.new_empty(x.shape[0], self.size, x.shape[1]) if self.rank == 0 else None
+        """[L, C] of each rank to [L, size * C] float32 on rank 0, None on the others."""
+        shape = x.shape[0], self.size, x.shape[1]
+        whole = torch.empty(shape, dtype=torch.float32) if self.rank == 0 else None
         width = max(1, CAPACITY // (x.shape[1] * x.itemsize))  # rows of a piece
         assert x.shape[1] * x.itemsize <= CAPACITY, "a row must fit"
         for start in range(0, x.shape[0], width):

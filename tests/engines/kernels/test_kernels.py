@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -134,6 +135,22 @@ def test_packed_weights_are_what_they_were(num_n: int, num_k: int) -> None:
 
 
 @pytest.mark.skipif(not CAN_PACK, reason="by no instruction of this processor")
+def test_rows_of_zeros_are_packed_without_patches() -> None:
+    """As of a vocabulary that was filled up."""
+    assert KERNELS is not None
+    weight, bias = random(50, 128, dtype=torch.bfloat16), random(50, dtype=torch.bfloat16, seed=1)
+    weight[::3] = 0
+    weight[6] = -0.0
+    packed = KERNELS.pack(library.Weight(weight, bias))
+    assert packed is not None
+    for num_rows in (1, 30):
+        x = random(num_rows, 128, dtype=torch.bfloat16, seed=num_rows)
+        got = KERNELS.linear(packed, x)
+        assert torch.equal(got[:, ::3], bias[::3].expand(num_rows, -1))
+        torch.testing.assert_close(got, F.linear(x, weight, bias))
+
+
+@pytest.mark.skipif(not CAN_PACK, reason="by no instruction of this processor")
 def test_what_cannot_be_packed_stays_as_it_is() -> None:
     assert KERNELS is not None
     weight = random(40, 128, dtype=torch.bfloat16)
@@ -163,6 +180,21 @@ def test_a_row_of_a_linear_depends_on_no_other(dtype: torch.dtype) -> None:
 def linear(weight: Tensor, x: Tensor, *, is_deterministic: bool = False, **others: Any) -> Tensor:
     assert KERNELS is not None
     return KERNELS.linear(library.Weight(weight, **others), x, is_deterministic=is_deterministic)
+
+
+@pytest.mark.parametrize("num_rows", [1, 40, 150])
+@pytest.mark.parametrize(
+    "is_packed", [False, pytest.param(True, marks=pytest.mark.skipif(not CAN_PACK, reason="no"))]
+)
+def test_in_float32_are_the_same_numbers(num_rows: int, is_packed: bool) -> None:
+    assert KERNELS is not None
+    weight = library.Weight(random(37, 128, dtype=torch.bfloat16), random(37, dtype=torch.bfloat16, seed=1))
+    used = KERNELS.pack(weight) if is_packed else weight
+    assert used is not None
+    x = random(num_rows, 128, dtype=torch.bfloat16, seed=2)
+    found = KERNELS.linear(used, x, dtype=torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, KERNELS.linear(used, x).float())
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
@@ -365,7 +397,9 @@ def test_deterministic_nothing_else_has_a_say(tmp_path: Path, dtype: str) -> Non
     directory = make_llama(tmp_path, SHAPES["group of 4"])
     engine = native(directory, dtype=dtype, deterministic=True)
     [prompt, *others] = prompts_for(VOCAB, 75, 3, 40, 90, 1)
+    crowd = prompts_for(VOCAB, *range(1, 50))  # so many that a thread attends with all heads at once
     alone = _decoded(engine, [prompt], chunk=80)
+    assert torch.equal(_decoded(engine, [prompt, *crowd], chunk=80), alone)
     assert torch.equal(_decoded(engine, [prompt], chunk=7), alone)
     assert torch.equal(_decoded(engine, [prompt, *others], chunk=33), alone)
     assert torch.equal(_decoded(engine, [prompt, *others], chunk=80), alone)
@@ -385,7 +419,7 @@ def test_deterministic_is_refused_where_it_cannot_be(tmp_path: Path, monkeypatch
 
 def _decoded(engine: NativeEngine, prompts: list[list[int]], chunk: int) -> Tensor:
     """The logits of the first prompt's next five tokens."""
-    driver = Driver(engine, num_blocks=128, block_size=4)
+    driver = Driver(engine, num_blocks=512, block_size=4)
     rows = [driver.add(prompt, 8) for prompt in prompts]
     found = []
     while len(rows[0].generated) < 5:
