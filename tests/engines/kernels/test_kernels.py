@@ -184,7 +184,13 @@ def linear(weight: Tensor, x: Tensor, *, is_deterministic: bool = False, **other
 
 @pytest.mark.parametrize("num_rows", [1, 40, 150])
 @pytest.mark.parametrize(
-    "is_packed", [False, pytest.param(True, marks=pytest.mark.skipif(not CAN_PACK, reason="no"))]
+    "is_packed",
+    [
+        False,
+        pytest.param(
+            True, marks=pytest.mark.skipif(not CAN_PACK, reason="by no instruction of this processor")
+        ),
+    ],
 )
 def test_in_float32_are_the_same_numbers(num_rows: int, is_packed: bool) -> None:
     assert KERNELS is not None
