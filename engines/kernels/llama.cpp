@@ -103,16 +103,24 @@ struct Tile {
     int first, count;
 };
 
+inline int whole_vectors(int numbers) { return (numbers + W - 1) / W * W; }
+
 // What the threads hand to each other.
 template <class T> struct Shared {
-    Buffer<T> qkv, attended, gate_up, activated;
+    Buffer<T> qkv, attended, activated;
     Panels panels;
     std::vector<Tile> tiles;
 };
 
+// Rows times the columns of a part of a matrix: as many_rows leaves them, and row by row.
+struct Products {
+    Buffer<float> turned, sums;
+};
+
 // What one thread has for itself.
 struct Scratch {
-    Buffer<float> x, row, scales, turned, sums, q, found, scores;
+    Buffer<float> x, row, scales, q, found, scores;
+    Products products, others;
     Buffer<TileRoom> tile;
 };
 
@@ -171,15 +179,15 @@ struct Input {
 };
 
 // Of the parts of `count`, in whole units, of which each thread takes several.
-inline int part_size(int count, int unit, int threads) {
+inline int part_size(int count, int unit, int threads, int most) {
     int units = (count + unit - 1) / unit, parts = 8 * threads;
-    return std::min((units + parts - 1) / parts * unit, MOST_COLUMNS / unit * unit);
+    return std::min((units + parts - 1) / parts * unit, most / unit * unit);
 }
 
 // `work` on the parts of `count`, in whole units: by all threads of the region, who wait for each other at the end. The
 // parts are taken in turn, so that one whose core another program uses for a while leaves more of them to the others.
-template <class F> void share_out(int count, int unit, int threads, F work) {
-    int size = part_size(count, unit, threads);
+template <class F> void share_out(int count, int unit, int threads, int most, F work) {
+    int size = part_size(count, unit, threads, most);
 #pragma omp for schedule(dynamic)
     for (int begin = 0; begin < count; begin += size) work(Range{begin, std::min(count, begin + size)});
 }
@@ -198,8 +206,10 @@ inline void make_room(Scratch& own, size_t num_rows, size_t most_k, bool in_pane
     own.x.make_room(at_once * most_k);
     own.row.make_room(most_k);
     own.scales.make_room(rows);
-    own.turned.make_room(in_panels ? rows * MOST_COLUMNS : 0);
-    own.sums.make_room(at_once * MOST_COLUMNS);
+    for (Products* products : {&own.products, &own.others}) {
+        products->turned.make_room(in_panels ? rows * MOST_COLUMNS : 0);
+        products->sums.make_room(at_once * MOST_COLUMNS);
+    }
 }
 
 // Row `row` of a panel from float32 into A's numbers.
@@ -280,32 +290,36 @@ template <class T, class B> void take_normed(const T* from, const T* weight, int
     }
 }
 
-// `put(m, sums)` gets the sums of row m for the columns of `part`.
-template <class T, class B, class Put>
-void multiply(Matrix<T, B> w, Range part, const Input& input, Scratch& own, Put put) {
+// The columns of `part`.
+template <class T, class B>
+void multiply(const Matrix<T, B>& w, Range part, const Input& input, Products& to) {
     typedef Arithmetic<T, B> A;
     typedef ManyArithmetic<T, B> Many;
-    float* sums = own.sums.data();
-    int columns = (part.size() + W - 1) / W * W, num_rows = input.num_rows;
-    auto put_rows = [&](int begin, int end) {
-        for (int m = begin; m < end; m++) {
-            float* row = sums + (m - begin) * columns;
-            if constexpr (A::HAS_SCALES) {
-                for (int n = 0; n < columns; n += W) store(row + n, load(row + n) * input.scales[m]);
-            }
-            put(m, row);
-        }
-    };
+    int columns = whole_vectors(part.size());
     if (!input.is_many) {
-        few_rows<A>(w.weight, input.num_k, part, input.x, w.patches, num_rows, sums, columns);
-        return put_rows(0, num_rows);
+        few_rows<A>(w.weight, input.num_k, part, input.x, w.patches, input.num_rows, to.sums.data(), columns);
+        return;
     }
     auto run = input.is_fit ? many_rows<Many> : many_rows<A>;
-    float* turned = own.turned.data();
-    run(w.weight, input.num_k, part, input.x, input.blocks, w.patches, num_rows, turned, columns);
-    for (int begin = 0; begin < num_rows; begin += W) {
-        turn_back(turned, begin, columns, sums);
-        put_rows(begin, std::min(begin + W, num_rows));
+    float* turned = to.turned.data();
+    run(w.weight, input.num_k, part, input.x, input.blocks, w.patches, input.num_rows, turned, columns);
+}
+
+// `put(m, sums...)` gets row m of each of `products`, of the columns of `part`.
+template <class A, class Put, class... Each>
+void put_rows(Range part, const Input& input, Put put, Each&... products) {
+    int columns = whole_vectors(part.size()), at_once = input.is_many ? W : input.num_rows;
+    auto row_of = [&](Products& of, int i, int m) {
+        float* row = of.sums.data() + i * columns;
+        if constexpr (A::HAS_SCALES) {
+            for (int n = 0; n < columns; n += W) store(row + n, load(row + n) * input.scales[m]);
+        }
+        return row;
+    };
+    for (int begin = 0; begin < input.num_rows; begin += at_once) {
+        if (input.is_many) (turn_back(products.turned.data(), begin, columns, products.sums.data()), ...);
+        int count = std::min(at_once, input.num_rows - begin);
+        for (int i = 0; i < count; i++) put(begin + i, row_of(products, i, begin + i)...);
     }
 }
 
@@ -313,7 +327,8 @@ void multiply(Matrix<T, B> w, Range part, const Input& input, Scratch& own, Put 
 template <class T, class B, class Out>
 void project(Matrix<T, B> w, Range part, const Input& input, Scratch& own, Out* out, int width) {
     constexpr bool IS_WIDER = !std::is_same_v<T, Out>;
-    multiply(w, part, input, own, [=](int m, const float* sums) {
+    multiply(w, part, input, own.products);
+    auto put = [=](int m, const float* sums) {
         Out* into = out + int64_t(m) * width;
         int n = part.begin;
         for (; n + W <= part.end; n += W, sums += W) {
@@ -321,20 +336,42 @@ void project(Matrix<T, B> w, Range part, const Input& input, Scratch& own, Out* 
             put_consecutive(into + n, IS_WIDER ? rounded<T>(found) : found);
         }
         for (; n < part.end; n++) into[n] = from_float<Out>(rounded<T>(w.result(n, *sums++)));
-    });
+    };
+    put_rows<Arithmetic<T, B>>(part, input, put, own.products);
 }
 
 // The same, added to `out`.
 template <class T, class B>
 void project_and_add(Matrix<T, B> w, Range part, const Input& input, Scratch& own, T* out, int width) {
-    multiply(w, part, input, own, [=](int m, const float* sums) {
+    multiply(w, part, input, own.products);
+    auto put = [=](int m, const float* sums) {
         T* into = out + int64_t(m) * width;
         int n = part.begin;
         for (; n + W <= part.end; n += W, sums += W) {
             put_consecutive(into + n, consecutive(into + n) + rounded<T>(w.result(n, load(sums))));
         }
         for (; n < part.end; n++) into[n] = from_float<T>(to_float(into[n]) + rounded<T>(w.result(n, *sums++)));
-    });
+    };
+    put_rows<Arithmetic<T, B>>(part, input, put, own.products);
+}
+
+// out [rows, inner] = silu(x gate^T) * (x up^T), the columns of `part`, in whole vectors: gate and up are the halves
+// of `w`.
+template <class T, class B>
+void project_and_activate(const Matrix<T, B>& w, Range part, const Input& input, Scratch& own, T* out, int inner) {
+    Matrix<T, B> gate = w.from(0, input.num_k), up = w.from(inner, input.num_k);
+    multiply(gate, part, input, own.products);
+    multiply(up, part, input, own.others);
+    auto put = [=](int m, const float* gates, const float* ups) {
+        T* into = out + int64_t(m) * inner;
+        for (int n = part.begin; n < part.end; n += W, gates += W, ups += W) {
+            vfloat x = rounded<T>(gate.result(n, load(gates))), one = splat(1.0f);
+            vfloat power = exp_of_negative(x < 0.0f ? x : -x);
+            vfloat silu = x * ((x < 0.0f ? power : one) / (one + power));
+            put_consecutive(into + n, rounded<T>(silu) * rounded<T>(up.result(n, load(ups))));
+        }
+    };
+    put_rows<Arithmetic<T, B>>(part, input, put, own.products, own.others);
 }
 
 // Turns one head by its position, in place; see layers.Rotary.
@@ -379,9 +416,6 @@ void turn_and_keep(const Model<T, B>& model, const Cache<T>& cache, int64_t posi
     keep(key + model.num_kv_heads * dim, cache, slot, 1, head);
 }
 
-// In whole vectors.
-inline size_t room_for(int count) { return (size_t(count) + W - 1) / W * W; }
-
 constexpr size_t SCORES_AT_ONCE = 64 << 10;  // of a thread: they stay in the second-level cache
 
 // Of `num_tiles`, which `threads` share: several, for they are read as they lie, but not all where tiles are few.
@@ -408,22 +442,6 @@ void attend_heads(const Model<T, B>& model, const Cache<T>& cache, const Context
     put_row(found, size, out + place);
 }
 
-// silu(gate) * up, the columns of `part` [whole pairs].
-template <class T> void activate(const T* gate_up, int num_rows, int inner, Range part, T* out) {
-    auto one = [](vfloat gate, vfloat up) {
-        vfloat power = exp_of_negative(gate < 0.0f ? gate : -gate), one = splat(1.0f);
-        vfloat silu = gate * ((gate < 0.0f ? power : one) / (one + power));
-        return rounded<T>(silu) * up;
-    };
-    for (int64_t m = 0; m < num_rows; m++) {
-        const T *gate = gate_up + m * 2 * inner, *up = gate + inner;
-        for (int n = part.begin; n < part.end; n += 2 * W) {
-            vfloat first = one(Pair<T>::first(gate + n), Pair<T>::first(up + n));
-            Pair<T>::put(out + m * inner + n, first, one(Pair<T>::second(gate + n), Pair<T>::second(up + n)));
-        }
-    }
-}
-
 // One thread's part of a layer's attention. `put` is project or project_and_add, into `out` [num_tokens, hidden].
 template <class T, class B, class Put>
 void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step, const T* hidden, T* out,
@@ -436,7 +454,7 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
         take_normed<T, typename A::Order>(from, layer.attention_norm, model.hidden, model.eps, to);
     };
     Input input = make_input(layer.qkv, rows, model.hidden, step.is_deterministic, shared.panels, own, take);
-    share_out(width, input.unit(), threads,
+    share_out(width, input.unit(), threads, MOST_COLUMNS,
               [&](Range part) { project(layer.qkv, part, input, own, shared.qkv.data(), width); });
     Cache<T> cache{layer.cache, model.num_kv_heads, model.block_size, dim};
     for (int t = 0; t < rows; t++) {
@@ -447,7 +465,7 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
             turn_and_keep(model, cache, step.positions[t], step.slots[t], head, row);
         }
     }
-    int64_t stride = room_for(step.max_context);
+    int64_t stride = whole_vectors(step.max_context);
     int group = model.num_heads / model.num_kv_heads, num_tiles = int(shared.tiles.size());
     int heads = kv_heads_at_once(model.num_kv_heads, num_tiles, threads, group * stride);
     int parts = (model.num_kv_heads + heads - 1) / heads, num_parts = num_tiles * parts;
@@ -479,7 +497,7 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
         take_row<T, typename A::Order>(shared.attended.data() + row * inner, inner, to);
     };
     input = make_input(layer.output, rows, inner, step.is_deterministic, shared.panels, own, take_attended);
-    share_out(model.hidden, input.unit(), threads,
+    share_out(model.hidden, input.unit(), threads, MOST_COLUMNS,
               [&](Range part) { put(layer.output, part, input, own, out, model.hidden); });
 }
 
@@ -492,19 +510,15 @@ void mlp_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step
         take_normed<T, typename A::Order>(hidden + row * model.hidden, layer.mlp_norm, model.hidden, model.eps, to);
     };
     Input input = make_input(layer.gate_up, rows, model.hidden, step.is_deterministic, shared.panels, own, take);
-    T *gate_up = shared.gate_up.data(), *activated = shared.activated.data();
-    share_out(inner, input.is_many ? 6 * W : 2 * W, threads, [&](Range part) {  // whole pairs, and whole strips
-        for (int first : {0, inner}) {
-            Matrix<T, B> half = layer.gate_up.from(first, model.hidden);
-            project(half, part, input, own, gate_up + first, 2 * inner);
-        }
-        activate(gate_up, rows, inner, part, activated);
-    });
+    T* activated = shared.activated.data();
+    int unit = input.is_many ? 6 * W : 2 * W;  // whole pairs, and whole strips
+    share_out(inner, unit, threads, MOST_COLUMNS / 2,
+              [&](Range part) { project_and_activate(layer.gate_up, part, input, own, activated, inner); });
     auto take_activated = [&](int64_t row, float* to) {
         take_row<T, typename A::Order>(activated + row * inner, inner, to);
     };
     input = make_input(layer.down, rows, inner, step.is_deterministic, shared.panels, own, take_activated);
-    share_out(model.hidden, input.unit(), threads,
+    share_out(model.hidden, input.unit(), threads, MOST_COLUMNS,
               [&](Range part) { put(layer.down, part, input, own, out, model.hidden); });
 }
 
@@ -534,7 +548,6 @@ int64_t run(const Model<T, B>& model, const Step& step, int num_layers, T* hidde
     make_tiles(step, model.num_heads / model.num_kv_heads, shared.tiles);
     shared.qkv.make_room(rows * (inner + 2 * size_t(model.num_kv_heads) * model.head_dim));
     shared.attended.make_room(rows * inner);
-    shared.gate_up.make_room(rows * 2 * model.intermediate);
     shared.activated.make_room(rows * model.intermediate);
     size_t most_k = std::max({size_t(model.hidden), size_t(model.intermediate), inner});
     if (in_panels) make_room(shared.panels, rows, most_k);
@@ -548,7 +561,7 @@ int64_t run(const Model<T, B>& model, const Step& step, int num_layers, T* hidde
         own.q.make_room(inner);
         own.found.make_room(inner);
         size_t group = model.num_heads / model.num_kv_heads;
-        own.scores.make_room(std::max(SCORES_AT_ONCE, group * room_for(step.max_context)));
+        own.scores.make_room(std::max(SCORES_AT_ONCE, group * whole_vectors(step.max_context)));
         auto put = ranks ? project<T, B, T> : project_and_add<T, B>;
         int64_t operation = ranks ? ranks->operation + 1 : 0;
         auto out = [&] { return ranks ? ranks->part<T>(operation, ranks->rank) : hidden; };
@@ -596,7 +609,7 @@ void linear_of(Matrix<T, B> w, const T* x, Out* y, int num_rows, int num_k, int 
             Input input = make_input(w, rows, num_k, is_deterministic, panels, own, [&](int64_t row, float* to) {
                 take_row<T, typename A::Order>(x + (begin + row) * num_k, num_k, to);
             });
-            share_out(num_n, input.unit(), omp_get_num_threads(), [&](Range part) {
+            share_out(num_n, input.unit(), omp_get_num_threads(), MOST_COLUMNS, [&](Range part) {
                 project(w, part, input, own, y + int64_t(begin) * num_n, num_n);
             });
         }
