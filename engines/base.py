@@ -71,6 +71,7 @@ class Batch:
     context_lens_list: list[int]
     max_query_len: int
     max_context_len: int
+    reads_all: bool = True  # hidden states of any token may be read; else those of `logit_rows` alone
 
     @property
     def num_tokens(self) -> int:
@@ -111,7 +112,8 @@ class Engine(Protocol):
         """How many plans of disjoint sequences keep it busy: 1, or the stages of a pipeline."""
 
     def forward(self, batch: Batch) -> Tensor | None:
-        """Hidden states [T, H] after the last norm on the last stage, None on the others.
+        """Hidden states [T, H] after the last norm on the last stage, None on the others. Unless
+        `batch.reads_all`, what the last layer does for tokens not in `logit_rows` may be left out.
 
         Called on every rank with the same batch inside `forward_context`, in torch's inference mode, as
         `logits` is; attention goes through `runtime.attention.paged_attention`, which writes and reads the

@@ -86,6 +86,15 @@ class Step(Structure):
     )
 
 
+class Chosen(Structure):
+    """Mirrors Chosen of llama.cpp."""
+
+    _fields_ = (
+        ("rows", c_void_p),
+        ("step", Step),
+    )
+
+
 class Ranks(Structure):
     """Mirrors Ranks of ranks.h: the memory that the tensor-parallel ranks share, see shared_memory.py."""
 
@@ -170,7 +179,8 @@ class Library:
             for weights in (values, torch.int8, *packed):
                 name = f"{_NAMES[values]}_{_NAMES[weights]}"
                 run, linear = functions[f"sluice_run_{name}"], functions[f"sluice_linear_{name}"]
-                run.argtypes = [POINTER(Model), POINTER(Step), c_int, c_void_p, POINTER(Ranks)]
+                structs = POINTER(Ranks), POINTER(Chosen)
+                run.argtypes = [POINTER(Model), POINTER(Step), c_int, c_void_p, *structs]
                 linear.argtypes = [POINTER(Matrix), c_void_p, c_void_p, *[c_int] * 6]
                 run.restype, linear.restype = c_int64, None
                 self._run[values, weights], self._linear[values, weights] = run, linear
@@ -241,14 +251,15 @@ class Library:
         step: Step,
         num_layers: int,
         hidden: Tensor,
-        ranks: Ranks | None,
+        ranks: Ranks | None = None,
+        chosen: Chosen | None = None,
     ) -> int:
         """The model's layers, with matrices of dtype `weights`, change `hidden` [T, H]: shares of them, where
-        there are several `ranks`, summed in two operations a layer. Returns the one that a rank did not come
-        to in time, or 0."""
+        there are several `ranks`, summed in two operations a layer. Of the last layer only the rows that are
+        `chosen`, if any are. Returns the operation that a rank did not come to in time, or 0."""
         run = self._run[hidden.dtype, weights]
-        shared = None if ranks is None else byref(ranks)
-        failed: int = run(byref(model), byref(step), num_layers, hidden.data_ptr(), shared)
+        others = (None if given is None else byref(given) for given in (ranks, chosen))
+        failed: int = run(byref(model), byref(step), num_layers, hidden.data_ptr(), *others)
         return failed
 
 

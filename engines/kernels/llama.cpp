@@ -73,6 +73,13 @@ struct Step {
     int32_t is_deterministic;  // a token's result depends on no other's
 };
 
+// Those tokens of a step whose results are read, ascending: where they are in it, and the step of them alone. The
+// last layer owes the others nothing but keys and values.
+struct Chosen {
+    const int32_t* rows;
+    Step step;
+};
+
 // Memory that grows, at the start of a cache line.
 template <class T> class Buffer {
 public:
@@ -107,9 +114,9 @@ inline int whole_vectors(int numbers) { return (numbers + W - 1) / W * W; }
 
 // What the threads hand to each other.
 template <class T> struct Shared {
-    Buffer<T> qkv, attended, activated;
+    Buffer<T> qkv, attended, activated, chosen;
     Panels panels;
-    std::vector<Tile> tiles;
+    std::vector<Tile> tiles, chosen_tiles;
 };
 
 // Rows times the columns of a part of a matrix: as many_rows leaves them, and row by row.
@@ -404,14 +411,19 @@ template <class T> void keep(const T* from, const Cache<T>& cache, int64_t slot,
     std::copy(from, from + dim, block + place * dim);
 }
 
-// Turns the heads of one token that belong to K/V head `head`, and keeps its key and value.
-template <class T, class B>
-void turn_and_keep(const Model<T, B>& model, const Cache<T>& cache, int64_t position, int64_t slot, int head, T* row) {
+// Turns the queries of one token that share K/V head `head`.
+template <class T, class B> void turn_queries(const Model<T, B>& model, int64_t position, int head, T* row) {
     int dim = model.head_dim, group = model.num_heads / model.num_kv_heads;
     const T *cos = model.cos + position * dim, *sin = model.sin + position * dim;
     for (int g = 0; g < group; g++) turn(row + (head * group + g) * dim, cos, sin, dim);
+}
+
+// Turns its key, and keeps key and value.
+template <class T, class B>
+void turn_and_keep(const Model<T, B>& model, const Cache<T>& cache, int64_t position, int64_t slot, int head, T* row) {
+    int dim = model.head_dim;
     T* key = row + (model.num_heads + head) * dim;
-    turn(key, cos, sin, dim);
+    turn(key, model.cos + position * dim, model.sin + position * dim, dim);
     keep(key, cache, slot, 0, head);
     keep(key + model.num_kv_heads * dim, cache, slot, 1, head);
 }
@@ -442,35 +454,54 @@ void attend_heads(const Model<T, B>& model, const Cache<T>& cache, const Context
     put_row(found, size, out + place);
 }
 
-// One thread's part of a layer's attention. `put` is project or project_and_add, into `out` [num_tokens, hidden].
-template <class T, class B, class Put>
-void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step, const T* hidden, T* out,
-                  const Shared<T>& shared, Scratch& own, int thread, int threads, Put put) {
+// Queries, keys and values.
+struct Heads {
+    bool queries, others;
+};
+
+// One thread's part of a layer's heads, those that are wanted: in shared.qkv, keys and values where they are kept.
+template <class T, class B>
+void heads_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step, Heads wanted, const T* hidden,
+              const Shared<T>& shared, Scratch& own, int thread, int threads) {
     typedef Arithmetic<T, B> A;
     int dim = model.head_dim, rows = step.num_tokens;
     int width = (model.num_heads + 2 * model.num_kv_heads) * dim, inner = model.num_heads * dim;
+    int first = wanted.queries ? 0 : inner, last = wanted.others ? width : inner;
     auto take = [&](int64_t row, float* to) {
         const T* from = hidden + row * model.hidden;
         take_normed<T, typename A::Order>(from, layer.attention_norm, model.hidden, model.eps, to);
     };
     Input input = make_input(layer.qkv, rows, model.hidden, step.is_deterministic, shared.panels, own, take);
-    share_out(width, input.unit(), threads, MOST_COLUMNS,
-              [&](Range part) { project(layer.qkv, part, input, own, shared.qkv.data(), width); });
+    share_out(last - first, input.unit(), threads, MOST_COLUMNS, [&](Range part) {
+        project(layer.qkv, {first + part.begin, first + part.end}, input, own, shared.qkv.data(), width);
+    });
     Cache<T> cache{layer.cache, model.num_kv_heads, model.block_size, dim};
     for (int t = 0; t < rows; t++) {
         for (int head = 0; head < model.num_kv_heads; head++) {
             // all of a sequence by one thread: what clears a block comes before what fills it
             if ((step.sequences[t] + head) % threads != thread) continue;
             T* row = shared.qkv.data() + int64_t(t) * width;
-            turn_and_keep(model, cache, step.positions[t], step.slots[t], head, row);
+            if (wanted.queries) turn_queries(model, step.positions[t], head, row);
+            if (wanted.others) turn_and_keep(model, cache, step.positions[t], step.slots[t], head, row);
         }
     }
+}
+
+// One thread's part of a layer's attention, after heads_of. `put` is project or project_and_add, into `out`
+// [num_tokens, hidden].
+template <class T, class B, class Put>
+void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step, const std::vector<Tile>& tiles,
+                  T* out, const Shared<T>& shared, Scratch& own, int threads, Put put) {
+    typedef Arithmetic<T, B> A;
+    int dim = model.head_dim, rows = step.num_tokens;
+    int width = (model.num_heads + 2 * model.num_kv_heads) * dim, inner = model.num_heads * dim;
+    Cache<T> cache{layer.cache, model.num_kv_heads, model.block_size, dim};
     int64_t stride = whole_vectors(step.max_context);
-    int group = model.num_heads / model.num_kv_heads, num_tiles = int(shared.tiles.size());
+    int group = model.num_heads / model.num_kv_heads, num_tiles = int(tiles.size());
     int heads = kv_heads_at_once(model.num_kv_heads, num_tiles, threads, group * stride);
     int parts = (model.num_kv_heads + heads - 1) / heads, num_parts = num_tiles * parts;
     auto context_of = [&](int i) -> Context {
-        Tile tile = shared.tiles[i / parts];
+        Tile tile = tiles[i / parts];
         int begin = i % parts * heads, last = tile.first + tile.count - 1;
         return {step.tables + int64_t(step.sequences[last]) * step.table_width, int(step.positions[last]) + 1,
                 {begin, std::min(begin + heads, model.num_kv_heads)}};
@@ -479,7 +510,7 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
 #pragma omp for schedule(dynamic)
     for (int i = 0; i < num_parts; i++) {
         Context context = context_of(i), next = context_of(i + threads < num_parts ? i + threads : i);
-        Tile tile = shared.tiles[i / parts];
+        Tile tile = tiles[i / parts];
         const T* q = shared.qkv.data() + int64_t(tile.first) * width;
         T* to = shared.attended.data() + int64_t(tile.first) * inner;
         if (tile.count == 1) {
@@ -496,7 +527,7 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
     auto take_attended = [&](int64_t row, float* to) {
         take_row<T, typename A::Order>(shared.attended.data() + row * inner, inner, to);
     };
-    input = make_input(layer.output, rows, inner, step.is_deterministic, shared.panels, own, take_attended);
+    Input input = make_input(layer.output, rows, inner, step.is_deterministic, shared.panels, own, take_attended);
     share_out(model.hidden, input.unit(), threads, MOST_COLUMNS,
               [&](Range part) { put(layer.output, part, input, own, out, model.hidden); });
 }
@@ -528,8 +559,9 @@ inline void make_tiles(const Step& step, int group, std::vector<Tile>& tiles) {
     int most = step.is_deterministic ? 1 : std::max(1, TILE_ROWS / group);
     tiles.clear();
     for (int t = 0; t < step.num_tokens; t++) {
-        bool goes_on = t > 0 && step.sequences[t] == step.sequences[t - 1] && tiles.back().count < most;
-        if (goes_on) {
+        bool is_next = t > 0 && step.sequences[t] == step.sequences[t - 1] &&
+                       step.positions[t] == step.positions[t - 1] + 1;
+        if (is_next && tiles.back().count < most) {
             tiles.back().count++;
         } else {
             tiles.push_back({t, 1});
@@ -538,14 +570,20 @@ inline void make_tiles(const Step& step, int group, std::vector<Tile>& tiles) {
 }
 
 // hidden [num_tokens, hidden] through the layers. With several ranks each has a share of every layer, and
-// what the shares add is summed over `ranks` before it goes to hidden: two operations a layer. Returns the operation
-// that a rank did not come to in time, 0 if all went well.
+// what the shares add is summed over `ranks` before it goes to hidden: two operations a layer. After the last layer
+// only the rows of `chosen`, if it is given, are what they should be. Returns the operation that a rank did not come
+// to in time, 0 if all went well.
 template <class T, class B>
-int64_t run(const Model<T, B>& model, const Step& step, int num_layers, T* hidden, const Ranks* ranks) {
+int64_t run(const Model<T, B>& model, const Step& step, int num_layers, T* hidden, const Ranks* ranks,
+            const Chosen* chosen) {
     static Shared<T> shared;  // one caller at a time: the rank's only thread that computes
     size_t rows = step.num_tokens, inner = size_t(model.num_heads) * model.head_dim;
     bool in_panels = is_many<B>(step.num_tokens, step.is_deterministic);
     make_tiles(step, model.num_heads / model.num_kv_heads, shared.tiles);
+    if (chosen) {
+        make_tiles(chosen->step, model.num_heads / model.num_kv_heads, shared.chosen_tiles);
+        shared.chosen.make_room(size_t(chosen->step.num_tokens) * model.hidden);
+    }
     shared.qkv.make_room(rows * (inner + 2 * size_t(model.num_kv_heads) * model.head_dim));
     shared.attended.make_room(rows * inner);
     shared.activated.make_room(rows * model.intermediate);
@@ -564,26 +602,45 @@ int64_t run(const Model<T, B>& model, const Step& step, int num_layers, T* hidde
         own.scores.make_room(std::max(SCORES_AT_ONCE, group * whole_vectors(step.max_context)));
         auto put = ranks ? project<T, B, T> : project_and_add<T, B>;
         int64_t operation = ranks ? ranks->operation + 1 : 0;
-        auto out = [&] { return ranks ? ranks->part<T>(operation, ranks->rank) : hidden; };
-        auto add_shares = [&] {
+        auto add_shares = [&](int num_rows, T* to) {
             if (!ranks) return true;
 #pragma omp master
             if (!meet(*ranks, operation)) failed = operation;
 #pragma omp barrier
             if (failed) return false;
 #pragma omp for
-            for (int row = 0; row < step.num_tokens; row++) {
-                add_parts(*ranks, operation, row, model.hidden, hidden + int64_t(row) * model.hidden);
+            for (int row = 0; row < num_rows; row++) {
+                add_parts(*ranks, operation, row, model.hidden, to + int64_t(row) * model.hidden);
             }
             operation++;
             return true;
         };
+        auto rest_of = [&](const Layer<T, B>& layer, const Step& step, const std::vector<Tile>& tiles, T* hidden) {
+            auto out = [&] { return ranks ? ranks->part<T>(operation, ranks->rank) : hidden; };
+            attention_of(model, layer, step, tiles, out(), shared, own, threads, put);
+            if (!add_shares(step.num_tokens, hidden)) return false;
+            mlp_of(model, layer, step, hidden, out(), shared, own, threads, put);
+            return add_shares(step.num_tokens, hidden);
+        };
         for (int i = 0; i < num_layers; i++) {
             const Layer<T, B>& layer = model.layers[i];
-            attention_of(model, layer, step, hidden, out(), shared, own, thread, threads, put);
-            if (!add_shares()) break;
-            mlp_of(model, layer, step, hidden, out(), shared, own, threads, put);
-            if (!add_shares()) break;
+            bool takes_all = !chosen || i + 1 < num_layers;
+            heads_of(model, layer, step, {takes_all, true}, hidden, shared, own, thread, threads);
+            if (takes_all) {
+                if (!rest_of(layer, step, shared.tiles, hidden)) break;
+                continue;
+            }
+            T* rows = shared.chosen.data();
+#pragma omp for
+            for (int i = 0; i < chosen->step.num_tokens; i++) {
+                std::copy_n(hidden + int64_t(chosen->rows[i]) * model.hidden, model.hidden, rows + i * model.hidden);
+            }
+            heads_of(model, layer, chosen->step, {true, false}, rows, shared, own, thread, threads);
+            if (!rest_of(layer, chosen->step, shared.chosen_tiles, rows)) break;
+#pragma omp for
+            for (int i = 0; i < chosen->step.num_tokens; i++) {
+                std::copy_n(rows + i * model.hidden, model.hidden, hidden + int64_t(chosen->rows[i]) * model.hidden);
+            }
         }
     }
     return failed;
@@ -637,8 +694,9 @@ void norm(const T* x, const T* weight, T* out, int num_rows, int size, float eps
 // Each for values and weights in these types: sluice_run_float32_int8 and so on.
 #define SLUICE_EXPORT(NAME, T, B)                                                                                 \
     extern "C" int64_t sluice_run_##NAME(const sluice::Model<T, B>* model, const sluice::Step* step,              \
-                                         int num_layers, T* hidden, const sluice::Ranks* ranks) {                 \
-        return sluice::run(*model, *step, num_layers, hidden, ranks);                                             \
+                                         int num_layers, T* hidden, const sluice::Ranks* ranks,                   \
+                                         const sluice::Chosen* chosen) {                                          \
+        return sluice::run(*model, *step, num_layers, hidden, ranks, chosen);                                     \
     }                                                                                                             \
     extern "C" void sluice_linear_##NAME(const sluice::Matrix<T, B>* w, const T* x, void* y, int num_rows,        \
                                          int num_k, int num_n, int num_threads, int is_deterministic,             \

@@ -26,9 +26,10 @@ class FusedLayers:
 
     def __init__(self, model: Llama) -> None:
         self._layers, self._rotary, self._mesh = model.layers, model.rotary, model.mesh
+        self._read_rows = model.read_rows
 
     def run(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """[T, H] through all layers, in place. Inside a forward context."""
+        """[T, H] through all layers, in place, as the model's `run_layers`."""
         from engines.gpu.norm import rms_norm
 
         context = current()
@@ -38,10 +39,14 @@ class FusedLayers:
         first, *others = self._layers
         x = rms_norm(hidden, first.attention_norm.weight, first.attention_norm.eps)
         norms = [*(layer.attention_norm for layer in others), None]
+        read, rows = hidden, None
         for layer, following in zip(self._layers, norms, strict=True):
-            x = _add(self._attend(layer.attention, x, positions, context), hidden, layer.mlp_norm)
-            x = _add(self._transform(layer.mlp, x), hidden, following)
-        return hidden
+            x = self._attend(layer.attention, x, positions, context)
+            if following is None and (rows := self._read_rows()) is not None:
+                x, read = x.index_select(0, rows), hidden.index_select(0, rows)
+            x = _add(self._mesh.all_reduce(layer.attention.output(x)), read, layer.mlp_norm)
+            x = _add(self._mesh.all_reduce(self._transform(layer.mlp, x)), read, following)
+        return hidden if rows is None else hidden.index_copy_(0, rows, read)
 
     def _attend(self, attention: Attention, x: Tensor, positions: Tensor, context: ForwardContext) -> Tensor:
         from engines.gpu.rotary import rotate_and_write
@@ -51,13 +56,12 @@ class FusedLayers:
         slots, rotary = context.batch.slot_mapping, self._rotary
         query = rotate_and_write(attention.qkv(x), rotary.cos, rotary.sin, positions, slots, keys, values)
         step = prepared(context, cache, attention.num_heads)
-        out = step.attend(query, cache, attention.scale)
-        return self._mesh.all_reduce(attention.output(out.flatten(1)))
+        return step.attend(query, cache, attention.scale).flatten(1)
 
     def _transform(self, mlp: Mlp, x: Tensor) -> Tensor:
         from engines.gpu.activation import silu_mul
 
-        return self._mesh.all_reduce(mlp.down(silu_mul(mlp.gate_up(x))))
+        return mlp.down(silu_mul(mlp.gate_up(x)))
 
 
 def _add(x: Tensor, hidden: Tensor, norm: RMSNorm | None) -> Tensor:

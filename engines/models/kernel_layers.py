@@ -71,6 +71,7 @@ class KernelLayers:
         self._choice = ThreadChoice()
         attention, rotary, config = model.layers[0].attention, model.rotary, model.config
         self._kept = (model.layers, rotary)  # the addresses are theirs
+        self._has_last = model.is_last
         down = operands[0][-1]
         by_dtype = groupby(range(len(operands)), lambda layer: operands[layer][0].weight.dtype)
         self._runs = [(dtype, list(layers)) for dtype, layers in by_dtype]  # each a call
@@ -101,7 +102,10 @@ class KernelLayers:
         return self.takes_all or hidden.shape[0] <= MOST_ROWS
 
     def run(self, hidden: Tensor) -> Tensor:
-        """[T, H] through all layers, in place, some at a time. Inside a forward context."""
+        """[T, H] through all layers, in place, some at a time. Inside a forward context.
+
+        After the model's last layer only the rows that are read, as the batch says, are what they should be.
+        """
         context = current()
         self._use(context.caches)
         num_tokens, start = hidden.shape[0], time.perf_counter()
@@ -112,21 +116,24 @@ class KernelLayers:
         at_once = _tokens_at_once(num_tokens, self._most_at_once)
         for first in range(0, num_tokens, at_once):
             piece = hidden[first : first + at_once]
-            self._run(piece, tokens.step(first, piece.shape[0]))
+            chosen = tokens.chosen(first, piece.shape[0]) if self._has_last else None
+            self._run(piece, tokens.step(first, piece.shape[0]), chosen)
         self._choice.took(num_tokens, threads, time.perf_counter() - start)
         return hidden
 
-    def _run(self, hidden: Tensor, step: library.Step) -> None:
-        shared = self._mesh.shared
+    def _run(self, hidden: Tensor, step: library.Step, chosen: library.Chosen | None) -> None:
+        shared, ranks = self._mesh.shared, None
         for weights, layers in self._runs:
             self._model.layers = pointer(self._weights[layers[0]])
+            if shared is not None:
+                addresses, operation = shared.addresses, shared.num_operations
+                ranks = library.Ranks(
+                    *addresses, CAPACITY, operation, shared.rank, shared.size, shared.timeout
+                )
+            of_these = chosen if layers is self._runs[-1][1] else None
+            failed = self._kernels.run(self._model, weights, step, len(layers), hidden, ranks, of_these)
             if shared is None:
-                self._kernels.run(self._model, weights, step, len(layers), hidden, None)
                 continue
-            ranks = library.Ranks(
-                *shared.addresses, CAPACITY, shared.num_operations, shared.rank, shared.size, shared.timeout
-            )
-            failed = self._kernels.run(self._model, weights, step, len(layers), hidden, ranks)
             if failed:
                 raise shared.late(failed)
             shared.num_operations += 2 * len(layers)
@@ -164,16 +171,36 @@ class _Tokens:
         sequences = np.arange(batch.num_seqs, dtype=np.int32)
         if batch.max_query_len > 1:
             sequences = np.repeat(sequences, np.diff(batch.query_start_list))
-        self._sequences = sequences
+        self._arrays = batch.positions.numpy(), batch.slot_mapping.numpy(), sequences
+        reads_all = batch.reads_all or batch.max_query_len == 1
+        self._read = None if reads_all else np.unique(batch.logit_rows.numpy())
+        self._kept: list[np.ndarray] = []
 
     def step(self, start: int, count: int) -> library.Step:
         """For `count` of the tokens."""
+        return self._step([array[start : start + count] for array in self._arrays])
+
+    def chosen(self, start: int, count: int) -> library.Chosen | None:
+        """Those of them that are read; None if all are."""
+        if self._read is None:
+            return None
+        rows = self._read[slice(*np.searchsorted(self._read, [start, start + count]))] - start
+        if len(rows) == count:
+            return None
+        if not len(rows):
+            rows = np.array([count - 1])  # no step is without tokens
+        arrays = [array[start + rows] for array in self._arrays]
+        self._kept += [*arrays, rows := rows.astype(np.int32)]
+        return library.Chosen(rows.ctypes.data, self._step(arrays))
+
+    def _step(self, arrays: Sequence[np.ndarray]) -> library.Step:
+        positions, slots, sequences = arrays
         return library.Step(
-            positions=self._batch.positions.data_ptr() + 8 * start,
-            slots=self._batch.slot_mapping.data_ptr() + 8 * start,
-            sequences=self._sequences.ctypes.data + 4 * start,
+            positions=positions.ctypes.data,
+            slots=slots.ctypes.data,
+            sequences=sequences.ctypes.data,
             tables=self._tables.data_ptr(),
-            num_tokens=count,
+            num_tokens=len(positions),
             table_width=self._tables.shape[1],
             max_context=self._batch.max_context_len,
             num_threads=self._num_threads,

@@ -32,6 +32,7 @@ from engines.models.layers import (
 from engines.models.names import Slice, expected_tensors, kv_heads_of, slice_of
 from engines.models.quantized import make_quantized_linear
 from engines.runtime.attention import paged_attention
+from engines.runtime.context import current
 from engines.runtime.mesh import Mesh
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -154,13 +155,16 @@ class Attention:
         self.num_kv_heads = len(kv_heads_of(config, mesh.tp_rank, mesh.tp_size))
         self.head_dim, self.scale, self.layer = config.head_dim, config.head_dim**-0.5, cache_index
 
-    def __call__(self, x: Tensor, rotary: Rotary, cos: Tensor, sin: Tensor) -> Tensor:
+    def __call__(
+        self, x: Tensor, rotary: Rotary, cos: Tensor, sin: Tensor, rows: Tensor | None = None
+    ) -> Tensor:
+        """[T, H] to the same, or to what `rows` of it become, [R, H]."""
         num_turned = self.num_heads + self.num_kv_heads
         heads = self.qkv(x).view(x.shape[0], num_turned + self.num_kv_heads, self.head_dim)
         rotary.turn(heads[:, :num_turned], cos, sin)
         query, key, value = heads.tensor_split((self.num_heads, num_turned), dim=1)
-        out = paged_attention(query, key, value, self.layer, self.scale)
-        return self.output(out.reshape(x.shape[0], -1))
+        out = paged_attention(query, key, value, self.layer, self.scale).reshape(x.shape[0], -1)
+        return self.output(out if rows is None else out.index_select(0, rows))
 
 
 class Mlp:
@@ -193,10 +197,16 @@ class Layer:
     def linears(self) -> tuple[LinearOp, ...]:
         return self.attention.qkv, self.attention.output, self.mlp.gate_up, self.mlp.down
 
-    def __call__(self, hidden: Tensor, rotary: Rotary, cos: Tensor, sin: Tensor) -> None:
-        attended = self.attention(self.attention_norm(hidden), rotary, cos, sin)
-        hidden.add_(self.mesh.all_reduce(attended))
-        hidden.add_(self.mesh.all_reduce(self.mlp(self.mlp_norm(hidden))))
+    def __call__(
+        self, hidden: Tensor, rotary: Rotary, cos: Tensor, sin: Tensor, rows: Tensor | None = None
+    ) -> None:
+        """`rows` of it, if given: of the others only keys and values are made."""
+        attended = self.attention(self.attention_norm(hidden), rotary, cos, sin, rows)
+        read = hidden if rows is None else hidden.index_select(0, rows)
+        read.add_(self.mesh.all_reduce(attended))
+        read.add_(self.mesh.all_reduce(self.mlp(self.mlp_norm(read))))
+        if rows is not None:
+            hidden.index_copy_(0, rows, read)
 
 
 class Llama:
@@ -241,15 +251,26 @@ class Llama:
         return self.norm(self.run_layers(self.embed(input_ids), positions))
 
     def run_layers(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """[T, H] to [T, H] through the layers that are here, in place."""
+        """[T, H] to [T, H] through the layers that are here, in place. Inside a forward context.
+
+        After the model's last layer only the rows that are read, as the batch says, are what they should be.
+        """
         if self.kernel_layers is not None and self.kernel_layers.takes(hidden):
             return self.kernel_layers.run(hidden)
         if self.fused_layers is not None:
             return self.fused_layers.run(hidden, positions)
         cos, sin = self.rotary.rows(positions)
-        for layer in self.layers:
+        *others, last = self.layers
+        for layer in others:
             layer(hidden, self.rotary, cos, sin)
+        last(hidden, self.rotary, cos, sin, self.read_rows())
         return hidden
+
+    def read_rows(self) -> Tensor | None:
+        """The rows after the last layer here that are read; None for all. Inside a forward context."""
+        batch = current().batch
+        is_read = batch.reads_all or batch.max_query_len == 1 or not self.is_last
+        return None if is_read else batch.logit_rows
 
     def logits(self, hidden: Tensor) -> Tensor | None:
         """[L, H] to [L, V] float32 on tensor-parallel rank 0, None on the others."""

@@ -113,6 +113,11 @@ class StepPlan:
         )
 
     @property
+    def reads_all(self) -> bool:
+        """Whether hidden states of tokens that are not in `logit_rows` may be read."""
+        return bool(np.count_nonzero(self.row_use == RowUse.POOL))
+
+    @property
     def drawn_positions(self) -> Int32:
         """[L]: of the token that each row draws, counted from its sequence's first."""
         return self.positions[self.logit_rows] + np.int32(1)

@@ -212,6 +212,7 @@ class ModelRunner:
             context_lens_list=context_lens,
             max_query_len=max_query_len,
             max_context_len=max(context_lens),
+            reads_all=plan.reads_all,
         )
 
     def _kept(self, name: str, array: np.ndarray, dtype: type[np.integer]) -> Tensor:

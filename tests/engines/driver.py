@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -107,7 +107,7 @@ class Driver:
     def step(self, rows: Sequence[Row], chunk: int) -> torch.Tensor | None:
         """Feed each row at most `chunk` pending tokens; rows without any left get their next token."""
         counts = [min(len(row.token_ids) - row.num_computed, chunk) for row in rows]
-        batch = make_batch(rows, counts, self.block_size)
+        batch = replace(make_batch(rows, counts, self.block_size), reads_all=False)
         with forward_context(ForwardContext(batch, self.caches)):
             hidden = self.engine.forward(batch)
         assert hidden is not None

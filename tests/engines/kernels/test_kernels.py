@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from torch import Tensor
 from conversion.plan import Target
 from engines.base import UnsupportedModel
 from engines.kernels import build, library
-from engines.models import layers
+from engines.models import kernel_layers, layers
 from engines.models.layers import MOST_ROWS, KernelLinear, PlainLinear, RMSNorm
 from engines.native import NativeEngine
 from engines.runtime import cpu
+from engines.runtime.context import ForwardContext, forward_context
 from tests.conversion.helpers import convert
-from tests.engines.driver import Driver, Row, native
+from tests.engines.driver import Driver, Row, make_batch, native
 from tests.engines.test_native import prompts_for
 from tests.models import ODD, Shape, make_llama
 
@@ -374,6 +376,33 @@ def test_packed_layers_answer_as_plain_ones(
         assert [len(layers) for _, layers in runs] == ([1, 1, 1] if packs else [3])
     for plain, packed in zip(*found, strict=True):
         torch.testing.assert_close(packed, plain, rtol=BFLOAT16_TOLERANCE, atol=BFLOAT16_TOLERANCE)
+
+
+@pytest.mark.parametrize("by_kernels", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", BFLOAT16_TOLERANCE)])
+def test_the_last_layer_leaves_out_what_nobody_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, tolerance: float, by_kernels: bool
+) -> None:
+    """But for keys and values, which are the same to the bit. Some pieces have no row that is read."""
+    monkeypatch.setattr(kernel_layers, "_AT_ONCE", 32)
+    engine = native(make_llama(tmp_path, SHAPES["group of 4"], seed=2), dtype=dtype)
+    if not by_kernels:
+        engine._model.kernel_layers = None
+    hidden, caches = [], []
+    for reads_all in (True, False):
+        driver = Driver(engine, num_blocks=128, block_size=4)
+        for cache in driver.caches:
+            cache.data.zero_()
+        rows = [driver.add(prompt, 8) for prompt in prompts_for(VOCAB, 3, 150, 40, 1, 9)]
+        batch = replace(make_batch(rows, [3, 150, 40, 1, 9], 4), reads_all=reads_all)
+        with torch.inference_mode(), forward_context(ForwardContext(batch, driver.caches)):
+            hidden.append(engine.forward(batch))
+        caches.append([cache.data for cache in driver.caches])
+    assert all(torch.equal(*both) for both in zip(*caches, strict=True))
+    is_read = torch.zeros(len(hidden[0]), dtype=torch.bool)
+    is_read[batch.logit_rows] = True
+    torch.testing.assert_close(hidden[1][is_read], hidden[0][is_read], rtol=tolerance, atol=tolerance)
+    assert not any(torch.equal(*both) for both in zip(hidden[1][4:100], hidden[0][4:100], strict=True))
 
 
 def test_nothing_stale_is_read_or_left(tmp_path: Path) -> None:
