@@ -13,7 +13,8 @@ class Pace(Protocol):
 
     @property
     def short_prompt(self) -> int:
-        """Prompts of up to so many tokens are read whole, and up to so many tokens of them in a step."""
+        """Prompts of up to so many tokens are read whole, and up to so many tokens of them in a step, or more
+        while more of them wait than sequences run. 0: there are none such."""
 
     def took(self, num_decoding: int, num_prompt_tokens: int, seconds: float) -> None:
         """How long a step of these lasted, in seconds."""

@@ -10,6 +10,7 @@ import logging
 from bisect import insort
 from collections import OrderedDict
 from collections.abc import Iterable
+from itertools import islice
 from typing import Protocol
 
 from engines.runtime.block_tables import BlockTables
@@ -245,7 +246,7 @@ class ContinuousScheduler:
     def _fill(self, chunks: list[Chunk], long_tokens: int) -> None:
         """With what goes into a plan that takes so many tokens of long prompts."""
         self._long_budget = long_tokens
-        self._prompt_budget = max(long_tokens, self._short_prompt)
+        self._prompt_budget = max(long_tokens, self._short_prompt_tokens())
         budget, may_admit = self._continue_running(chunks)
         if may_admit:
             self._admit(chunks, budget)
@@ -257,6 +258,14 @@ class ContinuousScheduler:
         if not num_decoding:
             return self.max_num_batched_tokens
         return self._pace.prompt_tokens(num_decoding)
+
+    def _short_prompt_tokens(self) -> int:
+        """All that a step takes while more of them wait than sequences run: so fewer wait longer."""
+        if not self._short_prompt:
+            return 0
+        short = (one for one in self._queue.values() if len(one.token_ids) <= self._short_prompt)
+        more_than_run = next(islice(short, len(self._running), None), None)
+        return self._short_prompt if more_than_run is None else self.max_num_batched_tokens
 
     def _num_tokens_of_chunk(self, sequence: Sequence, budget: int) -> int:
         num_pending = sequence.num_pending

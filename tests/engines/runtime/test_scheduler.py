@@ -470,6 +470,28 @@ def test_drafts_save_steps_and_change_no_token(shift: int, num_steps: int) -> No
     scheduler.check()
 
 
+def test_short_prompts_are_read_all_at_once_while_more_wait_than_run() -> None:
+    _, leader = make(max_num_batched_tokens=64, pace=ByStepTime(1.5, short_prompt=12))
+    running = [request(f"running {i}", 5, 30, first=i) for i in range(2)]
+    for one in running:
+        leader.add(one)
+    leader.step()
+    leader.step()
+    waiting = [request(f"waiting {i}", 10, 12, first=2 + i) for i in range(3)]
+    long = request("long", 60, 2, first=6)
+    for one in (*waiting, long):
+        leader.add(one)
+    leader.step()
+    assert np.diff(leader.plans[2].query_start).tolist() == [1, 1, 10, 10, 10, 8]  # the long one at its pace
+    few = [request(f"few {i}", 10, 2, first=7 + i) for i in range(2)]
+    for one in few:
+        leader.add(one)
+    leader.step()
+    assert max(np.diff(leader.plans[3].query_start)) <= 12
+    leader.run()
+    assert_expected(leader, *running, *waiting, long, *few)
+
+
 def test_a_long_prompt_is_read_in_pieces_and_short_ones_pass_it_whole() -> None:
     _, leader = make(max_num_batched_tokens=100, pace=ByStepTime(1.5, short_prompt=12))
     running, long, other, short = (
