@@ -20,7 +20,6 @@ TORCH_FREE_RUNTIME = (
     "chunk",
     "pace",
     "pages_ahead",
-    "thread_choice",
     "plan_builder",
     "prompt_lookup",
     "sequence",

@@ -20,8 +20,9 @@ from pathlib import Path
 log = logging.getLogger("sluice.engine")
 
 _HERE = Path(__file__).parent
-_SOURCES = ("llama.cpp", "attention.h", "prompt_attention.h", "linear.h", "pack.h", "ranks.h", "vec.h")
-_FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno")
+_HEADERS = ("attention.h", "prompt_attention.h", "linear.h", "pack.h", "ranks.h", "team.h", "vec.h")
+_SOURCES = ("llama.cpp", *_HEADERS)
+_FLAGS = ("-O3", "-std=c++17", "-pthread", "-fPIC", "-shared", "-fno-math-errno")
 _V4 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 _LEVELS = {
     "x86-64-v4-bf16-vbmi": _V4 | {"avx512_bf16", "avx512_vnni", "avx512vbmi"},

@@ -161,7 +161,6 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         functions = ctypes.CDLL(os.fspath(path))
-        self.most_threads: int | None = None  # of `linear` and `norm`, where fewer do better
         self.pair_width: int = functions.sluice_pair_width()
         self._run, self._linear, self._norm = {}, {}, {}
         self._can_pack = hasattr(functions, "sluice_pack")
@@ -220,15 +219,11 @@ class Library:
         (num_rows, num_k), num_n = x.shape, weight.weight.shape[0]
         out = x.new_empty(num_rows, num_n, dtype=dtype)
         run = self._linear[x.dtype, weight.weight.dtype]
-        num_threads = self._threads_for(weight.weight.nbytes, num_rows)
+        num_threads = threads_for(weight.weight.nbytes, num_rows)
         addresses = byref(weight.matrix()), x.data_ptr(), out.data_ptr()
         in_float32 = out.dtype == torch.float32
         run(*addresses, num_rows, num_k, num_n, num_threads, is_deterministic, in_float32)
         return out
-
-    def _threads_for(self, num_bytes: int, num_rows: int) -> int:
-        threads = threads_for(num_bytes, num_rows)
-        return threads if self.most_threads is None else min(threads, self.most_threads)
 
     def takes_norm(self, weight: Tensor) -> bool:
         """Whether `norm` takes values of this weight's size and dtype."""
@@ -240,7 +235,7 @@ class Library:
         out = torch.empty_like(x)
         num_rows, size = x.shape
         run = self._norm[x.dtype]
-        num_threads = self._threads_for(x.nbytes, 1)
+        num_threads = threads_for(x.nbytes, 1)
         run(x.data_ptr(), weight.data_ptr(), out.data_ptr(), num_rows, size, eps, num_threads)
         return out
 

@@ -9,11 +9,6 @@
 
 namespace sluice {
 
-struct Range {
-    int begin, end;
-    int size() const { return end - begin; }
-};
-
 // x as both ways want it for weights in B: float32, each 2 W numbers in the order of Pair<B>.
 template <class T, class B> inline void take_row(const T* from, int count, float* to) {
     for (int k = 0; k < count; k += 2 * W) {

@@ -1,8 +1,6 @@
-// Decoder layers of a Llama: everything between two of torch's calls in one parallel region.
+// Decoder layers of a Llama: everything between two of torch's calls in one.
 // Between its parts values are rounded to the model's dtype wherever torch's own layers round them.
 // The structs are mirrored in engines/kernels/library.py.
-
-#include <omp.h>
 
 #include <cstdlib>
 #include <memory>
@@ -124,11 +122,21 @@ struct Products {
     Buffer<float> turned, sums;
 };
 
+// The rows that a matrix is multiplied by, as few_rows or many_rows wants them.
+struct Input {
+    const float *x, *scales;
+    const Block* blocks;
+    int num_rows, num_k;
+    bool is_many, is_fit;
+};
+
 // What one thread has for itself.
 struct Scratch {
     Buffer<float> x, row, scales, q, found, scores;
     Products products, others;
     Buffer<TileRoom> tile;
+    Input rows;           // few ones
+    int64_t rows_of = 0;  // the number of those
 };
 
 // In which rows of T are multiplied by weights in B. float32 keeps float32 rows whatever the weights are.
@@ -175,31 +183,7 @@ constexpr int UNIT = 16;           // columns of a result that one thread takes 
 constexpr int MANY_UNIT = 24;      // the same where they are made in strips
 constexpr int MOST_COLUMNS = 192;  // that it takes at once: the sums stay in the second-level cache
 
-// The rows that a matrix is multiplied by, as few_rows or many_rows wants them.
-struct Input {
-    const float *x, *scales;
-    const Block* blocks;
-    int num_rows, num_k;
-    bool is_many, is_fit;
-
-    int unit() const { return is_many ? MANY_UNIT : UNIT; }
-};
-
-// Of the parts of `count`, in whole units, of which each thread takes several.
-inline int part_size(int count, int unit, int threads, int most) {
-    int units = (count + unit - 1) / unit, parts = 8 * threads;
-    return std::min((units + parts - 1) / parts * unit, most / unit * unit);
-}
-
-// `work` on the parts of `count`, in whole units: by all threads of the region, who wait for each other at the end. The
-// parts are taken in turn, so that one whose core another program uses for a while leaves more of them to the others.
-template <class F> void share_out(int count, int unit, int threads, int most, F work) {
-    int size = part_size(count, unit, threads, most);
-#pragma omp for schedule(dynamic)
-    for (int begin = 0; begin < count; begin += size) work(Range{begin, std::min(count, begin + size)});
-}
-
-// What `make_input` and `multiply` write to, one for all threads and one for each.
+// What `make_panels` writes to, and what one thread needs for `multiply`.
 inline void make_room(Panels& panels, size_t num_rows, size_t most_k) {
     size_t rows = num_panels(int(num_rows)) * PANEL;
     panels.x.make_room(rows * most_k);
@@ -219,6 +203,34 @@ inline void make_room(Scratch& own, size_t num_rows, size_t most_k, bool in_pane
     }
 }
 
+inline Scratch& own_scratch() {
+    static thread_local Scratch own;
+    return own;
+}
+
+// The threads that take a step, and the room that each needs.
+struct Crew {
+    int threads;
+    size_t num_rows, most_k;
+    bool in_panels;
+
+    // `work(part, own)` on the parts of `count`, of `size` each.
+    template <class Work> void share(int count, int size, Work work) const {
+        share_out(count, size, threads, [&](Range part) {
+            Scratch& own = own_scratch();
+            make_room(own, num_rows, most_k, in_panels);
+            work(part, own);
+        });
+    }
+
+    // The same in whole units, so that each thread takes several parts: one whose core another program uses for a
+    // while leaves more of them to the others.
+    template <class Work> void share_columns(int count, int unit, int most, Work work) const {
+        int units = (count + unit - 1) / unit, parts = 8 * threads;
+        share(count, std::min((units + parts - 1) / parts * unit, most / unit * unit), work);
+    }
+};
+
 // Row `row` of a panel from float32 into A's numbers.
 template <class A> void put_row_of(int row, int num_k, const float* from, float* to, float* scale, Block* blocks) {
     if constexpr (A::HAS_BLOCK_SCALES) {
@@ -235,24 +247,25 @@ template <class A> void put_row_of(int row, int num_k, const float* from, float*
 
 // `take(row, to)` puts a row into float32. The threads share out the panels, by halves.
 template <class A, class Take>
-Input make_panels(int num_rows, int num_k, const Panels& panels, Scratch& own, Take take) {
-    float *x = own.x.data(), *scales = panels.scales.data();
+Input make_panels(const Crew& crew, int num_rows, int num_k, const Panels& panels, Take take) {
+    float* scales = panels.scales.data();
     int64_t size = num_k / A::NUMBERS;
-#pragma omp for schedule(dynamic)
-    for (int begin = 0; begin < num_rows; begin += W) {
-        int p = begin / PANEL, first = begin % PANEL, rows = std::min(W, num_rows - begin);
+    crew.share(num_rows, W, [&](Range part, Scratch& own) {
+        int p = part.begin / PANEL, first = part.begin % PANEL;
+        float* x = own.x.data();
         Block* blocks = panels.blocks.data() + p * num_blocks(num_k);
-        for (int i = 0; i < rows; i++) {
+        for (int i = 0; i < part.size(); i++) {
+            int row = part.begin + i;
             if constexpr (A::NUMBERS == 1) {
-                take(begin + i, x + i * size);
+                take(row, x + i * size);
             } else {
-                take(begin + i, own.row.data());
-                put_row_of<A>(first + i, num_k, own.row.data(), x + i * size, scales + begin + i, blocks);
+                take(row, own.row.data());
+                put_row_of<A>(first + i, num_k, own.row.data(), x + i * size, scales + row, blocks);
             }
         }
-        std::fill(x + rows * size, x + W * size, 0.0f);
+        std::fill(x + part.size() * size, x + W * size, 0.0f);
         pack_half(x, size, int(size), panels.x.data() + p * PANEL * size + first);
-    }
+    });
     return {panels.x.data(), scales, panels.blocks.data(), num_rows, num_k, true, A::HAS_BLOCK_SCALES};
 }
 
@@ -271,17 +284,45 @@ template <class A, class Take> Input make_rows(int num_rows, int num_k, Scratch&
     return {x, scales, nullptr, num_rows, num_k, false, false};
 }
 
-// What `w` is to be multiplied by.
-template <class T, class B, class Take>
-Input make_input(const Matrix<T, B>& w, int num_rows, int num_k, bool is_deterministic, const Panels& panels,
-                 Scratch& own, Take take) {
+inline int64_t next_number() {
+    static int64_t last = 0;
+    return ++last;
+}
+
+// What a matrix is to be multiplied by: many rows are made ready by all threads at once, few by each for itself.
+template <class T, class B, class Take> class Rows {
+public:
+    Rows(const Crew& crew, const Matrix<T, B>& w, int num_rows, int num_k, bool is_deterministic, const Panels& panels,
+         Take take)
+        : num_rows(num_rows), num_k(num_k), take(take), panels{} {
+        static_assert(std::is_same_v<typename A::Order, typename Many::Order>);
+        number = next_number();
+        if (!is_many<B>(num_rows, is_deterministic)) return;
+        this->panels = fits(w, num_k) ? make_panels<Many>(crew, num_rows, num_k, panels, take)
+                                      : make_panels<A>(crew, num_rows, num_k, panels, take);
+    }
+
+    int unit() const { return panels.is_many ? MANY_UNIT : UNIT; }
+
+    bool are_many() const { return panels.is_many; }
+
+    Input of(Scratch& own) const {
+        if (panels.is_many) return panels;
+        if (own.rows_of != number) {
+            own.rows = make_rows<A>(num_rows, num_k, own, take);
+            own.rows_of = number;
+        }
+        return own.rows;
+    }
+
+private:
     typedef Arithmetic<T, B> A;
     typedef ManyArithmetic<T, B> Many;
-    static_assert(std::is_same_v<typename A::Order, typename Many::Order>);
-    if (!is_many<B>(num_rows, is_deterministic)) return make_rows<A>(num_rows, num_k, own, take);
-    if (fits(w, num_k)) return make_panels<Many>(num_rows, num_k, panels, own, take);
-    return make_panels<A>(num_rows, num_k, panels, own, take);
-}
+    int num_rows, num_k;
+    Take take;
+    Input panels;
+    int64_t number;
+};
 
 // A row of hidden [size] over its root mean square, times weight.
 template <class T, class B> void take_normed(const T* from, const T* weight, int size, float eps, float* to) {
@@ -454,51 +495,53 @@ void attend_heads(const Model<T, B>& model, const Cache<T>& cache, const Context
     put_row(found, size, out + place);
 }
 
+constexpr int TURNS = 4;  // parts of a step's sequences, for each K/V head: so many that threads share them evenly
+
 // Queries, keys and values.
 struct Heads {
     bool queries, others;
 };
 
-// One thread's part of a layer's heads, those that are wanted: in shared.qkv, keys and values where they are kept.
+// A layer's heads, those that are wanted: in shared.qkv, keys and values where they are kept.
 template <class T, class B>
-void heads_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step, Heads wanted, const T* hidden,
-              const Shared<T>& shared, Scratch& own, int thread, int threads) {
-    typedef Arithmetic<T, B> A;
-    int dim = model.head_dim, rows = step.num_tokens;
+void heads_of(const Crew& crew, const Model<T, B>& model, const Layer<T, B>& layer, const Step& step, Heads wanted,
+              const T* hidden, const Shared<T>& shared) {
+    typedef typename Arithmetic<T, B>::Order Order;
+    int dim = model.head_dim, num_tokens = step.num_tokens;
     int width = (model.num_heads + 2 * model.num_kv_heads) * dim, inner = model.num_heads * dim;
     int first = wanted.queries ? 0 : inner, last = wanted.others ? width : inner;
     auto take = [&](int64_t row, float* to) {
-        const T* from = hidden + row * model.hidden;
-        take_normed<T, typename A::Order>(from, layer.attention_norm, model.hidden, model.eps, to);
+        take_normed<T, Order>(hidden + row * model.hidden, layer.attention_norm, model.hidden, model.eps, to);
     };
-    Input input = make_input(layer.qkv, rows, model.hidden, step.is_deterministic, shared.panels, own, take);
-    share_out(last - first, input.unit(), threads, MOST_COLUMNS, [&](Range part) {
-        project(layer.qkv, {first + part.begin, first + part.end}, input, own, shared.qkv.data(), width);
+    Rows rows(crew, layer.qkv, num_tokens, model.hidden, step.is_deterministic, shared.panels, take);
+    crew.share_columns(last - first, rows.unit(), MOST_COLUMNS, [&](Range part, Scratch& own) {
+        Range columns{first + part.begin, first + part.end};
+        project(layer.qkv, columns, rows.of(own), own, shared.qkv.data(), width);
     });
     Cache<T> cache{layer.cache, model.num_kv_heads, model.block_size, dim};
-    for (int t = 0; t < rows; t++) {
-        for (int head = 0; head < model.num_kv_heads; head++) {
-            // all of a sequence by one thread: what clears a block comes before what fills it
-            if ((step.sequences[t] + head) % threads != thread) continue;
+    int turns = std::min(TURNS, num_tokens);
+    crew.share(turns * model.num_kv_heads, 1, [&](Range part, Scratch&) {
+        int turn = part.begin / model.num_kv_heads, head = part.begin % model.num_kv_heads;
+        for (int t = 0; t < num_tokens; t++) {
+            // all of a sequence in one part: what clears a block comes before what fills it
+            if (step.sequences[t] % turns != turn) continue;
             T* row = shared.qkv.data() + int64_t(t) * width;
             if (wanted.queries) turn_queries(model, step.positions[t], head, row);
             if (wanted.others) turn_and_keep(model, cache, step.positions[t], step.slots[t], head, row);
         }
-    }
+    });
 }
 
-// One thread's part of a layer's attention, after heads_of. `put` is project or project_and_add, into `out`
-// [num_tokens, hidden].
+// A layer's attention, after heads_of. `put` is project or project_and_add, into `out` [num_tokens, hidden].
 template <class T, class B, class Put>
-void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step, const std::vector<Tile>& tiles,
-                  T* out, const Shared<T>& shared, Scratch& own, int threads, Put put) {
-    typedef Arithmetic<T, B> A;
-    int dim = model.head_dim, rows = step.num_tokens;
+void attention_of(const Crew& crew, const Model<T, B>& model, const Layer<T, B>& layer, const Step& step,
+                  const std::vector<Tile>& tiles, T* out, const Shared<T>& shared, Put put) {
+    typedef typename Arithmetic<T, B>::Order Order;
+    int dim = model.head_dim, group = model.num_heads / model.num_kv_heads, num_tiles = int(tiles.size());
     int width = (model.num_heads + 2 * model.num_kv_heads) * dim, inner = model.num_heads * dim;
     Cache<T> cache{layer.cache, model.num_kv_heads, model.block_size, dim};
     int64_t stride = whole_vectors(step.max_context);
-    int group = model.num_heads / model.num_kv_heads, num_tiles = int(tiles.size());
-    int heads = kv_heads_at_once(model.num_kv_heads, num_tiles, threads, group * stride);
+    int heads = kv_heads_at_once(model.num_kv_heads, num_tiles, crew.threads, group * stride);
     int parts = (model.num_kv_heads + heads - 1) / heads, num_parts = num_tiles * parts;
     auto context_of = [&](int i) -> Context {
         Tile tile = tiles[i / parts];
@@ -506,16 +549,18 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
         return {step.tables + int64_t(step.sequences[last]) * step.table_width, int(step.positions[last]) + 1,
                 {begin, std::min(begin + heads, model.num_kv_heads)}};
     };
-#pragma omp barrier
-#pragma omp for schedule(dynamic)
-    for (int i = 0; i < num_parts; i++) {
-        Context context = context_of(i), next = context_of(i + threads < num_parts ? i + threads : i);
+    auto attend_part = [&](int i, Scratch& own) {
+        int then = i + crew.threads;
+        Context context = context_of(i), next = context_of(then < num_parts ? then : i);
         Tile tile = tiles[i / parts];
         const T* q = shared.qkv.data() + int64_t(tile.first) * width;
         T* to = shared.attended.data() + int64_t(tile.first) * inner;
         if (tile.count == 1) {
+            own.q.make_room(inner);
+            own.found.make_room(inner);
+            own.scores.make_room(std::max(SCORES_AT_ONCE, size_t(group * stride)));
             attend_heads(model, cache, context, next, stride, q, to, own);
-            continue;
+            return;
         }
         own.tile.make_room(1);
         for (int head = context.heads.begin; head < context.heads.end; head++) {
@@ -523,34 +568,36 @@ void attention_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step
             attend_tile<T, Arithmetic<T, T>>(cache, context.table, head, position, tile.count, group, q + place, width,
                                              model.scale, to + place, inner, *own.tile.data());
         }
-    }
-    auto take_attended = [&](int64_t row, float* to) {
-        take_row<T, typename A::Order>(shared.attended.data() + row * inner, inner, to);
     };
-    Input input = make_input(layer.output, rows, inner, step.is_deterministic, shared.panels, own, take_attended);
-    share_out(model.hidden, input.unit(), threads, MOST_COLUMNS,
-              [&](Range part) { put(layer.output, part, input, own, out, model.hidden); });
+    crew.share(num_parts, 1, [&](Range part, Scratch& own) {
+        for (int i = part.begin; i < part.end; i++) attend_part(i, own);
+    });
+    auto take = [&](int64_t row, float* to) { take_row<T, Order>(shared.attended.data() + row * inner, inner, to); };
+    Rows rows(crew, layer.output, step.num_tokens, inner, step.is_deterministic, shared.panels, take);
+    crew.share_columns(model.hidden, rows.unit(), MOST_COLUMNS, [&](Range part, Scratch& own) {
+        put(layer.output, part, rows.of(own), own, out, model.hidden);
+    });
 }
 
 template <class T, class B, class Put>
-void mlp_of(const Model<T, B>& model, const Layer<T, B>& layer, const Step& step, const T* hidden, T* out,
-            const Shared<T>& shared, Scratch& own, int threads, Put put) {
-    typedef Arithmetic<T, B> A;
-    int rows = step.num_tokens, inner = model.intermediate;
-    auto take = [&](int64_t row, float* to) {
-        take_normed<T, typename A::Order>(hidden + row * model.hidden, layer.mlp_norm, model.hidden, model.eps, to);
-    };
-    Input input = make_input(layer.gate_up, rows, model.hidden, step.is_deterministic, shared.panels, own, take);
+void mlp_of(const Crew& crew, const Model<T, B>& model, const Layer<T, B>& layer, const Step& step, const T* hidden,
+            T* out, const Shared<T>& shared, Put put) {
+    typedef typename Arithmetic<T, B>::Order Order;
+    int num_tokens = step.num_tokens, inner = model.intermediate;
     T* activated = shared.activated.data();
-    int unit = input.is_many ? 6 * W : 2 * W;  // whole pairs, and whole strips
-    share_out(inner, unit, threads, MOST_COLUMNS / 2,
-              [&](Range part) { project_and_activate(layer.gate_up, part, input, own, activated, inner); });
-    auto take_activated = [&](int64_t row, float* to) {
-        take_row<T, typename A::Order>(activated + row * inner, inner, to);
+    auto take = [&](int64_t row, float* to) {
+        take_normed<T, Order>(hidden + row * model.hidden, layer.mlp_norm, model.hidden, model.eps, to);
     };
-    input = make_input(layer.down, rows, inner, step.is_deterministic, shared.panels, own, take_activated);
-    share_out(model.hidden, input.unit(), threads, MOST_COLUMNS,
-              [&](Range part) { put(layer.down, part, input, own, out, model.hidden); });
+    Rows rows(crew, layer.gate_up, num_tokens, model.hidden, step.is_deterministic, shared.panels, take);
+    int unit = rows.are_many() ? 6 * W : 2 * W;  // whole pairs, and whole strips
+    crew.share_columns(inner, unit, MOST_COLUMNS / 2, [&](Range part, Scratch& own) {
+        project_and_activate(layer.gate_up, part, rows.of(own), own, activated, inner);
+    });
+    auto take_activated = [&](int64_t row, float* to) { take_row<T, Order>(activated + row * inner, inner, to); };
+    Rows others(crew, layer.down, num_tokens, inner, step.is_deterministic, shared.panels, take_activated);
+    crew.share_columns(model.hidden, others.unit(), MOST_COLUMNS, [&](Range part, Scratch& own) {
+        put(layer.down, part, others.of(own), own, out, model.hidden);
+    });
 }
 
 // A step's tokens in tiles of several where a sequence has them, of one each for `deterministic`: so a token's result
@@ -587,63 +634,45 @@ int64_t run(const Model<T, B>& model, const Step& step, int num_layers, T* hidde
     shared.qkv.make_room(rows * (inner + 2 * size_t(model.num_kv_heads) * model.head_dim));
     shared.attended.make_room(rows * inner);
     shared.activated.make_room(rows * model.intermediate);
-    size_t most_k = std::max({size_t(model.hidden), size_t(model.intermediate), inner});
-    if (in_panels) make_room(shared.panels, rows, most_k);
+    Crew crew{step.num_threads, rows, std::max({size_t(model.hidden), size_t(model.intermediate), inner}), in_panels};
+    if (in_panels) make_room(shared.panels, rows, crew.most_k);
     if (ranks && !wait_for(*ranks, ranks->operation)) return ranks->operation;
-    int64_t failed = 0;
-#pragma omp parallel num_threads(step.num_threads)
-    {
-        static thread_local Scratch own;
-        int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        make_room(own, rows, most_k, in_panels);
-        own.q.make_room(inner);
-        own.found.make_room(inner);
-        size_t group = model.num_heads / model.num_kv_heads;
-        own.scores.make_room(std::max(SCORES_AT_ONCE, group * whole_vectors(step.max_context)));
-        auto put = ranks ? project<T, B, T> : project_and_add<T, B>;
-        int64_t operation = ranks ? ranks->operation + 1 : 0;
-        auto add_shares = [&](int num_rows, T* to) {
-            if (!ranks) return true;
-#pragma omp master
-            if (!meet(*ranks, operation)) failed = operation;
-#pragma omp barrier
-            if (failed) return false;
-#pragma omp for
-            for (int row = 0; row < num_rows; row++) {
+    int64_t operation = ranks ? ranks->operation + 1 : 0;
+    auto put = ranks ? project<T, B, T> : project_and_add<T, B>;
+    auto add_shares = [&](int num_rows, T* to) {
+        if (!ranks) return true;
+        if (!meet(*ranks, operation)) return false;
+        crew.share(num_rows, 4, [&](Range part, Scratch&) {
+            for (int row = part.begin; row < part.end; row++) {
                 add_parts(*ranks, operation, row, model.hidden, to + int64_t(row) * model.hidden);
             }
-            operation++;
-            return true;
-        };
-        auto rest_of = [&](const Layer<T, B>& layer, const Step& step, const std::vector<Tile>& tiles, T* hidden) {
-            auto out = [&] { return ranks ? ranks->part<T>(operation, ranks->rank) : hidden; };
-            attention_of(model, layer, step, tiles, out(), shared, own, threads, put);
-            if (!add_shares(step.num_tokens, hidden)) return false;
-            mlp_of(model, layer, step, hidden, out(), shared, own, threads, put);
-            return add_shares(step.num_tokens, hidden);
-        };
-        for (int i = 0; i < num_layers; i++) {
-            const Layer<T, B>& layer = model.layers[i];
-            bool takes_all = !chosen || i + 1 < num_layers;
-            heads_of(model, layer, step, {takes_all, true}, hidden, shared, own, thread, threads);
-            if (takes_all) {
-                if (!rest_of(layer, step, shared.tiles, hidden)) break;
-                continue;
-            }
-            T* rows = shared.chosen.data();
-#pragma omp for
-            for (int i = 0; i < chosen->step.num_tokens; i++) {
-                std::copy_n(hidden + int64_t(chosen->rows[i]) * model.hidden, model.hidden, rows + i * model.hidden);
-            }
-            heads_of(model, layer, chosen->step, {true, false}, rows, shared, own, thread, threads);
-            if (!rest_of(layer, chosen->step, shared.chosen_tiles, rows)) break;
-#pragma omp for
-            for (int i = 0; i < chosen->step.num_tokens; i++) {
-                std::copy_n(rows + i * model.hidden, model.hidden, hidden + int64_t(chosen->rows[i]) * model.hidden);
-            }
-        }
+        });
+        operation++;
+        return true;
+    };
+    auto rest_of = [&](const Layer<T, B>& layer, const Step& step, const std::vector<Tile>& tiles, T* hidden) {
+        auto out = [&] { return ranks ? ranks->part<T>(operation, ranks->rank) : hidden; };
+        attention_of(crew, model, layer, step, tiles, out(), shared, put);
+        if (!add_shares(step.num_tokens, hidden)) return false;
+        mlp_of(crew, model, layer, step, hidden, out(), shared, put);
+        return add_shares(step.num_tokens, hidden);
+    };
+    int num_whole = num_layers - (chosen ? 1 : 0);
+    for (int i = 0; i < num_whole; i++) {
+        const Layer<T, B>& layer = model.layers[i];
+        heads_of(crew, model, layer, step, {true, true}, hidden, shared);
+        if (!rest_of(layer, step, shared.tiles, hidden)) return operation;
     }
-    return failed;
+    if (!chosen) return 0;
+    const Layer<T, B>& last = model.layers[num_whole];
+    heads_of(crew, model, last, step, {false, true}, hidden, shared);
+    T* read = shared.chosen.data();
+    auto row_of = [&](int i) { return hidden + int64_t(chosen->rows[i]) * model.hidden; };
+    for (int i = 0; i < chosen->step.num_tokens; i++) std::copy_n(row_of(i), model.hidden, read + i * model.hidden);
+    heads_of(crew, model, last, chosen->step, {true, false}, read, shared);
+    if (!rest_of(last, chosen->step, shared.chosen_tiles, read)) return operation;
+    for (int i = 0; i < chosen->step.num_tokens; i++) std::copy_n(read + i * model.hidden, model.hidden, row_of(i));
+    return 0;
 }
 
 constexpr int ROWS_AT_ONCE = 128;  // of a matrix alone: they stay in the third-level cache
@@ -652,41 +681,33 @@ constexpr int ROWS_AT_ONCE = 128;  // of a matrix alone: they stay in the third-
 template <class T, class B, class Out>
 void linear_of(Matrix<T, B> w, const T* x, Out* y, int num_rows, int num_k, int num_n, int num_threads,
                bool is_deterministic) {
-    typedef Arithmetic<T, B> A;
     static Panels panels;
     int most_rows = std::min(num_rows, ROWS_AT_ONCE);
     bool in_panels = is_many<B>(most_rows, is_deterministic);  // but for a few rows at the end
     if (in_panels) make_room(panels, most_rows, num_k);
-#pragma omp parallel num_threads(num_threads)
-    {
-        static thread_local Scratch own;
-        make_room(own, most_rows, num_k, in_panels);
-        for (int begin = 0; begin < num_rows; begin += ROWS_AT_ONCE) {
-            int rows = std::min(ROWS_AT_ONCE, num_rows - begin);
-            Input input = make_input(w, rows, num_k, is_deterministic, panels, own, [&](int64_t row, float* to) {
-                take_row<T, typename A::Order>(x + (begin + row) * num_k, num_k, to);
-            });
-            share_out(num_n, input.unit(), omp_get_num_threads(), MOST_COLUMNS, [&](Range part) {
-                project(w, part, input, own, y + int64_t(begin) * num_n, num_n);
-            });
-        }
+    Crew crew{num_threads, size_t(most_rows), size_t(num_k), in_panels};
+    for (int begin = 0; begin < num_rows; begin += ROWS_AT_ONCE) {
+        auto take = [&](int64_t row, float* to) {
+            take_row<T, typename Arithmetic<T, B>::Order>(x + (begin + row) * num_k, num_k, to);
+        };
+        Rows rows(crew, w, std::min(ROWS_AT_ONCE, num_rows - begin), num_k, is_deterministic, panels, take);
+        crew.share_columns(num_n, rows.unit(), MOST_COLUMNS, [&](Range part, Scratch& own) {
+            project(w, part, rows.of(own), own, y + int64_t(begin) * num_n, num_n);
+        });
     }
 }
 
 // out [num_rows, size] = the rows of x over their root mean square, times weight.
 template <class T>
 void norm(const T* x, const T* weight, T* out, int num_rows, int size, float eps, int num_threads) {
-#pragma omp parallel num_threads(num_threads)
-    {
-        static thread_local Scratch own;
-        own.x.make_room(size);
-        float* row = own.x.data();
-#pragma omp for
-        for (int m = 0; m < num_rows; m++) {
+    Crew crew{num_threads, 1, size_t(size), false};
+    crew.share(num_rows, (num_rows + 4 * num_threads - 1) / (4 * num_threads), [&](Range part, Scratch& own) {
+        float* row = own.row.data();
+        for (int m = part.begin; m < part.end; m++) {
             take_normed<T, T>(x + int64_t(m) * size, weight, size, eps, row);
             put_row(row, size, out + int64_t(m) * size);
         }
-    }
+    });
 }
 
 }  // namespace sluice

@@ -3,6 +3,7 @@
 // numbers outside have patches.
 #pragma once
 
+#include "team.h"
 #include "vec.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
@@ -134,17 +135,20 @@ inline float pack_row(const bfloat16* row, int num_k, Exponents exponents, Group
     return scale;
 }
 
+constexpr int ROWS_OF_A_PART = 16;
+
 // In all rows; -1 if they are more than `most_patches`, or something is not finite. starts: [num_rows + 1].
 inline int64_t find_patches(const bfloat16* w, int num_rows, int num_k, int64_t most_patches, int num_threads,
                             int64_t* starts) {
-    int64_t total = 0;
-#pragma omp parallel for num_threads(num_threads) reduction(+ : total)
-    for (int n = 0; n < num_rows; n++) {
-        const bfloat16* row = w + int64_t(n) * num_k;
-        Exponents exponents(row, num_k);
-        starts[n + 1] = exponents.count_patches(row, num_k);
-        total += exponents.is_packable ? starts[n + 1] : most_patches + 1;
-    }
+    std::atomic<int64_t> total = 0;
+    share_out(num_rows, ROWS_OF_A_PART, num_threads, [&](Range part) {
+        for (int n = part.begin; n < part.end; n++) {
+            const bfloat16* row = w + int64_t(n) * num_k;
+            Exponents exponents(row, num_k);
+            starts[n + 1] = exponents.count_patches(row, num_k);
+            total += exponents.is_packable ? starts[n + 1] : most_patches + 1;
+        }
+    });
     if (total > most_patches) return -1;
     starts[0] = 0;
     for (int n = 0; n < num_rows; n++) starts[n + 1] += starts[n];
@@ -154,12 +158,13 @@ inline int64_t find_patches(const bfloat16* w, int num_rows, int num_k, int64_t 
 // After find_patches: `columns` and `values` have room for as many as it found.
 inline void pack(const bfloat16* w, int num_rows, int num_k, int num_threads, const int64_t* starts, Group* to,
                  float* scales, int32_t* columns, float* values) {
-#pragma omp parallel for num_threads(num_threads)
-    for (int n = 0; n < num_rows; n++) {
-        const bfloat16* row = w + int64_t(n) * num_k;
-        scales[n] = pack_row(row, num_k, {row, num_k}, to + int64_t(n) * num_k / Group::NUMBERS, columns + starts[n],
-                             values + starts[n]);
-    }
+    share_out(num_rows, ROWS_OF_A_PART, num_threads, [&](Range part) {
+        for (int n = part.begin; n < part.end; n++) {
+            const bfloat16* row = w + int64_t(n) * num_k;
+            scales[n] = pack_row(row, num_k, {row, num_k}, to + int64_t(n) * num_k / Group::NUMBERS,
+                                 columns + starts[n], values + starts[n]);
+        }
+    });
 }
 #endif
 

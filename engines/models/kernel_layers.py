@@ -7,7 +7,6 @@ tokens (AMX), larger steps go through the layers' own modules.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from ctypes import pointer
 from itertools import groupby
@@ -22,7 +21,6 @@ from engines.models.layers import MOST_ROWS, KernelLinear, is_torch_faster, not_
 from engines.runtime.context import current
 from engines.runtime.kv_cache import LayerCache, Layout
 from engines.runtime.shared_memory import CAPACITY
-from engines.runtime.thread_choice import ThreadChoice
 
 if TYPE_CHECKING:
     from engines.models.llama import Layer, Llama
@@ -68,7 +66,6 @@ class KernelLayers:
         self._caches: Sequence[LayerCache] = ()
         self.takes_all = not is_torch_faster(model.rotary.cos.dtype)
         self.is_deterministic = False
-        self._choice = ThreadChoice()
         attention, rotary, config = model.layers[0].attention, model.rotary, model.config
         self._kept = (model.layers, rotary)  # the addresses are theirs
         self._has_last = model.is_last
@@ -108,17 +105,14 @@ class KernelLayers:
         """
         context = current()
         self._use(context.caches)
-        num_tokens, start = hidden.shape[0], time.perf_counter()
-        most = library.threads_for(self._num_bytes, num_tokens)
-        threads = self._choice.threads(num_tokens, most)
-        self._kernels.most_threads = threads  # of what follows as well
+        num_tokens = hidden.shape[0]
+        threads = library.threads_for(self._num_bytes, num_tokens)
         tokens = _Tokens(context.batch, self.is_deterministic, threads)
         at_once = _tokens_at_once(num_tokens, self._most_at_once)
         for first in range(0, num_tokens, at_once):
             piece = hidden[first : first + at_once]
             chosen = tokens.chosen(first, piece.shape[0]) if self._has_last else None
             self._run(piece, tokens.step(first, piece.shape[0]), chosen)
-        self._choice.took(num_tokens, threads, time.perf_counter() - start)
         return hidden
 
     def _run(self, hidden: Tensor, step: library.Step, chosen: library.Chosen | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -235,6 +236,21 @@ def test_little_work_is_one_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert library.threads_for(4 << 20, 8) == 3
     assert library.threads_for(6 << 20, 1) == 2
     assert library.threads_for(1 << 30, 1) == 3
+
+
+@pytest.mark.parametrize("num_rows", [1, 9, 40])
+def test_each_part_of_the_work_is_done_once(num_rows: int) -> None:
+    """By whoever takes it: here threads that have to share too few cores."""
+    weight, x = random(301, 96, dtype=torch.bfloat16), random(num_rows, 96, dtype=torch.bfloat16, seed=1)
+    expected = linear(weight, x)
+    assert all(torch.equal(linear(weight, x), expected) for _ in range(500))
+
+
+def test_helpers_leave_their_cores_to_others() -> None:
+    linear(random(301, 96, dtype=torch.float32), random(3, 96, dtype=torch.float32))
+    policies = [os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")]
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+    assert (os.SCHED_IDLE in policies) or torch.get_num_threads() == 1
 
 
 def test_many_rows_are_left_to_another_linear() -> None:
