@@ -4,10 +4,10 @@
 // are sent beside a step, not in its way.
 #pragma once
 
-#include <immintrin.h>
 #include <sched.h>
 #include <semaphore.h>
 #include <time.h>
+#include <x86intrin.h>
 
 #include <algorithm>
 #include <atomic>
@@ -45,8 +45,9 @@ public:
         Ticket ticket{++job, uint16_t(count), 0};
         open.store(ticket, std::memory_order_release);
         call(threads - 1);
-        while (take()) continue;
-        wait(count);
+        uint64_t own = 0;
+        for (uint64_t before = __rdtsc(); take(); before += own) own = __rdtsc() - before;
+        wait(count, own);
     }
 
 private:
@@ -88,14 +89,16 @@ private:
         return true;
     }
 
-    // For the parts that helpers have in hand. Naps in the end: they may need this core.
-    void wait(int count) {
-        constexpr int SPINS = 20000;
-        for (int turns = 0; done.load(std::memory_order_acquire) < count; turns++) {
-            if (turns < SPINS) {
+    // For the parts that helpers have in hand. One that takes much longer than this thread did for its last part has
+    // lost its core to another program: it gets this one, by a nap.
+    void wait(int count, uint64_t own) {
+        constexpr uint64_t LEAST = 100'000;  // of the processor's ticks
+        uint64_t patience = std::max(LEAST, 2 * own), since = __rdtsc();
+        while (done.load(std::memory_order_acquire) < count) {
+            if (__rdtsc() - since < patience) {
                 _mm_pause();
             } else {
-                timespec nap{0, 50'000};
+                timespec nap{0, 1};
                 nanosleep(&nap, nullptr);
             }
         }
