@@ -49,15 +49,23 @@ def first_token_ms(trace: RequestTrace) -> float:
 
 async def alone(server: Server, seed: int) -> dict[str, float]:
     config = server.config(LONG, 64, seed)
-    (prompt,) = make_prompts(config, 1)
-    new, again = await send(config, prompt), await send(config, prompt)
+    new, again = await twice(config)
+    _, of_ids = await twice(replace(config, prompt_kind="ids"))
     between = 1e3 * (new.event_times[-1] - new.event_times[0]) / (len(new.event_times) - 1)
     return {
         "first token, ms": first_token_ms(new),
         "first token of a cached prompt, ms": first_token_ms(again),
+        "of one sent as ids, ms": first_token_ms(of_ids),
         "between tokens, ms": between,
         "cached, in steps": first_token_ms(again) / between,
+        "of ids, in steps": first_token_ms(of_ids) / between,
     }
+
+
+async def twice(config: BenchConfig) -> tuple[RequestTrace, RequestTrace]:
+    """A prompt, and the same again."""
+    (prompt,) = make_prompts(config, 1)
+    return await send(config, prompt), await send(config, prompt)
 
 
 async def beside(server: Server, seed: int, output_len: int) -> dict[str, float]:
